@@ -1,0 +1,83 @@
+"""Look at a model in the middle of training and leave it, and the run, exactly as they were."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+
+@contextmanager
+def isolated_random_state(device: torch.device) -> Iterator[None]:
+    """Give Python's, NumPy's and torch's global generators their states back at the end, after an error too."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that users draw from
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode and give each its own training flag back.
+
+    The flags are set one by one: `model.eval()` could be overridden, and `model.train()` would wake frozen parts.
+    Buffers that the forward pass changes in spite of evaluation mode (call counters, observers) are restored too.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    registered = [(module, dict(module._buffers)) for module, _ in flags]
+    buffers = [
+        (buffer, buffer._version, buffer.clone())
+        for _, own in registered
+        for buffer in own.values()
+        if buffer is not None and not buffer.is_inference()
+    ]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for module, own in registered:
+            module._buffers.clear()
+            module._buffers.update(own)
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+@contextmanager
+def without_inference_mode() -> Iterator[None]:
+    """No gradients, yet ordinary tensors: those made under inference mode could never be used again in training."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def undisturbed(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[None]:
+    """Evaluation mode, no gradients, no autocast, the trainer in its validation stage; all put back at the end.
+
+    The stage matters to `on_after_batch_transfer` hooks, which often augment while `trainer.training`.
+    """
+    plugin = trainer.precision_plugin
+    # Autocast is the one precision context left out: statistics of half-precision activations are noise.
+    mixed = hasattr(plugin, "autocast_context_manager")
+    stage = trainer.state.stage
+    with ExitStack() as stack:
+        stack.enter_context(isolated_random_state(pl_module.device))
+        stack.enter_context(without_inference_mode())
+        stack.enter_context(torch.autocast(pl_module.device.type, enabled=False))
+        stack.enter_context(nullcontext() if mixed else plugin.forward_context())
+        stack.enter_context(evaluation_mode(pl_module))
+        trainer.state.stage = type(stage).VALIDATING if stage is not None else stage
+        try:
+            yield
+        finally:
+            trainer.state.stage = stage

@@ -1,0 +1,264 @@
+"""The fixed set of samples a probe looks at: found in the user's data once, the same ones all run."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+INPUT_KEYS = ("input", "inputs", "x", "image", "images", "pixel_values", "img", "data", "features", "input_ids")
+TARGET_KEYS = ("target", "targets", "y", "label", "labels")
+DEFAULT_BATCH_SIZE = 128
+
+BatchFunction = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """This rank's shard of the sample set.
+
+    Attributes:
+        batches: Collated batches on the CPU, as the user's loader would give them.
+        num_samples: Number of samples in them; None where a batch does not tell its size.
+        num_classes: Largest class label plus one; 0 without class labels.
+    """
+
+    batches: tuple[Any, ...]
+    num_samples: int
+    num_classes: int
+
+
+def default_input(batch: Any) -> Any:
+    """The model's input in a batch: a tensor itself, the first of a sequence, or a dict's entry of a usual name."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        for key in INPUT_KEYS:
+            if key in batch:
+                return batch[key]
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
+        return batch[0]
+    raise MisconfigurationException(
+        f"The probe cannot tell which part of a batch is the model's input. The batch is {describe(batch)}. Say it with"
+        " `Probe(input_fn=lambda batch: ...)`."
+    )
+
+
+def default_target(batch: Any) -> Any:
+    """The target in a batch: the second of a sequence, or a dict's entry of a usual name; None where there is none."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in TARGET_KEYS if key in batch), None)
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1:
+        return batch[1]
+    return None
+
+
+def class_labels(targets: Any) -> Tensor | None:
+    """Targets as (N,) int64 class labels, or None where they are something else (a regression target, a mask)."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+        return None
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    return targets.long() if targets.ndim == 1 else None
+
+
+def describe(value: Any) -> str:
+    """Say in a few words what a batch is made of, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or '(none)'}"
+    if isinstance(value, (tuple, list)):
+        parts = ", ".join(describe(part) for part in value[:4])
+        return f"a {type(value).__name__} of {len(value)} ({parts})"
+    return f"a {type(value).__name__}"
+
+
+def batch_length(*values: Any) -> int | None:
+    """The number of samples in a batch, by the first tensor found in the values; None where there is none."""
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+        children: Iterable[Any] = value.values() if isinstance(value, Mapping) else ()
+        if isinstance(value, (tuple, list)):
+            children = value
+        length = batch_length(*children)
+        if length is not None:
+            return length
+    return None
+
+
+def collect_samples(
+    source: Any,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    target_fn: BatchFunction = default_target,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Samples:
+    """Choose the samples and load them.
+
+    From a map-style dataset the choice is drawn by a private generator and spreads evenly over the classes, where
+    there are class labels; every rank makes the same choice and loads its own share. From a stream (an
+    `IterableDataset`, any other iterable of batches) it is the first samples, of each rank's own stream.
+    The caller isolates the random state: datasets may draw from the global generators (augmentation).
+
+    Args:
+        source: A `DataLoader`, a `Dataset` or an iterable of batches.
+        num_samples: How many samples over all ranks; all there are where there are fewer.
+        seed: Of the choice, and of what the dataset draws while loading.
+        target_fn: Finds the target in a batch.
+        rank: Which share to load.
+        world_size: Number of shares.
+
+    Raises:
+        MisconfigurationException: If the source is empty or has fewer samples than there are ranks.
+    """
+    # Not `torch.manual_seed`, which would also seed accelerators that the caller does not isolate.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the state that datasets draw from
+    if isinstance(source, Dataset):
+        source = DataLoader(source, batch_size=DEFAULT_BATCH_SIZE)
+    if isinstance(source, DataLoader) and _is_indexed(source):
+        batches = list(_chosen_batches(source, num_samples, seed, target_fn, rank, world_size))
+    else:
+        batches = list(_first_batches(source, -(-num_samples // world_size)))
+    if not batches:
+        raise MisconfigurationException(
+            f"The probe found no samples for rank {rank} of {world_size} in {_name(source)}. Give it a source with at"
+            " least one sample a rank, for example `Probe(source=my_dataset)` or `Probe(source='train')`."
+        )
+    labels = [label for batch in batches if (label := class_labels(target_fn(batch))) is not None and len(label)]
+    return Samples(
+        batches=tuple(batches),
+        num_samples=sum(batch_length(batch) or 0 for batch in batches),
+        num_classes=max((int(label.max()) + 1 for label in labels), default=0),
+    )
+
+
+def _name(source: Any) -> str:
+    return f"the {type(getattr(source, 'dataset', source)).__name__}"
+
+
+def _is_indexed(loader: DataLoader[Any]) -> bool:
+    dataset = loader.dataset
+    # Without a batch sampler the dataset's items are batches of the user's own making.
+    has_batches = loader.batch_sampler is not None
+    return has_batches and not isinstance(dataset, IterableDataset) and isinstance(dataset, Sized)
+
+
+def _load(loader: DataLoader[Any], indices: Sequence[int]) -> Iterator[Any]:
+    """Batches of chosen samples through the user's own collate function, in this process.
+
+    A loader of our own: iterating over the user's would restart its persistent workers in the middle of an epoch.
+    """
+    batch_size = min(loader.batch_size or DEFAULT_BATCH_SIZE, 2 * DEFAULT_BATCH_SIZE)
+    return iter(DataLoader(Subset(loader.dataset, indices), batch_size=batch_size, collate_fn=loader.collate_fn))
+
+
+def _chosen_batches(
+    loader: DataLoader[Any], num_samples: int, seed: int, target_fn: BatchFunction, rank: int, world_size: int
+) -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(loader.dataset), generator=generator)  # type: ignore[arg-type]
+    labels = dataset_labels(loader.dataset) if target_fn is default_target else None
+    if labels is None:
+        # The labels are only known by loading: look at twice as many samples as are needed.
+        order = order[: 2 * num_samples]
+        found = [class_labels(target_fn(batch)) for batch in _load(loader, order.tolist())]
+        known = [label for label in found if label is not None]
+        labels_in_order = torch.cat(known) if known and len(known) == len(found) else torch.zeros(len(order)).long()
+    else:
+        labels_in_order = labels[order]
+    chosen = order[stratified(labels_in_order)[:num_samples]]
+    # Too few for all ranks are none for any: an error on some of them would leave the others waiting for ever.
+    share = chosen[rank::world_size].tolist() if len(chosen) >= world_size else []
+    return _load(loader, share) if share else iter(())
+
+
+def stratified(labels: Tensor) -> Tensor:
+    """An order of the samples in which every beginning holds as many of each class as it can.
+
+    Args:
+        labels: (N,) integer labels, themselves in random order.
+
+    Returns:
+        (N,) positions: the first sample of each class, then the second of each, and so on.
+
+    Example:
+        >>> stratified(torch.tensor([0, 0, 0, 1, 2])).tolist()
+        [0, 3, 4, 1, 2]
+    """
+    by_class = torch.argsort(labels, stable=True)
+    counts = torch.unique_consecutive(labels[by_class], return_counts=True)[1]
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    turn = torch.empty_like(by_class)
+    turn[by_class] = torch.arange(len(labels)) - starts
+    return torch.argsort(turn, stable=True)
+
+
+def dataset_labels(dataset: Any) -> Tensor | None:
+    """The class labels of a whole dataset where it tells them without loading its samples, else None."""
+    if isinstance(dataset, Subset):
+        labels = dataset_labels(dataset.dataset)
+        return None if labels is None else labels[torch.as_tensor(list(dataset.indices), dtype=torch.long)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [dataset_labels(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
+    if isinstance(dataset, TensorDataset):
+        found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    else:
+        found = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    try:
+        labels = class_labels(torch.as_tensor(found))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return labels.cpu() if labels is not None and len(labels) == len(dataset) else None
+
+
+class _Beginning(IterableDataset[Any]):
+    """The first samples of a stream."""
+
+    def __init__(self, dataset: Any, num_samples: int) -> None:
+        self.dataset = dataset
+        self.num_samples = num_samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.dataset, self.num_samples)
+
+
+def _first_batches(source: Any, num_samples: int) -> Iterator[Any]:
+    if isinstance(source, DataLoader):
+        batch_size, collate_fn = source.batch_size, source.collate_fn
+        if batch_size is not None:
+            source = DataLoader(_Beginning(source.dataset, num_samples), batch_size=batch_size, collate_fn=collate_fn)
+        else:
+            source = map(collate_fn, _unbatched(source, num_samples))
+    seen = 0
+    # A batch that does not tell its size counts as one sample, so that an endless stream of such ends too.
+    for batch in source:
+        yield batch
+        seen += batch_length(batch) or 1
+        if seen >= num_samples:
+            return
+
+
+def _unbatched(loader: DataLoader[Any], num_samples: int) -> Iterator[Any]:
+    """What the dataset gives to a loader that does no batching: each item is a sample or a batch."""
+    if isinstance(loader.dataset, IterableDataset):
+        return iter(loader.dataset)
+    generator = loader.generator
+    state = None if generator is None else generator.get_state()
+    indices = list(islice(loader.sampler, num_samples))
+    if generator is not None and state is not None:
+        # The sampler drew from the user's own generator.
+        generator.set_state(state)
+    return (loader.dataset[index] for index in indices)

@@ -1,0 +1,70 @@
+"""The figure says what it should and stays cheap."""
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from lightning_neuro.communities import NeuronModularity, plot_communities
+
+
+def result_of(x, **options):
+    metric = NeuronModularity(**options)
+    metric.update(x)
+    return metric.compute()
+
+
+def texts(figure):
+    return " | ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+
+
+@pytest.fixture
+def planted():
+    signal = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(300, 20, generator=torch.Generator().manual_seed(1))
+    return result_of((signal.repeat(1, 5) + 0.5 * noise).relu())
+
+
+def test_units_are_sorted_by_community(planted):
+    image = plot_communities({"fc1": planted}).axes[0].images[0].get_array()
+    inside = np.kron(np.eye(4), np.ones((5, 5))).astype(bool) & ~np.eye(20, dtype=bool)
+    assert image[inside].min() > image[~inside].max()
+    strengths = image.sum(axis=1)[:5]
+    assert (np.diff(strengths) <= 1e-5).all()
+
+
+def test_words(planted):
+    noise = result_of(torch.randn(200, 20, generator=torch.Generator().manual_seed(1)).relu())
+    said = texts(plot_communities({"fc1": planted, "fc2": noise, "fc3": result_of(torch.zeros(9, 3))}))
+    assert "fc1: 20 units, 300 samples" in said
+    assert "4 communities, largest 25%" in said
+    assert ": clearer than chance" in said
+    assert "no more than chance" in said
+    assert "dead" in said
+    assert "correlation of two units" in said
+
+
+def test_large_layers_are_averaged_down():
+    x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)).relu()
+    result = result_of(x, null_draws=0, seeds=1)
+    image = plot_communities({"": result}).axes[0].images[0].get_array()
+    assert image.shape == (200, 200)
+
+
+def test_at_most_eight_panels(planted):
+    said = texts(plot_communities({f"layer{i}": planted for i in range(10)}))
+    assert "layer7:" in said
+    assert "layer8:" not in said
+    assert "2 more layers are not drawn" in said
+
+
+def test_metric_plot_and_no_pyplot_state(planted, tmp_path):
+    metric = NeuronModularity()
+    metric.update(torch.rand(20, 5))
+    before = dict(matplotlib.rcParams)
+    metric.plot().savefig(tmp_path / "figure.png")
+    assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert "20 units" in texts(metric.plot(planted))
+    with pytest.raises(ValueError, match="at least one"):
+        plot_communities({})
