@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -17,9 +17,11 @@ from torchmetrics import Metric
 
 from lightning_neuro.compat import Callback
 from lightning_neuro.isolation import isolated_random_state, without_inference_mode
-from lightning_neuro.logging import Loggers, log_figures, log_histogram, log_layout, log_scalars
+from lightning_neuro.logging import Loggers, log_figures, log_histogram, log_layout, log_scalars, multiline_charts
+from lightning_neuro.metric import LayerResult
 from lightning_neuro.probe import Event, Probe, ProbeBatch
 from lightning_neuro.ranks import on_any_rank
+from lightning_neuro.samples import describe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,20 +29,6 @@ if TYPE_CHECKING:
 Memory = dict[str, Any]
 
 _NAME = re.compile(r"\w[\w.-]*")
-
-
-@runtime_checkable
-class LayerResult(Protocol):
-    """What a metric of this package returns for one layer."""
-
-    def scalars(self) -> Mapping[str, float]:
-        """Measure -> value, undefined ones left out."""
-
-    def notes(self) -> Mapping[str, str]:
-        """Kind -> a sentence that the user must be told once: what was left out of the data, why nothing is defined."""
-
-    def histogram(self) -> Tensor:
-        """The values whose distribution is worth a look."""
 
 
 class MetricCallback(Callback):
@@ -88,6 +76,7 @@ class MetricCallback(Callback):
     baselines: ClassVar[tuple[str, ...]] = ()
     charts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     histogram_name: ClassVar[str] = "histogram"
+    needs_labels: bool = False
 
     def __init__(
         self,
@@ -129,7 +118,7 @@ class MetricCallback(Callback):
         self._failed: dict[str, Exception] = {}
         self._warned: set[str] = set()
 
-    # What a method changes -------------------------------------------------------------------------------------------
+    # What a method changes
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Called before every pass, for what a method must know of the activations beforehand."""
@@ -159,7 +148,7 @@ class MetricCallback(Callback):
         """Figures of all layers' results: the last part of the tag -> figure."""
         return {}
 
-    # Lightning's hooks -----------------------------------------------------------------------------------------------
+    # Lightning's hooks
 
     @property
     def state_key(self) -> str:
@@ -252,7 +241,7 @@ class MetricCallback(Callback):
         self._last_epoch = state_dict["last_epoch"]
         self._last_step = state_dict["last_step"]
 
-    # One evaluation --------------------------------------------------------------------------------------------------
+    # One evaluation
 
     def _at_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         epoch = trainer.current_epoch
@@ -270,6 +259,11 @@ class MetricCallback(Callback):
 
     def observe(self, batch: ProbeBatch) -> None:
         """Take in one batch of the probe's pass; a layer that fails is noted and left out of this evaluation."""
+        if self.needs_labels and batch.targets is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs a class label (a whole number) for each sample, and the probe finds none."
+                f" The batch is {describe(batch.batch)}. Say where they are with `Probe(target_fn=lambda batch: ...)`."
+            )
         for layer, activations in batch.activations.items():
             try:
                 self.update(self.metric_at(layer, activations.device), activations, batch)
@@ -288,7 +282,10 @@ class MetricCallback(Callback):
         self._last_step = trainer.global_step
         with isolated_random_state(pl_module.device), without_inference_mode():
             self.result = self._results(trainer, pl_module, (kind, trainer.current_epoch, trainer.global_step))
-            self.scalars = self._keyed_scalars(self.result)
+            measured = self._measured(self.result)
+            if kind == "start":
+                self.initial = self._keyed(measured)
+            self.scalars = self._keyed(measured | self._baselines())
             log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers=loggers)
             with self._guard("the figures"):
                 self._log_pictures(trainer)
@@ -310,34 +307,48 @@ class MetricCallback(Callback):
             if on_any_rank(trainer, layer in self._failed):
                 self._report(f"layer '{layer}'", self._failed.get(layer))
             elif metric.update_called:
-                with self._guard(f"layer '{layer}'"):
+                error = None
+                try:
                     results[layer] = metric.compute()
+                except MisconfigurationException:
+                    raise
+                except Exception as failure:
+                    error = failure
+                    # It broke off with the states of all ranks joined, over which a reset would stumble.
+                    metric.unsync(should_unsync=metric._is_synced)
+                if on_any_rank(trainer, error is not None):
+                    results.pop(layer, None)
+                    self._report(f"layer '{layer}'", error)
             metric.reset()
         return results
 
-    def _keyed_scalars(self, results: Mapping[str, Any]) -> dict[str, float]:
-        by_measure: dict[str, dict[str, float]] = {}
+    def _measured(self, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Measure -> layer -> value, where it is defined."""
+        measured: dict[str, dict[str, float]] = {}
         for layer, result in results.items():
             with self._guard(f"layer '{layer}'"):
-                measures = self.measures(result, self._previous.get(layer))
+                for measure, value in self.measures(result, self._previous.get(layer)).items():
+                    if isfinite(value := float(value)):
+                        measured.setdefault(measure, {})[layer] = value
+                    else:
+                        self._warn_once(f"{layer}/{measure}", f"{self.name}/{measure}/{layer} is {value}: not logged.")
+                self._previous[layer] = self.remember(result)
                 for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
                     self._warn_once(f"{layer}/{kind}", f"{self.name}, layer '{layer}': {note}")
-                for measure, value in measures.items():
-                    if isfinite(value := float(value)):
-                        by_measure.setdefault(measure, {})[layer] = value
-                self._previous[layer] = self.remember(result)
-        if not self.initial:
-            self.initial = self._keyed(by_measure)
+        return measured
+
+    def _baselines(self) -> dict[str, dict[str, float]]:
+        """The values before training, as measures of their own."""
+        found: dict[str, dict[str, float]] = {}
         for measure in self.baselines:
             prefix = f"{self.name}/{measure}/"
-            start = {key.removeprefix(prefix): v for key, v in self.initial.items() if key.startswith(prefix)}
-            if start:
-                by_measure[f"{measure}_initial"] = start
-        return self._keyed(by_measure)
+            layers = {key.removeprefix(prefix): v for key, v in self.initial.items() if key.startswith(prefix)}
+            found |= {f"{measure}_initial": layers} if layers else {}
+        return found
 
-    def _keyed(self, by_measure: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    def _keyed(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         keyed: dict[str, float] = {}
-        for measure, layers in by_measure.items():
+        for measure, layers in measured.items():
             keyed[f"{self.name}/{measure}"] = self.over_layers(measure, list(layers.values()))
             keyed.update({f"{self.name}/{measure}/{layer}": value for layer, value in layers.items()})
         return keyed
@@ -350,7 +361,7 @@ class MetricCallback(Callback):
             if isinstance(result, LayerResult):
                 log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
 
-    # Around it -------------------------------------------------------------------------------------------------------
+    # Around it
 
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:
@@ -366,10 +377,8 @@ class MetricCallback(Callback):
         if self.on_error == "raise" and error is not None:
             raise error
         reason = "it failed on another rank" if error is None else f"{type(error).__name__}: {error}"
-        self._warn_once(
-            f"{what}/error",
-            f"{self.name}: the analysis of {what} failed and is left out; training goes on. {reason}",
-        )
+        message = f"{self.name}: the analysis of {what} failed and is left out; training goes on. {reason}"
+        self._warn_once(f"{what}/error", message)
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -400,19 +409,7 @@ class MetricCallback(Callback):
         """The last of our callbacks writes the layout for all: TensorBoard keeps one per run."""
         ours = _ours(trainer)
         if self is ours[-1]:
-            log_layout(trainer, {callback.name: charts for callback in ours if (charts := callback._layout_charts())})
-
-    def _layout_charts(self) -> dict[str, list[Any]]:
-        def tags(measures: Sequence[str], ending: str) -> list[str]:
-            return [f"^{re.escape(f'{self.name}/{measure}')}{ending}$" for measure in measures]
-
-        charts: dict[str, list[Any]] = {}
-        for title, measures in self.charts.items():
-            charts[f"{title}: mean over layers"] = ["Multiline", tags(measures, "")]
-            charts[f"{measures[0]}: each layer"] = ["Multiline", tags(measures[:1], "/.*")]
-            for layer in self.result:
-                charts[f"{title}: {layer}"] = ["Multiline", tags(measures, re.escape(f"/{layer}"))]
-        return charts
+            log_layout(trainer, {cb.name: multiline_charts(cb.name, cb.charts, cb.result) for cb in ours if cb.charts})
 
 
 def _ours(trainer: "pl.Trainer") -> list[MetricCallback]:

@@ -160,6 +160,19 @@ def _close(name: str, current: bool | None, ends: dict[str, bool]) -> None:
         ends[name] = current
 
 
+class _LayoutHook:
+    """A class and not a closure, so that the hooked model can be pickled and copied; a copy notes for itself."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[bool, int] | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        last = isinstance(module, _CHANNELS_LAST)
+        tensor = first_tensor(output)
+        if tensor.ndim > 1:
+            self.latest = last, tensor.shape[-1 if last else 1]
+
+
 @contextmanager
 def latest_layout(model: nn.Module) -> Iterator[Callable[[Tensor], bool | None]]:
     """Follow where the units lie while the model runs: one ReLU, declared last, may follow convolutions and tokens.
@@ -168,18 +181,12 @@ def latest_layout(model: nn.Module) -> Iterator[Callable[[Tensor], bool | None]]
     the latest layer that decides it, or, after a permutation, where this layer's number of units is found; None as
     long as no such layer has run.
     """
-    latest: list[tuple[bool, int]] = []
-
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        last = isinstance(module, _CHANNELS_LAST)
-        tensor = first_tensor(output)
-        if tensor.ndim > 1:
-            latest[:] = [(last, tensor.shape[-1 if last else 1])]
+    note = _LayoutHook()
 
     def units_last(output: Tensor) -> bool | None:
-        if not latest or output.ndim < 3:
+        if note.latest is None or output.ndim < 3:
             return None
-        last, units = latest[0]
+        last, units = note.latest
         at_end, at_front = output.shape[-1] == units, output.shape[1] == units
         return at_end if at_end != at_front else last
 

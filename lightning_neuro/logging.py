@@ -1,6 +1,7 @@
 """The one door to any Lightning logger: scalars to all of them, figures and histograms to those that can hold them."""
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,7 +66,8 @@ def log_scalars(
 def logging_step(trainer: "pl.Trainer") -> int:
     """The step under which Lightning itself writes at this moment, so that all curves share their x axis."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return step
+    # What is logged there Lightning writes after the hook, and for this one moment counts a step back.
+    return step - 1 if trainer.lightning_module._current_fx_name == "on_train_epoch_end" else step
 
 
 def log_figures(trainer: "pl.Trainer", draw: Callable[[], Mapping[str, "Figure"]]) -> None:
@@ -93,6 +95,27 @@ def log_histogram(trainer: "pl.Trainer", tag: str, values: Tensor) -> None:
         if writer is not None:
             # Fifty bins instead of the writer's 1,549, most of them empty: a tenth of its cost.
             writer.add_histogram(tag, values.detach().cpu().numpy(), logging_step(trainer), bins=50)
+
+
+def multiline_charts(family: str, charts: Mapping[str, Sequence[str]], layers: Iterable[str]) -> dict[str, list[Any]]:
+    """Charts for TensorBoard's Custom Scalars tab that show measures which belong together in one picture.
+
+    Args:
+        family: The first part of the keys.
+        charts: Title -> the measures in one chart; the first is also shown for all layers in one.
+        layers: The layers that have a chart of their own.
+    """
+
+    def tags(measures: Iterable[str], ending: str) -> list[str]:
+        return [f"^{re.escape(f'{family}/{measure}')}{ending}$" for measure in measures]
+
+    found: dict[str, list[Any]] = {}
+    for title, measures in charts.items():
+        found[f"{title}: mean over layers"] = ["Multiline", tags(measures, "")]
+        found[f"{measures[0]}: each layer"] = ["Multiline", tags(measures[:1], "/.*")]
+        for layer in layers:
+            found[f"{title}: {layer}"] = ["Multiline", tags(measures, re.escape(f"/{layer}"))]
+    return found
 
 
 def log_layout(trainer: "pl.Trainer", layout: Layout) -> None:

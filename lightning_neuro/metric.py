@@ -1,10 +1,25 @@
-"""What the package's metrics share: their `compute()` returns a frozen result, not a tensor."""
+"""What the package's metrics share: their `compute()` returns a frozen result, which tells its scalars by name."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
 from torchmetrics import Metric
+
+
+@runtime_checkable
+class LayerResult(Protocol):
+    """What a metric of this package returns for one layer."""
+
+    def scalars(self) -> Mapping[str, float]:
+        """Measure -> value, undefined ones left out."""
+
+    def notes(self) -> Mapping[str, str]:
+        """Kind -> a sentence that the user must be told once: what was left out of the data, why nothing is defined."""
+
+    def histogram(self) -> Tensor:
+        """The values whose distribution is worth a look."""
 
 
 class ResultMetric(Metric):

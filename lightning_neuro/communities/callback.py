@@ -121,6 +121,7 @@ class NeuronCommunities(MetricCallback):
             score=score,
         )
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        self.needs_labels = mode == "mostafa2021"  # a graph per class
 
     def measures(self, result: CommunityResult, previous: Memory | None) -> dict[str, float]:
         """The result's scalars, and how far the groups are still those of the previous evaluation."""

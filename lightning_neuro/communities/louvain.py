@@ -30,10 +30,10 @@ def _multilevel(adjacency: Floats, resolution: float, rng: np.random.Generator) 
     strength = adjacency.sum(axis=1)
     labels = _merge_singletons(adjacency, strength, resolution, rng)
     labels = _move_units(adjacency, strength, labels, resolution, rng)
-    members = _members(labels)
-    if len(members) == len(labels):
+    links = _sum_by(labels, adjacency)
+    if len(links) == len(labels):
         return labels
-    labels = _multilevel(members @ adjacency @ members.T, resolution, rng)[labels]
+    labels = _multilevel(_sum_by(labels, links.T), resolution, rng)[labels]
     return _move_units(adjacency, strength, labels, resolution, rng)
 
 
@@ -61,9 +61,8 @@ def _move_units(
     """Move single nodes while any move raises the modularity."""
     labels = labels.copy()
     nodes = np.arange(len(labels))
-    members = _members(labels)
-    links = members @ adjacency  # (communities, n): weight from each node to each community
-    totals = members @ strength
+    links = _sum_by(labels, adjacency)  # (communities, n): weight from each node to each community
+    totals = _sum_by(labels, strength)
     loops = adjacency.diagonal()
     while True:
         # All gains at once show who wants to move; each is looked at again in its turn, since moves change the rest.
@@ -87,10 +86,12 @@ def _move_units(
             return _renumber(labels)
 
 
-def _members(labels: Labels) -> Floats:
-    members = np.zeros((int(labels.max()) + 1, len(labels)))
-    members[labels, np.arange(len(labels))] = 1.0
-    return members
+def _sum_by(labels: Labels, rows: Floats) -> Floats:
+    """Sum of the rows of each community. No matrix product: its threads would wait for each other on a busy machine."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
+    summed: Floats = np.add.reduceat(rows[order], starts, axis=0)
+    return summed
 
 
 def _renumber(labels: Labels) -> Labels:

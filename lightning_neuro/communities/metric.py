@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_neuro.communities.detection import (
@@ -35,6 +33,7 @@ from lightning_neuro.communities.louvain import Floats
 from lightning_neuro.communities.mostafa2021 import SCORES, class_graphs, sum_graphs
 from lightning_neuro.communities.null import keep_rows, null_graphs, shuffles, stretch
 from lightning_neuro.communities.result import CommunityResult
+from lightning_neuro.metric import ResultMetric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 MODES = ("correlation", "mostafa2021")
 
 
-class NeuronModularity(Metric):
+class NeuronModularity(ResultMetric):
     """How sharply a layer's units fall apart into groups that act together.
 
     Units that rise and fall together over the samples are joined into a graph, the graph is divided into communities,
@@ -301,17 +300,6 @@ class NeuronModularity(Metric):
             ours, incoming_state[name] = stack_padded([getattr(self, name), incoming_state[name]])
             setattr(self, name, ours)
         super()._reduce_states(incoming_state)
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        # torchmetrics copies what compute returns field by field, which a frozen dataclass refuses; it leaves a plain
-        # object alone, so the result travels inside one.
-        wrapped = super()._wrap_compute(functools.wraps(compute)(lambda: _Sealed(compute())))
-        return functools.wraps(compute)(lambda: wrapped().result)
-
-
-class _Sealed:
-    def __init__(self, result: CommunityResult) -> None:
-        self.result = result
 
 
 @dataclass(frozen=True)

@@ -104,5 +104,5 @@ def null_graphs(values: Values, weight: str, draws: int, rng: np.random.Generato
         length = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
         x = np.divide(x, length, out=np.zeros_like(x), where=length > 0).astype(np.float32)
     for shuffled in shuffles(x, draws, rng):
-        turned = torch.from_numpy(shuffled)
-        yield edge_weights(turned @ turned.T, weight=weight).double().numpy()
+        products = torch.from_numpy(shuffled @ shuffled.T)  # numpy computes only half of a product with itself
+        yield edge_weights(products, weight=weight).double().numpy()

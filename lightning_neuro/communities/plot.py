@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_PANELS = 8
 MAX_PIXELS = 256
 _PANEL = 3.3  # inches
-_TOP, _BOTTOM, _SIDE, _GAP, _BAR = 0.7, 0.35, 0.25, 0.25, 0.75
+_TOP, _BOTTOM, _SIDE, _GAP, _BAR = 0.7, 0.42, 0.25, 0.25, 0.75
 _LEAST_DARKEST = 0.05  # each panel has its own scale, but weights below this are not blown up to look like structure
 
 Image = npt.NDArray[np.float32]
@@ -73,7 +73,7 @@ def plot_communities(results: Mapping[str, CommunityResult]) -> Figure:
     left_out = len(results) - len(shown)
     foot = "Units sorted by community (outlined). Q: modularity; by chance: mean Q of shuffled activations."
     more = f" {left_out} more layers are not drawn." if left_out else ""
-    axes.text(_SIDE, 0.08, textwrap.fill(foot + more, int(15 * width)), fontsize=7, color="0.3", va="bottom")
+    axes.text(_SIDE, 0.06, textwrap.fill(foot + more, int(15 * width)), fontsize=7, color="0.3", va="bottom")
     return figure
 
 

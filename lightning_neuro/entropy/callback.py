@@ -106,6 +106,7 @@ class ActivationEntropy(MetricCallback):
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Set the bins, from all samples of all ranks: counts can only be added up over the same bins."""
         if self.calibrate == "each":
+            self._saved_metrics = {}
             for metric in self._entropies():
                 metric.forget_range()
         entropies = self._entropies()

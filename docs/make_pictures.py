@@ -1,0 +1,73 @@
+"""The pictures in README and docs, from a run of the demo.
+
+    python docs/make_pictures.py
+
+Runs the demo, writes its last figures to docs/images/, and photographs TensorBoard's Custom Scalars page with
+a headless Chromium (the command `chromium`; without it that picture is left as it is).
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_neuro.demo import run_demo
+
+IMAGES = Path(__file__).parent / "images"
+
+
+def write_figures(log: Path) -> None:
+    """The last step of every figure in the log."""
+    events = EventAccumulator(str(log), size_guidance={"images": 0})
+    events.Reload()
+    for tag in events.Tags()["images"]:
+        content = events.Images(tag)[-1].encoded_image_string
+        (IMAGES / f"{tag.replace('/', '_')}.png").write_bytes(content)
+
+
+def photograph(log: Path) -> None:
+    """TensorBoard's Custom Scalars page."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", log, "--port", str(port)])
+    address = f"http://localhost:{port}/"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(address).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        with tempfile.TemporaryDirectory() as profile:
+            subprocess.run(
+                [
+                    *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+                    *(f"--user-data-dir={profile}", "--window-size=1400,780", "--virtual-time-budget=25000"),
+                    *(f"--screenshot={IMAGES / 'tensorboard.png'}", f"{address}#custom_scalars"),
+                ],
+                check=True,
+            )
+    finally:
+        server.terminate()
+
+
+def main() -> None:
+    """Make them all."""
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run_demo(f"{folder}/demo")
+        log = Path(folder) / "demo" / "version_0"
+        write_figures(log)
+        if shutil.which("chromium"):
+            photograph(log)
+
+
+if __name__ == "__main__":
+    main()
