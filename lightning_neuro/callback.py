@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,9 +13,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_neuro import logging
 from lightning_neuro.compat import Callback
 from lightning_neuro.isolation import isolated_random_state, without_inference_mode
-from lightning_neuro.logging import Loggers, log_figures, log_histogram, log_layout, log_scalars, multiline_charts
 from lightning_neuro.metric import LayerResult
 from lightning_neuro.probe import Event, Probe, ProbeBatch
 from lightning_neuro.ranks import on_any_rank
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 Memory = dict[str, Any]
 
 _NAME = re.compile(r"\w[\w.-]*")
+_SAVED = ("initial", "scalars", "_previous", "_last_epoch", "_last_step")
 
 
 class MetricCallback(Callback):
@@ -96,8 +95,7 @@ class MetricCallback(Callback):
         name = self.family or type(metric).__name__.lower() if name is None else name
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise MisconfigurationException(
-                f"`name` must consist of letters, digits, '_', '-' and '.', and begin with a letter, a digit or '_';"
-                f" got {name!r}."
+                f"`name` may hold letters, digits, '_', '-' and '.', and begins with neither '-' nor '.'; got {name!r}."
             )
         prog_bar = (prog_bar,) if isinstance(prog_bar, str) else prog_bar
         if not isinstance(prog_bar, Sequence) or not all(isinstance(pattern, str) for pattern in prog_bar):
@@ -113,8 +111,7 @@ class MetricCallback(Callback):
         self._metrics: dict[str, Metric] = {}
         self._saved_metrics: dict[str, Any] = {}
         self._previous: dict[str, Memory] = {}
-        self._last_epoch = -1
-        self._last_step = -1
+        self._last_epoch = self._last_step = -1
         self._failed: dict[str, Exception] = {}
         self._warned: set[str] = set()
 
@@ -182,10 +179,12 @@ class MetricCallback(Callback):
             rank_zero_info(f"{type(self).__name__} is off: the trainer is barebones, and can log nothing.")
             return
         if self.scalars:
-            log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers="never")
+            logging.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers="never")
         else:
             self._evaluate(trainer, pl_module, "start", loggers="now")
-        self._check_prog_bar()
+        for pattern, near in logging.unmatched(self.prog_bar, self.scalars).items():
+            sentence = f"`prog_bar` has {pattern!r}, which is no key of {type(self).__name__}. Near: {near}"
+            self._warn_once(f"prog_bar/{pattern}", sentence)
         self._log_layout(trainer)
 
     def on_train_batch_end(
@@ -223,23 +222,14 @@ class MetricCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had never stopped."""
         metrics = {layer: metric.state_dict() for layer, metric in self._metrics.items()}
-        return {
-            "metrics": {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state},
-            "initial": self.initial,
-            "previous": self._previous,
-            "scalars": self.scalars,
-            "last_epoch": self._last_epoch,
-            "last_step": self._last_step,
-        }
+        saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
+        return {"metrics": saved} | {name: getattr(self, name) for name in _SAVED}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state."""
         self._saved_metrics = state_dict["metrics"]
-        self.initial = state_dict["initial"]
-        self._previous = state_dict["previous"]
-        self.scalars = state_dict["scalars"]
-        self._last_epoch = state_dict["last_epoch"]
-        self._last_step = state_dict["last_step"]
+        for name in _SAVED:
+            setattr(self, name, state_dict[name])
 
     # One evaluation
 
@@ -278,7 +268,9 @@ class MetricCallback(Callback):
                 metric.load_state_dict(self._saved_metrics[layer])
         return self._metrics[layer].to(device)
 
-    def _evaluate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kind: str, *, loggers: Loggers) -> None:
+    def _evaluate(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kind: str, *, loggers: logging.Loggers
+    ) -> None:
         self._last_step = trainer.global_step
         with isolated_random_state(pl_module.device), without_inference_mode():
             self.result = self._results(trainer, pl_module, (kind, trainer.current_epoch, trainer.global_step))
@@ -286,7 +278,7 @@ class MetricCallback(Callback):
             if kind == "start":
                 self.initial = self._keyed(measured)
             self.scalars = self._keyed(measured | self._baselines())
-            log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers=loggers)
+            logging.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers=loggers)
             with self._guard("the figures"):
                 self._log_pictures(trainer)
 
@@ -356,10 +348,10 @@ class MetricCallback(Callback):
     def _log_pictures(self, trainer: "pl.Trainer") -> None:
         if not self.result:
             return
-        log_figures(trainer, lambda: {f"{self.name}/{tag}": fig for tag, fig in self.draw(self.result).items()})
+        logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": fig for tag, fig in self.draw(self.result).items()})
         for layer, result in self.result.items():
             if isinstance(result, LayerResult):
-                log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
+                logging.log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
 
     # Around it
 
@@ -396,20 +388,11 @@ class MetricCallback(Callback):
         for metric in self._metrics.values():
             metric.reset()
 
-    def _check_prog_bar(self) -> None:
-        for pattern in self.prog_bar:
-            if self.scalars and not any(fnmatchcase(key, pattern) for key in self.scalars):
-                nearest = get_close_matches(pattern, self.scalars, n=5, cutoff=0.3) or list(self.scalars)[:5]
-                self._warn_once(
-                    f"prog_bar/{pattern}",
-                    f"`prog_bar` has {pattern!r}, which is no key of {type(self).__name__}. Near: {', '.join(nearest)}",
-                )
-
     def _log_layout(self, trainer: "pl.Trainer") -> None:
         """The last of our callbacks writes the layout for all: TensorBoard keeps one per run."""
-        ours = _ours(trainer)
-        if self is ours[-1]:
-            log_layout(trainer, {cb.name: multiline_charts(cb.name, cb.charts, cb.result) for cb in ours if cb.charts})
+        if self is (ours := _ours(trainer))[-1]:
+            charts = {our.name: logging.multiline_charts(our.name, our.charts, our.result) for our in ours}
+            logging.log_layout(trainer, charts)
 
 
 def _ours(trainer: "pl.Trainer") -> list[MetricCallback]:

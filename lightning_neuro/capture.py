@@ -1,8 +1,7 @@
 """Forward activations and output gradients of named layers, through hooks that leave nothing behind."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,10 +170,7 @@ class Capture:
 def uncompiled() -> AbstractContextManager[Any]:
     """Run compiled models eagerly inside the block, where every hook fires.
 
-    A hook that was not there when a graph was compiled is skipped silently when this graph runs again. Where nothing
-    was compiled in this process this does nothing, and above all does not import the compiler, which takes seconds.
+    A hook that was not there when a graph was compiled is skipped silently when this graph runs again.
     """
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager

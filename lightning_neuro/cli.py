@@ -1,6 +1,8 @@
 """The command line: `lightning-neuro demo`."""
 
 import argparse
+import logging
+import warnings
 from collections.abc import Sequence
 
 
@@ -16,6 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo.add_argument("--logdir", default="runs/demo", help="where TensorBoard finds the curves (default: %(default)s)")
     demo.add_argument("--epochs", type=int, default=20, help="at most so many epochs (default: %(default)s)")
     options = parser.parse_args(arguments)
+
+    # Of Lightning's chatter nothing concerns who runs a demo.
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     # The command line must answer --help without waiting for torch.
     from lightning_neuro.demo import run_demo

@@ -1,8 +1,6 @@
 """The demo: a small network on real handwritten digits, watched by every callback of the package."""
 
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +83,6 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
         Every logged value at the end, by key.
     """
     pl.seed_everything(0, verbose=False)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     probe = Probe()
     callbacks = [
         NeuronCommunities(probe, prog_bar="communities/modularity"),

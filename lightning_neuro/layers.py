@@ -132,34 +132,6 @@ def _default_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: found[name] for name in names}
 
 
-def channels_last(model: nn.Module) -> dict[str, bool]:
-    """Say for each module whether its units lie on the last dimension of its output (True) or on dimension 1 (False).
-
-    A linear or normalised-over-features layer has its units last, a convolution first. An activation, a dropout or a
-    block follows the nearest such module registered at or before its end. Names without any such module are left out:
-    `to_units` then goes by the number of dimensions.
-    """
-    ends: dict[str, bool] = {}
-    current: bool | None = None
-    stack: list[str] = []
-    for name, module in named_layers(model).items():
-        while stack and not name.startswith(stack[-1] + "."):
-            _close(stack.pop(), current, ends)
-        if isinstance(module, _CHANNELS_LAST):
-            current = True
-        elif isinstance(module, _CHANNELS_FIRST):
-            current = False
-        stack.append(name)
-    while stack:
-        _close(stack.pop(), current, ends)
-    return ends
-
-
-def _close(name: str, current: bool | None, ends: dict[str, bool]) -> None:
-    if current is not None:
-        ends[name] = current
-
-
 class _LayoutHook:
     """A class and not a closure, so that the hooked model can be pickled and copied; a copy notes for itself."""
 
@@ -175,11 +147,12 @@ class _LayoutHook:
 
 @contextmanager
 def latest_layout(model: nn.Module) -> Iterator[Callable[[Tensor], bool | None]]:
-    """Follow where the units lie while the model runs: one ReLU, declared last, may follow convolutions and tokens.
+    """Follow where the units lie while the model runs: the same ReLU may follow convolutions and tokens.
 
-    Yields a function that says of an output just computed what `channels_last` says of a module: it lies as that of
-    the latest layer that decides it, or, after a permutation, where this layer's number of units is found; None as
-    long as no such layer has run.
+    Yields a function that says of an output just computed whether its units lie on the last dimension (True) or on
+    dimension 1 (False): as those of the latest layer that decides it (linear and normalised over features: last;
+    convolutions: dimension 1), or, after a permutation, where this layer's number of units is found. None as long as no
+    such layer has run.
     """
     note = _LayoutHook()
 

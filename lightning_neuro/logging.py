@@ -1,7 +1,8 @@
 """The one door to any Lightning logger: scalars to all of them, figures and histograms to those that can hold them."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,6 +64,14 @@ def log_scalars(
             logger.save()
 
 
+def unmatched(patterns: Iterable[str], keys: Collection[str]) -> dict[str, str]:
+    """The patterns that match no key, each with the keys nearest to it in one string; none where there are no keys."""
+    missing = [pattern for pattern in patterns if keys and not any(fnmatchcase(key, pattern) for key in keys)]
+    return {
+        pattern: ", ".join(get_close_matches(pattern, keys, n=5, cutoff=0.3) or list(keys)[:5]) for pattern in missing
+    }
+
+
 def logging_step(trainer: "pl.Trainer") -> int:
     """The step under which Lightning itself writes at this moment, so that all curves share their x axis."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -120,6 +129,7 @@ def multiline_charts(family: str, charts: Mapping[str, Sequence[str]], layers: I
 
 def log_layout(trainer: "pl.Trainer", layout: Layout) -> None:
     """Write the page of TensorBoard's Custom Scalars tab: family -> chart title -> ["Multiline", tag patterns]."""
+    layout = {family: charts for family, charts in layout.items() if charts}
     if not trainer.is_global_zero or not layout:
         return
     for logger in trainer.loggers:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_neuro.capture import Capture, uncompiled
 from lightning_neuro.isolation import undisturbed
-from lightning_neuro.layers import REDUCTIONS, Reduction, channels_last, latest_layout, resolve_layers, to_units
+from lightning_neuro.layers import REDUCTIONS, Reduction, latest_layout, resolve_layers, to_units
 from lightning_neuro.ranks import over_ranks
 from lightning_neuro.samples import (
     BatchFunction,
@@ -146,7 +146,6 @@ class Probe:
         self.seed = seed
         self._observers: list[Observer] = []
         self._modules: dict[str, nn.Module] = {}
-        self._units_last: dict[str, bool] = {}
         self._samples: Samples | None = None
         self._num_classes = 0
         self._warned: set[str] = set()
@@ -174,7 +173,6 @@ class Probe:
         """Find the layers and enlist an observer; the first observer's call prepares the probe for this model."""
         if not self._observers:
             self._modules = resolve_layers(pl_module, self.layers)
-            self._units_last = channels_last(pl_module)
         if observer not in self._observers:
             self._observers.append(observer)
 
@@ -183,7 +181,7 @@ class Probe:
         if observer in self._observers:
             self._observers.remove(observer)
         if not self._observers:
-            self._modules, self._units_last, self._warned = {}, {}, set()
+            self._modules, self._warned = {}, set()
             self._samples = self._last_event = self._last_error = None
 
     def due_at_epoch(self, epoch: int) -> bool:
@@ -241,9 +239,7 @@ class Probe:
         num_samples = batch_length(targets, inputs, batch)
 
         def units(name: str, output: Tensor) -> Tensor:
-            units_last = layout(output)
-            units_last = self._units_last.get(name) if units_last is None else units_last
-            return self._units(output, num_samples, units_last, generators[name])
+            return self._units(output, num_samples, layout(output), generators[name])
 
         # The hooks are on for this one call only: nothing can be left behind, and training steps run without them.
         capture = Capture(self._modules, transform=units)
@@ -278,17 +274,17 @@ class Probe:
                     " in its first dimension"
                 )
             output, units_last = output.transpose(0, 1), True
+        if output.device.type == "mps":
+            output = output.cpu()  # the metrics count in float64, which this device lacks
         return to_units(output, self.reduction, units_last=units_last, generator=generator)
 
     def _warn_of_missing(self, silent: list[str], failures: dict[str, str]) -> None:
-        reasons = failures | dict.fromkeys(
-            silent,
-            "its hook did not fire: the forward pass does not call it, or it is scripted or part of a fused kernel",
-        )
+        why = "its hook did not fire: the forward pass does not call it, or it is scripted or part of a fused kernel"
+        reasons = failures | dict.fromkeys(silent, why)
         for name, reason in reasons.items():
             if name not in self._warned:
                 self._warned.add(name)
-                rank_zero_warn(f"Layer '{name}' is left out of the probe: {reason}.")
+                rank_zero_warn(f"The probe cannot fully see layer '{name}': {reason}.")
 
     def _collect(self, trainer: "pl.Trainer") -> Samples:
         if self._samples is None:

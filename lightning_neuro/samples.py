@@ -107,7 +107,7 @@ def collect_samples(
 
     From a map-style dataset the choice is drawn by a private generator and spreads evenly over the classes, where
     there are class labels; every rank makes the same choice and loads its own share. From a stream (an
-    `IterableDataset`, any other iterable of batches) it is the first samples, of each rank's own stream.
+    `IterableDataset`) it is the first samples, of each rank's own stream; from a list of batches the first batches.
     The caller isolates the random state: datasets may draw from the global generators (augmentation).
 
     Args:
@@ -130,7 +130,9 @@ def collect_samples(
     if isinstance(source, DataLoader) and _is_indexed(source):
         batches = list(_chosen_batches(source, num_samples, seed, target_fn, rank, world_size))
     else:
-        batches = list(_first_batches(source, -(-num_samples // world_size)))
+        # A stream is each rank's own; batches that stand in a list are the same for all, so each rank takes its turn.
+        share = source if isinstance(source, DataLoader) else islice(source, rank, None, world_size)
+        batches = list(_first_batches(share, -(-num_samples // world_size)))
     if not batches:
         raise MisconfigurationException(
             f"The probe found no samples for rank {rank} of {world_size} in {_name(source)}. Give it a source with at"

@@ -1,0 +1,76 @@
+"""What the README promises, the examples and the command line, run as a user would."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_neuro.cli import main
+from tests.models import MemoryLogger, fit, loader, mlp
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def code_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_demo_ends_with_a_table_of_every_metric_and_the_command_to_look(tmp_path, capsys):
+    logdir = tmp_path / "runs" / "demo"
+    main(["demo", "--logdir", str(logdir), "--epochs", "2"])
+    printed = capsys.readouterr().out
+    for key in ("communities/modularity/relu3", "communities/modularity_null/relu3", "entropy/class_information/relu3"):
+        line = next(line for line in printed.splitlines() if line.startswith(key))
+        untrained, trained = map(float, re.findall(r"-?\d+\.\d{3}", line)[:2])
+        assert untrained != trained
+    assert f"tensorboard --logdir {logdir}" in printed
+    assert list(logdir.glob("version_0/events.out.tfevents.*"))
+
+
+def test_early_stopping_stops_on_modularity():
+    printed = run(str(ROOT / "examples/early_stopping.py"), cwd=ROOT)
+    epochs, best = re.search(r"Stopped after (\d+) epochs; best modularity (\S+)\.", printed).groups()
+    untrained = re.search(r"Untrained it was (\S+)\.", printed).group(1)
+    assert 4 <= int(epochs) < 50
+    assert float(best) > float(untrained)
+
+
+def test_lightning_cli_adds_two_callbacks(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = str(ROOT / "examples/lightning_cli/config.yaml")
+    script = str(ROOT / "examples/lightning_cli/main.py")
+    run(script, "fit", "--config", config, "--trainer.max_epochs=1", cwd=tmp_path)
+    events = EventAccumulator(str(tmp_path / "runs" / "cli" / "version_0"))
+    events.Reload()
+    for key in ("communities/modularity/relu1", "entropy/class_information/relu3"):
+        assert len(events.Scalars(key)) == 2, "before training, and after the epoch"
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_readme_code_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code_blocks("README.md")[number], "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_metric_logs_the_share_of_active_units():
+    names = {"__name__": "readme"}
+    exec(compile(code_blocks("README.md")[1], "README.md", "exec"), names)
+    log, module = MemoryLogger(), mlp()
+    fit(module, names["sparsity"], logger=log)
+    inputs = loader(32).dataset.tensors[0]
+    with torch.no_grad():
+        hidden = module.net[:3](inputs)
+        shares = [float((hidden > 0).float().mean()), float((module.net[3:5](hidden) > 0).float().mean())]
+    logged = [log.curves[key][-1][1] for key in ("sparsity/active_share/net.2", "sparsity/active_share/net.4")]
+    assert logged == pytest.approx(shares)
+    assert log.curves["sparsity/active_share"][-1][1] == pytest.approx(sum(shares) / 2)
