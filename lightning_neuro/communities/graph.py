@@ -93,6 +93,8 @@ def finite_rows(activations: Tensor) -> tuple[Tensor, int]:
     values = activations.detach()
     if values.dtype != torch.float64:
         values = values.float()
+    if values.float().sum().isfinite():  # then all are; only if not is it worth looking where
+        return values, 0
     finite = values.float().isfinite().all(dim=1)  # in float32, because rows are kept in float32 for the null
     num_nonfinite = int((~finite).sum())
     return (values[finite] if num_nonfinite else values), num_nonfinite
@@ -106,17 +108,24 @@ def finite_rows(activations: Tensor) -> tuple[Tensor, int]:
 
 def moments(values: Tensor, *, weight: str) -> Tensor:
     """Packed statistics of finite ``(N, d)`` values, or of their on/off states where ``weight`` looks only at those."""
+    packed = torch.zeros(2 + values.shape[1], 1 + values.shape[1], dtype=torch.float64, device=values.device)
+    return add_samples(packed, values, weight=weight)
+
+
+def add_samples(packed: Tensor, values: Tensor, *, weight: str) -> Tensor:
+    """Add samples to packed statistics in place, as `merge_moments` would: one product, and no copy of the scatter."""
+    if len(values) == 0:
+        return packed
     on = values > 0
     x = on.double() if weight in STATE_WEIGHTS else values.double()
-    packed = x.new_zeros(2 + x.shape[1], 1 + x.shape[1])
-    if len(x) == 0:
-        return packed
+    n_before, n = packed[0, 0].clone(), packed[0, 0] + len(x)
     mean = x.mean(dim=0)
+    shift = mean - packed[0, 1:]
     centred = x - mean
-    packed[0, 0] = len(x)
-    packed[0, 1:] = mean
-    packed[1, 1:] = on.sum(dim=0)
-    packed[2:, 1:] = centred.T @ centred
+    packed[2:, 1:].addmm_(centred.T, centred).addr_(shift * (n_before * len(x) / n), shift)
+    packed[1, 1:] += on.sum(dim=0)
+    packed[0, 1:] += shift * (len(x) / n)
+    packed[0, 0] = n
     return packed
 
 

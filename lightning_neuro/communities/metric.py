@@ -23,6 +23,7 @@ from lightning_neuro.communities.detection import (
 )
 from lightning_neuro.communities.graph import (
     ActivationGraph,
+    add_samples,
     check_weight,
     finite_rows,
     graph_of_moments,
@@ -153,16 +154,26 @@ class NeuronModularity(ResultMetric):
             )
         classes = self._check_targets(activations, targets) if self.mode == "mostafa2021" else None
         self.width = self.width.new_tensor(values.shape[1])
-        values = values.to(self.width.device)[:, self._chosen()]
+        values = values.to(self.width.device)
+        if values.shape[1] > self.max_units:
+            values = values[:, self._chosen()]
         self.num_nonfinite = self.num_nonfinite + num_nonfinite
         if classes is not None:
             if num_nonfinite:
                 classes = classes[activations.float().isfinite().all(dim=1)]
             self.rows.append(torch.cat([classes.to(values)[:, None], values], dim=1).float().flatten())
             return
+        # What is kept must be usable outside of the inference mode in which Trainer.validate runs.
+        with torch.inference_mode(False), torch.no_grad():
+            self._add(values)
+
+    def _add(self, values: Tensor) -> None:
         self.num_silent = self.num_silent + (values.float() == 0).all(dim=1).sum()
-        self.moments = merge_moments(stack_padded([self.moments, moments(values, weight=self.weight)]))
-        self.kept = keep_rows(stack_padded([self.kept, values.float()]))
+        if self.moments.shape[1] == 1:  # has seen nothing yet, not even the width
+            self.moments = moments(values, weight=self.weight)
+        else:
+            add_samples(self.moments, values, weight=self.weight)
+        self.kept = keep_rows(torch.cat([self.kept, values.float()] if len(self.kept) else [values.float()]))
 
     def compute(self) -> CommunityResult:
         """Find the communities of what was seen so far; undefined measures are NaN and explained, never an error."""

@@ -27,19 +27,20 @@ _FRESH_UP_TO = 1024
 
 
 def keep_rows(stacked: Tensor) -> Tensor:
-    """Reduce samples ``(parts, rows, d)`` to at most ``KEPT_ROWS``, the same ones whatever the order and the parts.
+    """Reduce samples to at most ``KEPT_ROWS``, the same ones whatever the order and the parts.
 
     Each sample has a key computed from its values, and the smallest keys stay. Rows of zeros are padding: a sample in
     which no unit acts is not kept but counted (they would share one key, and be kept all or none).
 
     Args:
-        stacked: float32; what is kept of several batches, shards or ranks, padded with rows of zeros.
+        stacked: float32 ``(rows, d)``, or ``(parts, rows, d)`` of several shards or ranks padded with rows of zeros.
 
     Returns:
         ``(at most KEPT_ROWS, d)`` float32.
     """
-    rows = stacked.flatten(0, 1)
-    rows = rows[(rows != 0).any(dim=1)]
+    rows = stacked.flatten(0, -2)
+    acting = (rows != 0).any(dim=1)
+    rows = rows if acting.all() else rows[acting]
     if len(rows) <= KEPT_ROWS:
         return rows
     return rows[_keys(rows).sort(stable=True).indices[:KEPT_ROWS]]
