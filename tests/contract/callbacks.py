@@ -1,0 +1,149 @@
+"""The callbacks that must pass the contract suite, and what its files share."""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_neuro import ActivationEntropy, MetricCallback, NeuronCommunities, Probe
+from tests.models import fit, loader, mlp
+
+Make = Callable[..., MetricCallback]
+
+
+class MeanActivation(Metric):
+    """A metric as a user would write it."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, activations: Tensor, targets: Tensor | None = None) -> None:
+        self.total += activations.double().sum()
+        self.count += activations.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+# A new method adds its line here.
+CALLBACKS: dict[str, Make] = {
+    "communities": NeuronCommunities,
+    "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
+    "entropy": ActivationEntropy,
+    "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
+    "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
+}
+
+# Its wrong arguments, beside those that all callbacks share: (argument, value).
+WRONG: dict[str, list[tuple[str, Any]]] = {
+    "communities": [
+        ("mode", "corelation"),
+        ("mode", None),
+        ("weight", "cosine"),
+        ("algorithm", "louvian"),
+        ("algorithm", 3),
+        ("algorithm_options", [1]),
+        ("algorithm_options", {"epsilon": 1}),
+        ("resolution", 0),
+        ("resolution", -1.0),
+        ("resolution", float("nan")),
+        ("seeds", 0),
+        ("seeds", 2.5),
+        ("null_draws", -1),
+        ("max_units", 1),
+        ("score", "median"),
+    ],
+    "entropy": [
+        ("mode", "corelation"),
+        ("mode", None),
+        ("bins", 1),
+        ("bins", 2.5),
+        ("bins", True),
+        ("calibrate", "last"),
+        ("miller_madow", "yes"),
+    ],
+}
+
+# Measures that depend on the order of the samples, because a random shuffle of the rows enters: not additive.
+SHUFFLED = ("null", "excess", "_z")
+
+HIDDEN = ("net.2", "net.4")
+
+
+@functools.lru_cache
+def keys_of(name: str) -> tuple[str, ...]:
+    """Every key that a callback has from the first evaluation on."""
+    callback = CALLBACKS[name]()
+    fit(mlp(), callback, max_epochs=1)
+    return tuple(callback.initial)
+
+
+def mean_keys(name: str) -> list[str]:
+    return [key for key in keys_of(name) if key.count("/") == 1]
+
+
+def listed_probe(**options: Any) -> Probe:
+    """A probe over validation batches in the order in which they are listed."""
+    return Probe(source=list(loader(32)), **options)
+
+
+def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
+    """What a callback must have logged last, from the trained MLP and nothing but tensors.
+
+    The metric's frozen facts (bins) are those of the callback's own metric; everything else is computed anew.
+    """
+    values: dict[str, float] = {}
+    net = module.net.float().eval()
+    for layer in HIDDEN:
+        metric = callback.metric_at(layer, torch.device("cpu"))
+        metric.reset()
+        with torch.no_grad():
+            for x, y in loader(32):
+                metric.update(net[: int(layer[-1]) + 1](x.float()), y)
+        for measure, value in callback.measures(metric.compute(), None).items():
+            if torch.isfinite(torch.as_tensor(value)):
+                values[f"{callback.name}/{measure}/{layer}"] = float(value)
+        metric.reset()
+    return values
+
+
+def assert_close(actual: dict[str, float], expected: dict[str, float], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert abs(actual[key] - value) <= tolerance * max(1.0, abs(value)), (key, actual[key], value)
+
+
+def assert_logged(callback: MetricCallback, module: Any, tolerance: float = 1e-5) -> None:
+    """The last logged value of every measure at every layer is the one computed by hand."""
+    expected = by_hand(callback, module)
+    assert {key.rsplit("/", 1)[1] for key in expected} == set(HIDDEN)
+    assert_close({key: callback.scalars[key] for key in expected}, expected, tolerance)
+
+
+def hooks_of(module: torch.nn.Module) -> list[str]:
+    """Every hook on a module or below it."""
+    kinds = [kind for kind in vars(torch.nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]
+    assert "_forward_hooks" in kinds and "_backward_hooks" in kinds
+    return [f"{name}: {kind}" for name, part in module.named_modules() for kind in kinds if getattr(part, kind)]
+
+
+class Act(pl.Callback):
+    """Does something at a step, after the training batch."""
+
+    def __init__(self, step: int, action: Callable[[pl.Trainer, pl.LightningModule], object]) -> None:
+        self.step = step
+        self.action = action
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.action(trainer, pl_module)
