@@ -1,6 +1,5 @@
 """The base callback: on schedule, one metric per layer sees the probe's activations, and its results become curves."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import logging
+from lightning_neuro.arguments import check_metric, check_name
 from lightning_neuro.compat import Callback
 from lightning_neuro.isolation import isolated_random_state, without_inference_mode
 from lightning_neuro.metric import LayerResult
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Memory = dict[str, Any]
 
-_NAME = re.compile(r"\w[\w.-]*")
 _SAVED = ("initial", "scalars", "_previous", "_last_epoch", "_last_step")
 
 
@@ -40,7 +39,7 @@ class MetricCallback(Callback):
     Args:
         metric: The metric to copy for each layer. Its result may be a scalar (logged as the measure `value`), a mapping
             measure -> scalar, or a `LayerResult`.
-        probe: Which samples, which layers, when. Callbacks given no probe, or equal ones, share one pass.
+        probe: Which samples, which layers, when. Callbacks given no probe, or equal ones, share its passes.
         name: The first part of every key; default: the callback's `family`, else the metric's class name in lower case.
         prog_bar: Keys or globs of keys to show in the progress bar, such as `"communities/modularity"`.
         on_error: What to do if an analysis fails: `"warn"` once and train on, or `"raise"`.
@@ -56,7 +55,7 @@ class MetricCallback(Callback):
 
     Attributes:
         result: Layer -> latest result, exactly as the metric returned it.
-        scalars: Key -> latest value.
+        scalars: Key -> latest known value.
         initial: Key -> value at the first evaluation, before training.
 
     Raises:
@@ -72,8 +71,8 @@ class MetricCallback(Callback):
 
     family: ClassVar[str] = ""
     meanings: ClassVar[Mapping[str, str]] = {}
-    baselines: ClassVar[tuple[str, ...]] = ()
-    charts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    baselines: tuple[str, ...] = ()
+    charts: Mapping[str, tuple[str, ...]] = {}
     histogram_name: ClassVar[str] = "histogram"
     needs_labels: bool = False
 
@@ -86,17 +85,13 @@ class MetricCallback(Callback):
         prog_bar: str | Sequence[str] = (),
         on_error: str = "warn",
     ) -> None:
-        if not isinstance(metric, Metric):
-            raise MisconfigurationException(f"`metric` must be a torchmetrics.Metric; got {type(metric).__name__}.")
+        check_metric(metric)
         if not isinstance(probe, (Probe, type(None))):
             raise MisconfigurationException(f"`probe` must be a lightning_neuro.Probe; got {type(probe).__name__}.")
         if on_error not in ("warn", "raise"):
             raise MisconfigurationException(f"`on_error` must be 'warn' or 'raise'; got {on_error!r}.")
         name = self.family or type(metric).__name__.lower() if name is None else name
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise MisconfigurationException(
-                f"`name` may hold letters, digits, '_', '-' and '.', and begins with neither '-' nor '.'; got {name!r}."
-            )
+        check_name(name)
         prog_bar = (prog_bar,) if isinstance(prog_bar, str) else prog_bar
         if not isinstance(prog_bar, Sequence) or not all(isinstance(pattern, str) for pattern in prog_bar):
             raise MisconfigurationException(f"`prog_bar` must be a key or glob, or several; got {prog_bar!r}.")
@@ -192,17 +187,23 @@ class MetricCallback(Callback):
     ) -> None:
         """Evaluate if the probe counts in steps and this is one."""
         step = trainer.global_step
-        if step != self._last_step and not trainer.barebones and self.probe.due_at_step(step):
+        if not trainer.barebones and self.probe.due_at_step(step, self._last_step):
             self._evaluate(trainer, pl_module, "step", loggers="now")
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers for a `trainer.validate` of its own."""
-        if trainer.state.fn == "validate":
+        if trainer.state.fn == "validate" and not trainer.barebones:
             self.probe.attach(pl_module, self)
 
     def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Evaluate at the last validation of an epoch, so that callbacks that act after validation see the values."""
-        if trainer.state.fn == "validate":
+        if trainer.barebones:
+            return
+        if trainer.state.fn == "validate" and self.probe.source == "train":
+            self._warn_once(
+                "validate", f"{self.name}: `trainer.validate` has no training data for the probe to look at."
+            )
+        elif trainer.state.fn == "validate":
             self._evaluate(trainer, pl_module, "validate", loggers="epoch")
         elif not trainer.sanity_checking and trainer.is_last_batch:
             self._at_epoch_end(trainer, pl_module)
@@ -275,10 +276,11 @@ class MetricCallback(Callback):
         with isolated_random_state(pl_module.device), without_inference_mode():
             self.result = self._results(trainer, pl_module, (kind, trainer.current_epoch, trainer.global_step))
             measured = self._measured(self.result)
-            if kind == "start":
+            if trainer.global_step == 0 and kind == "start":
                 self.initial = self._keyed(measured)
-            self.scalars = self._keyed(measured | self._baselines())
-            logging.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers=loggers)
+            scalars = self._keyed(measured | self._baselines())
+            self.scalars = self.scalars | scalars
+            logging.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, loggers=loggers)
             with self._guard("the figures"):
                 self._log_pictures(trainer)
 
@@ -391,7 +393,7 @@ class MetricCallback(Callback):
     def _log_layout(self, trainer: "pl.Trainer") -> None:
         """The last of our callbacks writes the layout for all: TensorBoard keeps one per run."""
         if self is (ours := _ours(trainer))[-1]:
-            charts = {our.name: logging.multiline_charts(our.name, our.charts, our.result) for our in ours}
+            charts = {our.name: logging.multiline_charts(our.name, our.charts, our.scalars) for our in ours}
             logging.log_layout(trainer, charts)
 
 

@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo.add_argument("--logdir", default="runs/demo", help="where TensorBoard finds the curves (default: %(default)s)")
     demo.add_argument("--epochs", type=int, default=20, help="at most so many epochs (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.epochs < 1:
+        parser.error(f"--epochs must be at least 1; got {options.epochs}.")
 
     # Of Lightning's chatter nothing concerns who runs a demo.
     warnings.filterwarnings("ignore", module="pytorch_lightning")

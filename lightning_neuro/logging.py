@@ -106,13 +106,13 @@ def log_histogram(trainer: "pl.Trainer", tag: str, values: Tensor) -> None:
             writer.add_histogram(tag, values.detach().cpu().numpy(), logging_step(trainer), bins=50)
 
 
-def multiline_charts(family: str, charts: Mapping[str, Sequence[str]], layers: Iterable[str]) -> dict[str, list[Any]]:
+def multiline_charts(family: str, charts: Mapping[str, Sequence[str]], keys: Iterable[str]) -> dict[str, list[Any]]:
     """Charts for TensorBoard's Custom Scalars tab that show measures which belong together in one picture.
 
     Args:
         family: The first part of the keys.
         charts: Title -> the measures in one chart; the first is also shown for all layers in one.
-        layers: The layers that have a chart of their own.
+        keys: The logged keys; a layer of theirs has a chart of its own.
     """
 
     def tags(measures: Iterable[str], ending: str) -> list[str]:
@@ -122,7 +122,8 @@ def multiline_charts(family: str, charts: Mapping[str, Sequence[str]], layers: I
     for title, measures in charts.items():
         found[f"{title}: mean over layers"] = ["Multiline", tags(measures, "")]
         found[f"{measures[0]}: each layer"] = ["Multiline", tags(measures[:1], "/.*")]
-        for layer in layers:
+        prefix = f"{family}/{measures[0]}/"
+        for layer in (key.removeprefix(prefix) for key in keys if key.startswith(prefix)):
             found[f"{title}: {layer}"] = ["Multiline", tags(measures, re.escape(f"/{layer}"))]
     return found
 

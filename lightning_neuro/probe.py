@@ -13,10 +13,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_neuro.arguments import check_count
 from lightning_neuro.capture import Capture, uncompiled
 from lightning_neuro.isolation import undisturbed
 from lightning_neuro.layers import REDUCTIONS, Reduction, latest_layout, resolve_layers, to_units
-from lightning_neuro.ranks import over_ranks
+from lightning_neuro.ranks import on_any_rank, over_ranks
 from lightning_neuro.samples import (
     BatchFunction,
     Samples,
@@ -67,7 +68,7 @@ class Probe:
 
     The sample set is fixed once and kept in memory on the CPU; the model runs over it on schedule, in evaluation mode,
     without gradients or autocast, and everything is put back as it was. Callbacks given the same probe, or probes with
-    the same arguments, share one pass.
+    the same arguments, share its passes.
 
     Args:
         layers: Layer names or globs. A full name means this layer; any other pattern is compared, segment by segment,
@@ -112,10 +113,10 @@ class Probe:
         forward_fn: Callable[[Any, Any], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        _check_count("num_samples", num_samples)
-        _check_count("every_n_epochs", every_n_epochs)
+        check_count("num_samples", num_samples)
+        check_count("every_n_epochs", every_n_epochs)
         if every_n_steps is not None:
-            _check_count("every_n_steps", every_n_steps)
+            check_count("every_n_steps", every_n_steps)
         if reduction not in REDUCTIONS:
             raise MisconfigurationException(f"`reduction` must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
         if not isinstance(seed, int):
@@ -165,7 +166,8 @@ class Probe:
         mine, theirs = self._arguments(), other._arguments()
         # By identity where two objects are not plain values: comparing datasets could load or broadcast them.
         plain = (str, int, type(None))
-        return mine.pop("layers") == theirs.pop("layers") and all(
+        layers = [(given,) if isinstance(given, str) else given for given in (mine.pop("layers"), theirs.pop("layers"))]
+        return layers[0] == layers[1] and all(
             mine[name] == theirs[name] if isinstance(mine[name], plain) else mine[name] is theirs[name] for name in mine
         )
 
@@ -188,9 +190,11 @@ class Probe:
         """Whether to evaluate at the end of this epoch, counted from 0."""
         return self.every_n_steps is None and (epoch + 1) % self.every_n_epochs == 0
 
-    def due_at_step(self, global_step: int) -> bool:
-        """Whether to evaluate after this many optimiser steps."""
-        return self.every_n_steps is not None and global_step > 0 and global_step % self.every_n_steps == 0
+    def due_at_step(self, global_step: int, last_step: int) -> bool:
+        """Whether to evaluate after this many optimiser steps, the last evaluation having been after `last_step`."""
+        n = self.every_n_steps
+        # Not by the remainder: with several optimisers the count rises by more than one at a time.
+        return n is not None and global_step // n > max(last_step, 0) // n
 
     def refresh(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
         """Show the current state of the network to all observers: one pass per event, whoever asks first."""
@@ -288,14 +292,22 @@ class Probe:
 
     def _collect(self, trainer: "pl.Trainer") -> Samples:
         if self._samples is None:
-            self._samples = collect_samples(
-                _find_source(trainer, self.source),
-                num_samples=self.num_samples,
-                seed=self.seed,
-                target_fn=self.target_fn or default_target,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-            )
+            error: Exception | None = None
+            try:
+                self._samples = collect_samples(
+                    _find_source(trainer, self.source),
+                    num_samples=self.num_samples,
+                    seed=self.seed,
+                    target_fn=self.target_fn or default_target,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                )
+            except Exception as failure:
+                error = failure
+            # A rank that went on alone would wait for the others in the next line for ever.
+            if on_any_rank(trainer, error is not None) or self._samples is None:
+                self._samples = None
+                raise error or RuntimeError("the samples could not be loaded on another rank")
             self._num_classes = over_ranks(trainer, self._samples.num_classes, "max")
             total = over_ranks(trainer, self._samples.num_samples, "sum")
             if 0 < total < self.num_samples:
@@ -303,11 +315,6 @@ class Probe:
                     f"The probe looks at all {total} samples there are; `num_samples` is {self.num_samples}."
                 )
         return self._samples
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise MisconfigurationException(f"`{name}` must be a whole number of at least 1; got {value!r}.")
 
 
 def _find_source(trainer: "pl.Trainer", source: Any) -> Any:

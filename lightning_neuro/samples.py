@@ -10,7 +10,18 @@ import numpy as np
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 INPUT_KEYS = ("input", "inputs", "x", "image", "images", "pixel_values", "img", "data", "features", "input_ids")
 TARGET_KEYS = ("target", "targets", "y", "label", "labels")
@@ -25,7 +36,7 @@ class Samples:
 
     Attributes:
         batches: Collated batches on the CPU, as the user's loader would give them.
-        num_samples: Number of samples in them; None where a batch does not tell its size.
+        num_samples: Number of samples in them; batches that do not tell their size are not counted.
         num_classes: Largest class label plus one; 0 without class labels.
     """
 
@@ -105,9 +116,10 @@ def collect_samples(
 ) -> Samples:
     """Choose the samples and load them.
 
-    From a map-style dataset the choice is drawn by a private generator and spreads evenly over the classes, where
-    there are class labels; every rank makes the same choice and loads its own share. From a stream (an
-    `IterableDataset`) it is the first samples, of each rank's own stream; from a list of batches the first batches.
+    From a map-style dataset, or the part of it that the loader's sampler draws from, the choice is drawn by a private
+    generator and spreads evenly over the classes, where there are class labels; every rank makes the same choice and
+    loads its own share. From a stream (an `IterableDataset`) it is the first samples, of each rank's own stream; from a
+    list of batches the first batches.
     The caller isolates the random state: datasets may draw from the global generators (augmentation).
 
     Args:
@@ -169,8 +181,8 @@ def _load(loader: DataLoader[Any], indices: Sequence[int]) -> Iterator[Any]:
 def _chosen_batches(
     loader: DataLoader[Any], num_samples: int, seed: int, target_fn: BatchFunction, rank: int, world_size: int
 ) -> Iterator[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(loader.dataset), generator=generator)  # type: ignore[arg-type]
+    indices = _sampled_indices(loader)
+    order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     labels = dataset_labels(loader.dataset) if target_fn is default_target else None
     if labels is None:
         # The labels are only known by loading: look at twice as many samples as are needed.
@@ -184,6 +196,29 @@ def _chosen_batches(
     # Too few for all ranks are none for any: an error on some of them would leave the others waiting for ever.
     share = chosen[rank::world_size].tolist() if len(chosen) >= world_size else []
     return _load(loader, share) if share else iter(())
+
+
+def _sampled_indices(loader: DataLoader[Any]) -> Tensor:
+    """The samples that the loader draws from: all of its dataset, unless its sampler stands for a part of it."""
+    sampler: Any = loader.sampler
+    # Lightning puts its distributed sampler around the user's own.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    num_samples = len(loader.dataset)  # type: ignore[arg-type]
+    if isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+        if type(loader.batch_sampler) is not BatchSampler and not isinstance(sampler, DistributedSampler):
+            return _drawn(loader, (index for batch in loader.batch_sampler or () for index in batch), num_samples)
+        return torch.arange(num_samples)
+    return _drawn(loader, sampler, num_samples)
+
+
+def _drawn(loader: DataLoader[Any], sampler: Iterable[int], num_samples: int) -> Tensor:
+    """The distinct indices that a sampler draws, leaving the user's own generator where it was."""
+    generator = loader.generator
+    state = None if generator is None else generator.get_state()
+    drawn = torch.tensor(sorted(set(islice(sampler, num_samples))), dtype=torch.long)
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    return drawn
 
 
 def stratified(labels: Tensor) -> Tensor:

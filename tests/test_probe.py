@@ -103,7 +103,17 @@ def test_repr_shows_what_was_given() -> None:
 def test_schedule(options: Any, epochs: list[int], steps: list[int]) -> None:
     probe = Probe(**options)
     assert [epoch for epoch in range(6) if probe.due_at_epoch(epoch)] == epochs
-    assert [step for step in range(6) if probe.due_at_step(step)] == steps
+    assert [step for step in range(6) if probe.due_at_step(step, step - 1)] == steps
+
+
+def test_no_turn_is_missed_when_steps_are_counted_in_twos() -> None:
+    # As with two optimisers.
+    probe, last, turns = Probe(every_n_steps=5), -1, []
+    for step in range(2, 32, 2):
+        if probe.due_at_step(step, last):
+            turns.append(step)
+            last = step
+    assert turns == [6, 10, 16, 20, 26, 30]
 
 
 def test_same_as() -> None:

@@ -17,9 +17,11 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
 )
 
@@ -225,9 +227,21 @@ def test_a_huge_batch_size_is_cut() -> None:
     assert [len(batch[0]) for batch in samples.batches] == [256, 256, 88]
 
 
-def test_a_batch_sampler_of_ones_own_says_nothing_about_the_choice() -> None:
-    loader = DataLoader(numbered(100), batch_sampler=[[1, 2], [3]])
-    assert ids(collect_samples(loader, num_samples=9)) == ids(collect_samples(numbered(100), num_samples=9))
+def test_only_what_the_sampler_draws_is_chosen() -> None:
+    # As in the split of one dataset by two samplers: validation must not look at training samples.
+    part = DataLoader(numbered(100), sampler=SubsetRandomSampler(range(90, 100)))
+    assert sorted(ids(collect_samples(part, num_samples=50))) == list(range(90, 100))
+    assert set(ids(collect_samples(part, num_samples=4))) < set(range(90, 100))
+    batches = DataLoader(numbered(100), batch_sampler=[[1, 2], [3]])
+    assert sorted(ids(collect_samples(batches, num_samples=9))) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_distributed_sampler_does_not_halve_the_choice(rank: int) -> None:
+    sampler = DistributedSampler(numbered(20), num_replicas=2, rank=rank)
+    loader = DataLoader(numbered(20), sampler=sampler)
+    mine = ids(collect_samples(loader, num_samples=20, rank=rank, world_size=2))
+    assert mine == ids(collect_samples(numbered(20), num_samples=20, rank=rank, world_size=2))
 
 
 @pytest.mark.parametrize("num_samples", [1, 10, 16, 50])

@@ -57,7 +57,8 @@ class NeuronCommunities(MetricCallback):
         `num_communities`       how many groups                                               1 .. units  neither
         `largest_share`         share of the live units in the largest group                  0 .. 1      neither
         `seed_agreement`        agreement between the runs (normalised mutual information)    0 .. 1      high: trust it
-        `stability`             agreement with the previous evaluation's groups               0 .. 1      high: settled
+        `stability`             agreement with the previous evaluation's groups; from the     0 .. 1      high: settled
+                                second evaluation on
         `dead_share`            share of units that are dead or constant, left out            0 .. 1      low
         `class_modularity`      mode `"mostafa2021"`: mean over classes of each class graph's -.5 .. 1    neither
         ======================= ============================================================= =========== ============

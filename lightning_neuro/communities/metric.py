@@ -142,7 +142,8 @@ class NeuronModularity(ResultMetric):
 
         Args:
             activations: ``(N, units)`` of any real dtype.
-            targets: ``(N,)`` integer classes; needed by mode ``"mostafa2021"`` and not looked at otherwise.
+            targets: ``(N,)`` integer classes, negative where there is none; needed by mode ``"mostafa2021"`` and not
+                looked at otherwise.
 
         Raises:
             ValueError: if a shape is wrong, or the number of units is not that of the earlier batches.

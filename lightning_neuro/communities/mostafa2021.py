@@ -33,7 +33,7 @@ def class_graphs(
         which both are above their score.
     """
     graphs = []
-    for label in np.unique(classes):
+    for label in np.unique(classes[classes >= 0]):  # a negative label means "no label", as in NeuronEntropy
         x = values[:, classes == label].astype(np.float64)
         level = _level(x, score)
         top = np.sort(np.argsort(-level, kind="stable")[:TOP_UNITS])

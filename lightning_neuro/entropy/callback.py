@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class ActivationEntropy(MetricCallback):
     """Shows how predictable the units of each layer are while the network trains, in bits.
 
+    The bins are set in a pass of their own, so each evaluation runs the network twice over the probe's samples.
+
     A unit's state is "inactive" or one of ten equal bins up to its 99.9 percentile. The entropy says how varied a
     unit's answers are, the class information how much of this variety tells the class. Neither predicts accuracy: in
     training all of them follow the number of epochs. Do not compare layers with each other: their bins differ.
@@ -102,6 +104,9 @@ class ActivationEntropy(MetricCallback):
         self.metric: NeuronEntropy
         metric = NeuronEntropy(mode=mode, bins=bins, miller_madow=miller_madow)
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        if mode == "mostafa2021":
+            self.baselines = ("bits_per_unit",)
+            self.charts = {"bits per unit and their start": ("bits_per_unit", "bits_per_unit_initial")}
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Set the bins, from all samples of all ranks: counts can only be added up over the same bins."""
