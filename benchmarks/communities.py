@@ -8,6 +8,7 @@
 The activations are ReLU of low-rank factors plus noise, max(0, z W + e): 24 normal factors z per sample, normal weights
 W / sqrt(24), unit noise e. So every unit shares signal with many others, half of all pairs have an edge, and there is
 structure without clean blocks, as in a hidden layer. (3) repeats (2) on the same activations shuffled unit by unit.
+(4) is the table of docs/benchmarks.md on what chance alone gives.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Labels = torch.Tensor
 
 
 def main() -> None:
-    """Parse the sizes and print both parts."""
+    """Parse the sizes and print the four parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("units", 1024), ("samples", 10_000), ("batch", 512), ("repeats", 5), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -47,6 +48,22 @@ def main() -> None:
     print("\n(3) one detection on the graph of the shuffled activations")
     shuffled = np.random.default_rng(args.seed).permuted(activations.numpy(), axis=0)
     compare_detectors(activation_graph(torch.from_numpy(shuffled)), args.repeats)
+    print("\n(4) modularity by chance alone: independent units max(0, e - threshold), default edge weight")
+    chance_levels(args.units, args.seed)
+
+
+def chance_levels(units: int, seed: int) -> None:
+    """What units that have nothing to do with each other give, and what the null says of them."""
+    print(f"  {'active':>7}{'samples':>9}{'modularity':>12}{'null':>8}{'z':>7}")
+    for active in (0.5, 0.1, 0.01):
+        threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - active))
+        for samples in (512, 10_000):
+            noise = torch.randn(samples, units, generator=torch.Generator().manual_seed(seed))
+            metric = NeuronModularity()
+            metric.update((noise - threshold).relu())
+            found = metric.compute()
+            measures = f"{found.modularity:>12.3f}{found.modularity_null:>8.3f}{found.modularity_z:>7.1f}"
+            print(f"  {active:>7.0%}{samples:>9}{measures}")
 
 
 def factor_activations(samples: int, units: int, seed: int, factors: int = 24) -> torch.Tensor:

@@ -139,7 +139,7 @@ def test_the_last_values_are_those_of_the_weights(make: Make, name: str, sound: 
 def test_a_failure_on_one_rank_is_told_and_training_goes_on(name: str, scenario: str, failing: Path) -> None:
     first, _ = both(failing, scenario, name)
     assert first["warnings"], "rank 0 was not told"
-    if scenario != "failing_pass":
+    if scenario not in ("failing_samples", "failing_pass"):
         assert len(first["warnings"]) == 2  # once a layer, in two epochs and before them
         assert all(any(layer in message for message in first["warnings"]) for layer in HIDDEN)
         assert first["scalars"] == {}

@@ -15,10 +15,11 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_neuro import MetricCallback, Probe
 from tests.contract.callbacks import CALLBACKS, Make, hooks_of
-from tests.models import MemoryLogger, Module, loader, mlp
+from tests.models import MemoryLogger, Module, images, loader, mlp
 
 Fact = dict[str, Any]
 
@@ -110,8 +111,27 @@ def broken(where: str, ranks: int = 1) -> Callable[[Make, Path], Fact]:
     return scenario
 
 
+class UnreadableOnRankOne(Dataset[Any]):
+    """As where one machine cannot read a file."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        if torch.distributed.get_rank() == 1:
+            raise OSError("boom")
+        return images(20)[index]
+
+
+def failing_samples(make: Make, directory: Path) -> Fact:
+    return told(mlp(), make(Probe(source=UnreadableOnRankOne())))
+
+
 def failing_pass(make: Make, directory: Path) -> Fact:
-    module, callback = FailsOnRankOne(mlp().net), make()
+    return told(FailsOnRankOne(mlp().net), make())
+
+
+def told(module: Module, callback: MetricCallback) -> Fact:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(module, callback)
@@ -123,6 +143,7 @@ SCENARIOS: dict[str, Callable[[Make, Path], Fact]] = {
     "trained": trained,
     "every_n_steps": every_n_steps,
     "few_samples": few_samples,
+    "failing_samples": failing_samples,
     "failing_pass": failing_pass,
     "failing_update": broken("update"),
     "failing_compute": broken("compute"),
