@@ -6,6 +6,7 @@ Runs the demo, writes its last figures to docs/images/, and photographs TensorBo
 a headless Chromium (the command `chromium`; without it that picture is left as it is).
 """
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_neuro.demo import run_demo
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).resolve().parent / "images"
 
 
 def write_figures(log: Path) -> None:
@@ -36,7 +37,9 @@ def photograph(log: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", log, "--port", str(port)])
+    # A relative path, because TensorBoard shows it.
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", log.parent, "--port", str(port)]
+    server = subprocess.Popen(command)
     address = f"http://localhost:{port}/"
     try:
         for _ in range(120):
@@ -49,7 +52,7 @@ def photograph(log: Path) -> None:
             subprocess.run(
                 [
                     *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-                    *(f"--user-data-dir={profile}", "--window-size=1400,780", "--virtual-time-budget=25000"),
+                    *(f"--user-data-dir={profile}", "--window-size=1560,800", "--virtual-time-budget=25000"),
                     *(f"--screenshot={IMAGES / 'tensorboard.png'}", f"{address}#custom_scalars"),
                 ],
                 check=True,
@@ -61,9 +64,9 @@ def photograph(log: Path) -> None:
 def main() -> None:
     """Make them all."""
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        run_demo(f"{folder}/demo")
-        log = Path(folder) / "demo" / "version_0"
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        run_demo("runs/demo")
+        log = Path("runs/demo/version_0")
         write_figures(log)
         if shutil.which("chromium"):
             photograph(log)

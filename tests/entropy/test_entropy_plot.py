@@ -28,7 +28,7 @@ def test_every_layer_has_a_panel_with_units_and_samples():
     titles = [panel.get_title() for panel in figure.axes]
     assert titles == [f"fc{number}\n0% of 64 units dead, 512 samples" for number in range(3)]
     assert "entropy (bits)" in words(figure)
-    assert "about the class" in words(figure)
+    assert "class information" in words(figure)
     file = io.BytesIO()
     figure.savefig(file)
     assert file.getvalue().startswith(b"\x89PNG")
@@ -61,7 +61,7 @@ def test_layers_with_nothing_to_draw_say_why():
     assert "None of the 3 units was active in any of the 9 samples" in said
     assert "needs at least 2 finite samples" in said
     assert "1 unit, 0 samples" in said
-    assert "about the class" not in said
+    assert "class information" not in said
     assert "mostafa2021" in said
 
 
