@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import logging
 from lightning_neuro.arguments import check_metric, check_name
 from lightning_neuro.compat import Callback
-from lightning_neuro.isolation import isolated_random_state, without_inference_mode
+from lightning_neuro.isolation import isolated_random_state, why_off, without_inference_mode
 from lightning_neuro.metric import LayerResult
 from lightning_neuro.probe import Event, Probe, ProbeBatch
 from lightning_neuro.ranks import on_any_rank
@@ -165,13 +165,13 @@ class MetricCallback(Callback):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers, so that a wrong name fails before the first step."""
-        if not trainer.barebones:
+        if not why_off(trainer):
             self.probe.attach(pl_module, self)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Evaluate the untrained network; after a resume, put the last values back where callbacks look for them."""
-        if trainer.barebones:
-            rank_zero_info(f"{type(self).__name__} is off: the trainer is barebones, and can log nothing.")
+        if reason := why_off(trainer):
+            rank_zero_warn(f"{type(self).__name__} is off: {reason}.")
             return
         if self.scalars:
             logging.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers="never")
@@ -187,17 +187,17 @@ class MetricCallback(Callback):
     ) -> None:
         """Evaluate if the probe counts in steps and this is one."""
         step = trainer.global_step
-        if not trainer.barebones and self.probe.due_at_step(step, self._last_step):
+        if not why_off(trainer) and self.probe.due_at_step(step, self._last_step):
             self._evaluate(trainer, pl_module, "step", loggers="now")
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers for a `trainer.validate` of its own."""
-        if trainer.state.fn == "validate" and not trainer.barebones:
+        if trainer.state.fn == "validate" and not why_off(trainer):
             self.probe.attach(pl_module, self)
 
     def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Evaluate at the last validation of an epoch, so that callbacks that act after validation see the values."""
-        if trainer.barebones:
+        if why_off(trainer):
             return
         if trainer.state.fn == "validate" and self.probe.source == "train":
             self._warn_once(
@@ -236,7 +236,7 @@ class MetricCallback(Callback):
 
     def _at_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         epoch = trainer.current_epoch
-        if epoch != self._last_epoch and not trainer.barebones and self.probe.due_at_epoch(epoch):
+        if epoch != self._last_epoch and not why_off(trainer) and self.probe.due_at_epoch(epoch):
             self._evaluate(trainer, pl_module, "epoch", loggers="epoch")
             self._last_epoch = epoch
 
@@ -354,8 +354,6 @@ class MetricCallback(Callback):
         for layer, result in self.result.items():
             if isinstance(result, LayerResult):
                 logging.log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
-
-    # Around it
 
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:

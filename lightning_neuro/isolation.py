@@ -9,6 +9,18 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def why_off(trainer: "pl.Trainer") -> str:
+    """Why nothing can be looked at in this run without risk to it, or an empty string."""
+    if trainer.barebones:
+        return "the trainer is barebones, and can log nothing"
+    strategy = type(trainer.strategy).__name__
+    if strategy in _SHARDED:
+        return f"{strategy} shards the weights, which a forward pass of our own cannot gather"
+    return ""
+
 
 @contextmanager
 def isolated_random_state(device: torch.device) -> Iterator[None]:

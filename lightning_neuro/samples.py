@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -213,12 +214,16 @@ def _sampled_indices(loader: DataLoader[Any]) -> Tensor:
 
 def _drawn(loader: DataLoader[Any], sampler: Iterable[int], num_samples: int) -> Tensor:
     """The distinct indices that a sampler draws, leaving the user's own generator where it was."""
-    generator = loader.generator
-    state = None if generator is None else generator.get_state()
-    drawn = torch.tensor(sorted(set(islice(sampler, num_samples))), dtype=torch.long)
-    if generator is not None and state is not None:
-        generator.set_state(state)
-    return drawn
+    with _generator_kept(loader):
+        return torch.tensor(sorted(set(islice(sampler, num_samples))), dtype=torch.long)
+
+
+@contextmanager
+def _generator_kept(loader: DataLoader[Any]) -> Iterator[None]:
+    state = None if loader.generator is None else loader.generator.get_state()
+    yield
+    if state is not None:
+        loader.generator.set_state(state)
 
 
 def stratified(labels: Tensor) -> Tensor:
@@ -292,10 +297,6 @@ def _unbatched(loader: DataLoader[Any], num_samples: int) -> Iterator[Any]:
     """What the dataset gives to a loader that does no batching: each item is a sample or a batch."""
     if isinstance(loader.dataset, IterableDataset):
         return iter(loader.dataset)
-    generator = loader.generator
-    state = None if generator is None else generator.get_state()
-    indices = list(islice(loader.sampler, num_samples))
-    if generator is not None and state is not None:
-        # The sampler drew from the user's own generator.
-        generator.set_state(state)
+    with _generator_kept(loader):
+        indices = list(islice(loader.sampler, num_samples))
     return (loader.dataset[index] for index in indices)

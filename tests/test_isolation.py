@@ -1,6 +1,7 @@
 """The model and the run are left as they were."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro.isolation import evaluation_mode, isolated_random_state, undisturbed, without_inference_mode
+from lightning_neuro.isolation import (
+    evaluation_mode,
+    isolated_random_state,
+    undisturbed,
+    why_off,
+    without_inference_mode,
+)
 from tests.models import convnet, fit, loader, mlp
 
 
@@ -171,3 +178,13 @@ def test_undisturbed_in_validation_of_its_own() -> None:
     trainer = pl.Trainer(callbacks=[inside], accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.validate(mlp(), loader(), verbose=False)
     assert inside.after["inference"] and not inside.seen["inference"]
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_sharded_weights_turn_the_callbacks_off(strategy: str) -> None:
+    trainer: Any = SimpleNamespace(barebones=False, strategy=type(strategy, (), {})())
+    assert strategy in why_off(trainer)
+
+
+def test_an_ordinary_trainer_leaves_them_on() -> None:
+    assert why_off(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)) == ""
