@@ -7,6 +7,7 @@ from sklearn.metrics import matthews_corrcoef
 
 from lightning_neuro.communities import activation_graph
 from lightning_neuro.communities.graph import WEIGHTS, merge_moments, moments
+from lightning_neuro.communities.mostafa2021 import class_graphs
 
 
 def activations(n=60, d=7, seed=0):
@@ -98,3 +99,17 @@ def test_wrong_input():
         activation_graph(torch.ones(3, 4, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"weight must be one of 'correlation'.*'covariance'"):
         activation_graph(torch.ones(3, 4), weight="covariance")
+
+
+def test_a_negative_label_is_no_class_of_the_paper() -> None:
+    values = torch.rand(60, 8, generator=torch.Generator().manual_seed(0)).numpy().T
+    labels = torch.arange(60).numpy() % 3 - 1  # -1, 0, 1
+    labelled = labels >= 0
+    found, expected = (
+        class_graphs(values, labels, "mean"),
+        class_graphs(values[:, labelled], labels[labelled], "mean"),
+    )
+    assert len(found) == 2
+    for (top, adjacency), (top_expected, adjacency_expected) in zip(found, expected, strict=True):
+        assert (top == top_expected).all()
+        assert (adjacency == adjacency_expected).all()
