@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lightning-neuro demo
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

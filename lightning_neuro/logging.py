@@ -1,9 +1,10 @@
-"""The one door to any Lightning logger: scalars to all of them, figures and histograms to those that can hold them."""
+"""The one door to any Lightning logger: scalars to all, pictures and text to those that can hold them, files beside."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
@@ -104,6 +105,50 @@ def log_histogram(trainer: "pl.Trainer", tag: str, values: Tensor) -> None:
         if writer is not None:
             # Fifty bins instead of the writer's 1,549, most of them empty: a tenth of its cost.
             writer.add_histogram(tag, values.detach().cpu().numpy(), logging_step(trainer), bins=50)
+
+
+def log_text(trainer: "pl.Trainer", tag: str, text: str) -> None:
+    """Write Markdown to the loggers that hold text."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        writer = _writer(logger)
+        if writer is not None:
+            writer.add_text(tag, text, logging_step(trainer))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as Markdown; floats with three decimals, NaN as a dash."""
+
+    def line(cells: Iterable[object]) -> str:
+        return f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+    return "\n".join([line(header), line("---" for _ in header), *(line(row) for row in rows)])
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value).replace("|", "\\|").replace("\n", " ")
+    return "-" if value != value else f"{value:.3f}"
+
+
+def artefact_folder(trainer: "pl.Trainer", name: str) -> Path | None:
+    """A callback's own folder for files beside the logs, made on the first call; None where nothing is logged.
+
+    To be called on all ranks, because Lightning agrees on its log directory between them; only rank 0 may write.
+    """
+    folder = trainer.log_dir
+    if not trainer.loggers or folder is None:
+        return None
+    path = Path(folder) / "lightning_neuro" / name
+    if trainer.is_global_zero:
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def file_name(name: str) -> str:
+    """A layer's or attribute's name as a file name that cannot leave its folder."""
+    return re.sub(r"[^\w.=-]", "_", name).lstrip(".") or "_"
 
 
 def multiline_charts(family: str, charts: Mapping[str, Sequence[str]], keys: Iterable[str]) -> dict[str, list[Any]]:

@@ -11,7 +11,17 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_neuro.logging import log_figures, log_histogram, log_layout, log_scalars, logging_step
+from lightning_neuro.logging import (
+    artefact_folder,
+    file_name,
+    log_figures,
+    log_histogram,
+    log_layout,
+    log_scalars,
+    log_text,
+    logging_step,
+    markdown_table,
+)
 from tests.models import MemoryLogger, Module, fit, loader, mlp
 
 
@@ -206,3 +216,31 @@ def test_a_barebones_trainer_is_logged_nothing() -> None:
 class Quiet(Module):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_text_and_tables_reach_tensorboard_and_nothing_else_breaks(tmp_path: Path) -> None:
+    table = markdown_table(["layer", "score"], [["fc|1", 0.12345], ["fc2", float("nan")], ["fc3", 7]])
+    assert table == "| layer | score |\n| --- | --- |\n| fc\\|1 | 0.123 |\n| fc2 | - |\n| fc3 | 7 |"
+    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path), MemoryLogger()]
+    fit(mlp(), At("on_train_epoch_end", lambda t, m: log_text(t, "a/table", table)), logger=loggers, max_epochs=1)
+    (event,) = read(loggers[0].log_dir).Tensors("a/table/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == table
+
+
+def test_files_lie_beside_the_logs_and_nowhere_without_a_logger(tmp_path: Path) -> None:
+    found: list[Any] = []
+    call = At("on_train_epoch_end", lambda t, m: found.append(artefact_folder(t, "topology")))
+    logger = CSVLogger(tmp_path)
+    fit(mlp(), call, logger=logger, max_epochs=1)
+    fit(mlp(), call, logger=False, max_epochs=1)
+    fit(mlp(), call, logger=MemoryLogger(), max_epochs=1)
+    assert found == [Path(logger.log_dir) / "lightning_neuro" / "topology", None, None]
+    assert found[0].is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("../x", "_x"), ("a/b", "a_b"), ("...", "_"), ("relu.1", "relu.1"), ("label==3", "label==3"), ("größe", "größe")],
+)
+def test_a_name_cannot_leave_its_folder(name: str, file: str) -> None:
+    assert file_name(name) == file

@@ -1,21 +1,9 @@
 """Every test that takes `make` runs once for every callback."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from lightning_neuro import MetricCallback
 from tests.contract.callbacks import CALLBACKS, Make, keys_of
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """The networks are tiny: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=CALLBACKS)
