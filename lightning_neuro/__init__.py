@@ -7,6 +7,7 @@ from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
 from lightning_neuro.entropy.callback import ActivationEntropy
 from lightning_neuro.probe import Probe
+from lightning_neuro.refinement.callback import RepresentationRefinement
 
 __all__ = [
     "ActivationEntropy",
@@ -15,6 +16,7 @@ __all__ = [
     "NeuronEntropy",
     "NeuronModularity",
     "Probe",
+    "RepresentationRefinement",
     "__version__",
     "activation_graph",
     "detect_communities",

@@ -145,6 +145,7 @@ class Probe:
         self.target_fn = target_fn
         self.forward_fn = forward_fn
         self.seed = seed
+        self._num_looks = 0
         self._observers: list[Observer] = []
         self._modules: dict[str, nn.Module] = {}
         self._samples: Samples | None = None
@@ -185,6 +186,17 @@ class Probe:
         if not self._observers:
             self._modules, self._warned = {}, set()
             self._samples = self._last_event = self._last_error = None
+
+    @property
+    def num_looks(self) -> int:
+        """Batches that the model was run on so far: tells others' hooks which calls belong to one forward pass."""
+        return self._num_looks
+
+    def count_classes(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
+        """Largest class label in the sample set, over all ranks, plus one; 0 without class labels."""
+        with undisturbed(trainer, pl_module):
+            self._collect(trainer)
+        return self._num_classes
 
     def due_at_epoch(self, epoch: int) -> bool:
         """Whether to evaluate at the end of this epoch, counted from 0."""
@@ -247,6 +259,7 @@ class Probe:
 
         # The hooks are on for this one call only: nothing can be left behind, and training steps run without them.
         capture = Capture(self._modules, transform=units)
+        self._num_looks += 1
         with uncompiled(), latest_layout(pl_module) as layout, capture.recording() as seen:
             self._forward(pl_module, inputs)
         self._warn_of_missing(capture.silent(seen), seen.failures)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import ActivationEntropy, MetricCallback, NeuronCommunities, Probe
+from lightning_neuro import ActivationEntropy, MetricCallback, NeuronCommunities, Probe, RepresentationRefinement
 from tests.models import fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
@@ -41,6 +42,7 @@ CALLBACKS: dict[str, Make] = {
     "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
     "entropy": ActivationEntropy,
     "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
+    "refinement": lambda probe=None, **options: RepresentationRefinement(probe=probe, **options),
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
@@ -63,6 +65,17 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("max_units", 1),
         ("score", "median"),
     ],
+    "refinement": [
+        ("layers", 3),
+        ("layers", []),
+        ("phases", 0),
+        ("phases", [20, 10]),
+        ("phases", "ten"),
+        ("sources", "classes"),
+        ("num_sources", 0),
+        ("memory_limit", "much"),
+        ("memory_limit", 100),
+    ],
     "entropy": [
         ("mode", "corelation"),
         ("mode", None),
@@ -78,6 +91,19 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
 SHUFFLED = ("null", "excess", "_z")
 
 HIDDEN = ("net.2", "net.4")
+
+# Those that do not look at the probe's layers, with the layers they look at in the MLP. What the suite says of values
+# at the probe's layers is said of theirs in their own folders.
+OWN_LAYERS = {"refinement": ("net.5",)}
+# Those that ride on the training steps, with the hooks that they need for it.
+RIDING = {"refinement": ["net.5: _forward_hooks"]}
+
+over_activations = pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in OWN_LAYERS])
+
+
+def layers_of(name: str) -> tuple[str, ...]:
+    """The layers of the MLP that a callback tells something of."""
+    return OWN_LAYERS.get(name, HIDDEN)
 
 
 @functools.lru_cache

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import CALLBACKS, WRONG, Make, MeanActivation
+from tests.contract.callbacks import CALLBACKS, WRONG, Make, MeanActivation, over_activations
 from tests.models import Module, fit, mlp
 
 WRONG_PROBE: list[tuple[str, Any]] = [
@@ -116,6 +116,7 @@ def test_a_name_stays_in_the_log_directory(make: Make, given: str, tmp_path: Pat
     assert {tag for tag in tags if tag.startswith(f"{given}/")} == callback.scalars.keys() != set()
 
 
+@over_activations
 def test_layer_names_stay_in_the_log_directory(make: Make, tmp_path: Path) -> None:
     logs = tmp_path / "deep" / "logs"
     callback = make(Probe(layers=LAYERS))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import HIDDEN, SHUFFLED, Make, assert_close
+from tests.contract.callbacks import HIDDEN, SHUFFLED, Make, assert_close, layers_of, over_activations
 from tests.contract.two_ranks import SCENARIOS
 from tests.models import fit, images, loader, mlp
 
@@ -128,6 +128,7 @@ def test_the_first_values_of_some_samples_are_those_of_one_process(make: Make, n
     assert_close(additive(first["initial"]), additive(single(make, num_samples=3).initial))
 
 
+@over_activations
 def test_the_last_values_are_those_of_the_weights(make: Make, name: str, sound: Path) -> None:
     first, _ = both(sound, "trained", name)
     expected = additive(from_weights(make, first))
@@ -140,6 +141,6 @@ def test_a_failure_on_one_rank_is_told_and_training_goes_on(name: str, scenario:
     first, _ = both(failing, scenario, name)
     assert first["warnings"], "rank 0 was not told"
     if scenario not in ("failing_samples", "failing_pass"):
-        assert len(first["warnings"]) == 2  # once a layer, in two epochs and before them
-        assert all(any(layer in message for message in first["warnings"]) for layer in HIDDEN)
+        assert len(first["warnings"]) == len(layers_of(name))  # once a layer, in two epochs and before them
+        assert all(any(layer in message for message in first["warnings"]) for layer in layers_of(name))
         assert first["scalars"] == {}

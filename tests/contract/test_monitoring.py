@@ -9,7 +9,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_neuro import ActivationEntropy, NeuronCommunities, Probe
-from tests.contract.callbacks import CALLBACKS, Make, mean_keys
+from tests.contract.callbacks import CALLBACKS, Make, mean_keys, over_activations
 from tests.models import MemoryLogger, Module, fit, loader, mlp
 
 # Trainer's options, the probe's options, and after which steps of 4 epochs x 4 batches an evaluation is due.
@@ -140,6 +140,7 @@ def test_two_instances_of_one_name_are_refused(make: Make) -> None:
         fit(mlp(), make(name="twice"), other(name="twice"))
 
 
+@over_activations
 def test_two_instances_with_different_probes_differ(make: Make) -> None:
     narrow = make(Probe(layers="net.2"), name="narrow")
     wide = make(Probe(layers=["net.2", "net.4"]), name="wide")

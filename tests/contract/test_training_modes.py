@@ -9,7 +9,15 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from lightning_neuro import MetricCallback
-from tests.contract.callbacks import CALLBACKS, Make, assert_close, assert_logged, hooks_of, listed_probe
+from tests.contract.callbacks import (
+    CALLBACKS,
+    Make,
+    assert_close,
+    assert_logged,
+    hooks_of,
+    listed_probe,
+    over_activations,
+)
 from tests.models import MemoryLogger, Module, fit, loader, mlp
 
 
@@ -49,6 +57,7 @@ def not_deterministic_afterwards() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@over_activations
 @pytest.mark.parametrize("mode", MODES)
 def test_values_are_those_of_the_weights(make: Make, mode: str) -> None:
     new, options, tolerance = MODES[mode]
@@ -60,6 +69,7 @@ def test_values_are_those_of_the_weights(make: Make, mode: str) -> None:
     assert_logged(callback, module, tolerance)
 
 
+@over_activations
 def test_bf16_true_is_near_the_same_weights_in_full_precision(make: Make) -> None:
     module, callback = mlp(), make(listed_probe())
     fit(module, callback, train=loader(), precision="bf16-true")
@@ -87,6 +97,7 @@ def test_manual_optimisation_counts_the_steps_of_both_optimisers(make: Make) -> 
     assert all(len(logger.curves[key]) == 1 + 4 for key in callback.initial)
 
 
+@over_activations
 def test_validate_alone(make: Make) -> None:
     module, fitted, alone = mlp(), make(listed_probe()), make(listed_probe())
     trainer = fit(module, fitted, train=loader())

@@ -28,7 +28,7 @@ class FailsOnRankOne(Module):
     """Fails in the probe's pass, on one rank only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.trainer.global_rank == 1 and hooks_of(self):
+        if self.trainer.global_rank == 1 and hooks_of(self.net[2]):
             raise RuntimeError("boom")
         return super().forward(x)
 
@@ -62,8 +62,8 @@ def facts(callback: MetricCallback, module: Any, trainer: pl.Trainer) -> Fact:
 def trained(make: Make, directory: Path) -> Fact:
     """Monitors listed before ours, an uneven sample set (31), a logger on rank 0."""
     module, callback, logger = mlp(), make(), MemoryLogger()
-    key = {"communities": "communities/modularity", "entropy": "entropy/dead_share"}.get(callback.name)
-    monitor = key or f"{callback.name}/value"
+    measures = {"communities": "modularity", "entropy": "dead_share", "refinement": "norm"}
+    monitor = f"{callback.name}/{measures.get(callback.name, 'value')}"
     monitors = [
         EarlyStopping(monitor, mode="max", patience=100),
         ModelCheckpoint(directory, monitor=monitor, mode="max"),
@@ -86,11 +86,11 @@ def few_samples(make: Make, directory: Path) -> Fact:
 
 
 def broken(where: str, ranks: int = 1) -> Callable[[Make, Path], Fact]:
-    """Break one method of the callback or its metric, on the last `ranks` ranks."""
+    """Break one method of the callback's metric, on the last `ranks` ranks."""
 
     def scenario(make: Make, directory: Path) -> Fact:
         module, callback = mlp(), make()
-        owner: Any = type(callback.metric) if where == "compute" else type(callback)
+        owner: Any = type(callback.metric)
         original = getattr(owner, where)
 
         def failing(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,152 @@
+"""A ledger's account of many samples, as a torchmetrics metric with additive state."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_neuro.metric import ResultMetric
+from lightning_neuro.refinement.ledger import RefinementLedger
+from lightning_neuro.refinement.operators import Sources, apply, ledger_dtype, samples_first, source_gradients
+from lightning_neuro.refinement.result import RefinementResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class RefinementSummary(ResultMetric):
+    """Whose samples made a layer's output on the samples that it is shown, by class.
+
+    The shares <A_s h, p> / |p|^2 of all sources s need no pass per source: their sum over samples is the inner product
+    of A_s with one matrix, the sum of p h^T / |p|^2. So the state is one such matrix per class, however many samples,
+    sources and phases there are.
+
+    Args:
+        ledger: The layer's ledger.
+        own: Whether the sources are the classes.
+        kwargs: Further options of `torchmetrics.Metric`.
+
+    Example:
+        >>> from torch import nn
+        >>> ledger = RefinementLedger(nn.Linear(2, 3), num_sources=2)
+        >>> metric = RefinementSummary(ledger)
+        >>> inputs = torch.ones(4, 2)
+        >>> metric.update(inputs, ledger.module(inputs).detach(), torch.tensor([0, 1, 0, 1]))
+        >>> metric.compute().initial_share
+        1.0
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    num_samples: Tensor
+    num_nonfinite: Tensor
+    norms: Tensor
+    initial_shares: Tensor
+    largest_error: Tensor
+    largest_output: Tensor
+    counts: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, ledger: RefinementLedger | None = None, *, own: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.ledger = ledger
+        self.own = own
+        parts = {} if ledger is None else ledger.weights()
+        dtype = ledger_dtype(next(iter(parts.values())).device) if parts else torch.float64
+        zero = torch.zeros((), dtype=dtype)
+        self.add_state("num_samples", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("num_nonfinite", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("norms", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("initial_shares", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("largest_error", zero.clone(), dist_reduce_fx="max")
+        self.add_state("largest_output", zero.clone(), dist_reduce_fx="max")
+        self.add_state("counts", zero.new_zeros(1 if ledger is None else ledger.num_sources + 1), dist_reduce_fx="sum")
+        for name in ("weight", "bias"):
+            shape = parts[name][:-1].shape if name in parts else (0,)
+            self.add_state(name, zero.new_zeros(shape), dist_reduce_fx="sum")
+
+    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: What the layer was given, (N, ...).
+            outputs: What it returned.
+            targets: (N,) integer classes, as the ledger's sources number them; others count as without a class.
+
+        Raises:
+            ValueError: If the samples are not in the first dimension.
+        """
+        assert self.ledger is not None
+        module, weights = self.ledger.module, self.ledger.weights()
+        if targets is None:
+            targets = torch.full((len(inputs),), -1, device=inputs.device)
+        inputs, outputs = samples_first(module, inputs, outputs, len(targets))
+        finite = inputs.flatten(1).isfinite().all(1) & outputs.flatten(1).isfinite().all(1)
+        self.num_nonfinite = self.num_nonfinite + (~finite).sum()
+        inputs, outputs, targets = inputs[finite], outputs[finite], targets[finite]
+        if not len(targets):
+            return
+        # Summed up in double precision, applied in the layer's own: the parts may cancel.
+        initial, refined = (
+            apply(module, inputs, summed["weight"], summed.get("bias"))
+            for rows in (slice(-1, None), slice(None, -1))
+            for summed in [{name: parts[rows].sum(0).to(inputs) for name, parts in weights.items()}]
+        )
+        error = (initial + refined - outputs).abs().max()
+        initial, refined, outputs = (part.flatten(1).to(self.norms.dtype) for part in (initial, refined, outputs))
+        squares, totals = refined.square().sum(1), outputs.square().sum(1)
+        self.num_samples = self.num_samples + len(targets)
+        self.norms = self.norms + squares.sqrt().sum()
+        shares = torch.where(totals > 0, (initial * outputs).sum(1) / totals, 0.0)
+        self.initial_shares = self.initial_shares + shares.sum()
+        self.largest_error = torch.maximum(self.largest_error, error.to(self.norms.dtype))
+        self.largest_output = torch.maximum(self.largest_output, outputs.abs().max())
+        self._add_shares(inputs, refined, squares, targets)
+
+    def _add_shares(self, inputs: Tensor, refined: Tensor, squares: Tensor, targets: Tensor) -> None:
+        assert self.ledger is not None
+        num = self.ledger.num_sources
+        rows = torch.where((targets >= 0) & (targets < num), targets, num)
+        module = self.ledger.module
+        defined = squares > 0
+        direction = torch.where(defined[:, None], refined / squares[:, None], 0.0)
+        shape = apply(module, inputs, module.weight, module.bias).shape
+        split = source_gradients(module, inputs, direction.view(shape).to(inputs.dtype), Sources(rows, num + 1))
+        self.weight = self.weight + split["weight"]
+        if "bias" in split:
+            self.bias = self.bias + split["bias"]
+        self.counts = self.counts.index_add(0, rows, defined.to(self.counts.dtype))
+
+    def compute(self) -> RefinementResult:
+        """The means over all samples seen."""
+        assert self.ledger is not None
+        weights, phases = self.ledger.weights(), self.ledger.by_phase()
+        classes, sources = len(self.counts), self.ledger.num_sources + 1
+        shares = self.counts.new_zeros(classes, sources)
+        by_phase = self.counts.new_zeros(self.ledger.num_phases, sources)
+        for name, parts in weights.items():
+            seen = getattr(self, name).flatten(1)
+            shares += seen @ parts[:-1].flatten(1).to(seen).T
+            by_phase += phases[name].flatten(2).to(seen) @ seen.sum(0)
+        return RefinementResult(
+            num_nonfinite=int(self.num_nonfinite),
+            norm=float(self.norms / self.num_samples),
+            completeness_error=float(self.largest_error / self.largest_output) if self.largest_output > 0 else 0.0,
+            initial_share=float(self.initial_shares / self.num_samples),
+            shares=(shares / self.counts[:, None]).cpu(),
+            phase_shares=(by_phase.T / self.counts.sum()).cpu(),
+            counts=self.counts.cpu(),
+            untraced_share=self.ledger.untraced_share,
+            names=self.ledger.names,
+            inexact=self.ledger.inexact,
+            own=self.own,
+        )
+
+    def plot(self, result: RefinementResult | None = None) -> "Figure":
+        """Which classes made which classes, and when."""
+        from lightning_neuro.refinement.plot import plot_refinement
+
+        return plot_refinement({"": result or self.compute()})

@@ -1,0 +1,151 @@
+"""Brings ledgers and those who watch samples through training: seen in backward passes, settled by the step."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_neuro.layers import LINEAR_OR_CONV, named_layers, resolve_layers
+from lightning_neuro.refinement.batch import Observer, TrainBatch
+from lightning_neuro.refinement.ledger import RefinementLedger
+from lightning_neuro.refinement.operators import OPERATORS, Operator, Sources, samples_first, why_unsupported
+from lightning_neuro.refinement.taps import GradientTaps
+
+
+def find_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str, list[Operator]]:
+    """The layers to trace, each with all modules that share its weight.
+
+    Args:
+        model: The model.
+        patterns: Names or globs; None for the classifier head, the last linear or convolution layer.
+
+    Raises:
+        MisconfigurationException: For a layer of a kind that cannot be traced, or no layer at all.
+    """
+    layers = named_layers(model)
+    if patterns is None:
+        heads = [name for name, module in layers.items() if isinstance(module, LINEAR_OR_CONV)]
+        if not heads:
+            raise MisconfigurationException(
+                f"{type(model).__name__} has no linear or convolution layer whose refinement could be traced. Name the"
+                " layers: `RepresentationRefinement(layers=...)`."
+            )
+        patterns = heads[-1]
+    chosen: dict[str, list[Operator]] = {}
+    for name, module in resolve_layers(model, patterns).items():
+        if reason := why_unsupported(module):
+            raise MisconfigurationException(f"`layers` names '{name}', whose refinement cannot be traced: {reason}.")
+        owners = [other for other in layers.values() if other._parameters.get("weight") is module.weight]
+        for other in owners:
+            if not isinstance(other, OPERATORS):
+                raise MisconfigurationException(
+                    f"`layers` names '{name}', which shares its weight with a {type(other).__name__}, whose part in the"
+                    " gradient cannot be traced. Leave this layer out."
+                )
+        chosen[name] = owners  # type: ignore[assignment]
+    return chosen
+
+
+class StepRecorder:
+    """Settles, step by step, what the taps see in the backward passes.
+
+    Args:
+        layers: Layer name -> the modules that own its weight.
+        ledgers: Layer name -> ledger, for some of the layers.
+        observers: Are shown every backward pass, and told whether the optimiser made the step.
+        report: Is given the layer and the error if something fails; nothing may reach the training step.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Sequence[Operator]],
+        ledgers: Mapping[str, RefinementLedger],
+        observers: Sequence[Observer],
+        report: Callable[[str, Exception], None],
+    ) -> None:
+        self.layers = dict(layers)
+        self.ledgers = dict(ledgers)
+        self.observers = list(observers)
+        self.report = report
+        self.taps = GradientTaps(layers, self)
+        self.elementwise = False
+        self.mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self._batch: TrainBatch | None = None
+        self._sources: Sources | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Follow the optimisers' steps; what they hold of the time before belongs to the initial weights."""
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._stepped))
+            for ledger in self.ledgers.values():
+                ledger.start(optimizer)
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        self.taps.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.end()
+
+    def begin(self, batch: TrainBatch, sources: Sources) -> None:
+        """A training micro-batch is about to run."""
+        self._batch, self._sources = batch, sources
+        self.taps.tracing = True
+
+    def end(self) -> None:
+        """The training micro-batch is over."""
+        self._batch = self._sources = None
+        self.taps.tracing = False
+
+    def see(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
+        """One backward pass through one call of a layer."""
+        if self._batch is None or self._sources is None:
+            return
+        try:
+            inputs, gradients = samples_first(module, inputs, gradients, len(self._sources.rows))
+            if layer in self.ledgers:
+                self.ledgers[layer].see(module, inputs, gradients, self._sources)
+            for observer in self.observers:
+                observer.see(layer, module, inputs, gradients, self._batch)
+        except Exception as error:
+            self.report(layer, error)
+
+    def drop(self, layer: str) -> None:
+        """The layer's gradients did not reach the optimiser."""
+        if layer in self.ledgers:
+            self.ledgers[layer].drop()
+        for observer in self.observers:
+            observer.drop(layer)
+
+    @torch.no_grad()
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        rates = _learning_rates(optimizer)
+        scale: Tensor | None = None
+        for layer, ledger in list(self.ledgers.items()):
+            try:
+                own = ledger.step(optimizer, elementwise=self.elementwise, mean_over_ranks=self.mean_over_ranks)
+            except Exception as error:
+                del self.ledgers[layer]
+                self.report(layer, error)
+                continue
+            scale = own if own is not None else scale
+        for layer, owners in self.layers.items():
+            weight = owners[0].weight
+            if id(weight) in rates and weight.grad is not None:
+                # Clipping and unscaling are alike for all layers, so a ledger's layer tells them for the others.
+                factor = torch.ones((), device=weight.device) if scale is None else scale
+                for observer in self.observers:
+                    try:
+                        observer.commit(layer, rates[id(weight)] * factor)
+                    except Exception as error:
+                        self.report(layer, error)
+
+
+def _learning_rates(optimizer: Optimizer) -> dict[int, Any]:
+    return {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
