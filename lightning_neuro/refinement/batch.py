@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,6 +18,15 @@ class TrainBatch:
 
     ids: Tensor | None = None
     targets: Tensor | None = None
+
+    def rows(self, num_samples: int, device: torch.device) -> Tensor:
+        """The samples' rows in a table of `num_samples` + 1 rows; the last one is for ids that have none.
+
+        The device is not asked which these are, so that training need not wait for it.
+        """
+        assert self.ids is not None
+        ids = self.ids.to(device)
+        return torch.where((ids >= 0) & (ids < num_samples), ids, num_samples)
 
 
 class Observer(Protocol):

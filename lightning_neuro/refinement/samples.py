@@ -89,9 +89,8 @@ class SampleTable:
     def commit(self, layer: str, rate: Tensor) -> None:
         """Add what is pending, times `rate`."""
         for batch, norms in self._pending.pop(layer, ()):
-            assert batch.ids is not None
             self._to(norms.device)
-            rows = self._rows(batch.ids)
+            rows = batch.rows(self.num_samples, norms.device)
             values = norms.to(self._refinement[layer].dtype) * rate
             finite = values.isfinite()
             self._refinement[layer].index_add_(0, rows, torch.where(finite, values, 0.0))
@@ -160,17 +159,11 @@ class SampleTable:
         if trainer.world_size == 1:
             return self
 
-        def reduced(tensor: Tensor, reduce_op: str) -> Tensor:
-            # A copy: the reduction works in place.
-            tensor = tensor.to(trainer.strategy.root_device, copy=True)
-            result: Tensor = trainer.strategy.reduce(tensor, reduce_op=reduce_op)
-            return result
-
         whole = SampleTable(self.layers, self.num_samples)
-        whole._refinement = {layer: reduced(values, "sum") for layer, values in self._refinement.items()}
-        whole._visits, whole._targets = reduced(self._visits, "sum"), reduced(self._targets, "max")
-        whole._num_nonfinite = reduced(self._num_nonfinite, "sum")
-        whole._num_without_id = int(reduced(torch.tensor(self._num_without_id), "sum"))
+        whole._refinement = {layer: reduced(trainer, values, "sum") for layer, values in self._refinement.items()}
+        whole._visits, whole._targets = reduced(trainer, self._visits, "sum"), reduced(trainer, self._targets, "max")
+        whole._num_nonfinite = reduced(trainer, self._num_nonfinite, "sum")
+        whole._num_without_id = int(reduced(trainer, torch.tensor(self._num_without_id), "sum"))
         return whole
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,10 +193,6 @@ class SampleTable:
         self._num_nonfinite, self._num_without_id = state["num_nonfinite"].clone(), state["num_without_id"]
         self._pending = {}
 
-    def _rows(self, ids: Tensor) -> Tensor:
-        ids = ids.to(self._visits.device)
-        return torch.where((ids >= 0) & (ids < self.num_samples), ids, self.num_samples)
-
     def _to(self, device: torch.device) -> None:
         if self._visits.device == device:
             return
@@ -211,6 +200,13 @@ class SampleTable:
         self._refinement = {layer: values.to(device, number) for layer, values in self._refinement.items()}
         self._visits, self._targets = self._visits.to(device), self._targets.to(device)
         self._num_nonfinite = self._num_nonfinite.to(device)
+
+
+def reduced(trainer: "pl.Trainer", tensor: Tensor, reduce_op: str) -> Tensor:
+    """The `"sum"` or `"max"` of a tensor over all ranks; every rank must ask."""
+    # A copy: the reduction works in place.
+    result: Tensor = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device, copy=True), reduce_op=reduce_op)
+    return result
 
 
 def gini(values: Tensor) -> float | None:
