@@ -1,0 +1,57 @@
+"""Two processes: each rank knows its own samples, and the table of both is the sum."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = []
+    for rank in range(2):
+        who = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+        with (folder / f"{rank}.log").open("w") as log:
+            command = [sys.executable, "-m", "tests.refinement.two_ranks", str(folder)]
+            settings = {"cwd": ROOT, "env": os.environ | place | who}
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **settings))
+    try:
+        for process in processes:
+            process.wait(120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_each_rank_knows_its_own_samples(ranks):
+    for name in ranks[0]:
+        for rank in ranks:
+            assert rank[name]["found"] == rank[name]["truth"]
+            assert rank[name]["num_samples"] == 50
+        assert ranks[0][name]["truth"] != ranks[1][name]["truth"]
+
+
+def test_the_table_of_both_is_the_same_on_both_and_the_sum(ranks):
+    for name in ranks[0]:
+        visits = Counter(sample for rank in ranks for batch in rank[name]["truth"] for sample in batch)
+        for rank in ranks:
+            whole = rank[name]["whole"]
+            assert dict(zip(whole["sample_id"], whole["visits"], strict=True)) == dict(visits)
+            assert whole["target"] == [sample % 4 for sample in whole["sample_id"]]
+            assert whole["refinement/a"] == [sample * visits[sample] * 0.5 for sample in whole["sample_id"]]
