@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-<<<<<<< HEAD
-=======
 import torch
->>>>>>> samples
 from torch import Tensor, nn
 
 
@@ -22,8 +19,6 @@ class TrainBatch:
     ids: Tensor | None = None
     targets: Tensor | None = None
 
-<<<<<<< HEAD
-=======
     def rows(self, num_samples: int, device: torch.device) -> Tensor:
         """The samples' rows in a table of `num_samples` + 1 rows; the last one is for ids that have none.
 
@@ -33,7 +28,6 @@ class TrainBatch:
         ids = self.ids.to(device)
         return torch.where((ids >= 0) & (ids < num_samples), ids, num_samples)
 
->>>>>>> samples
 
 class Observer(Protocol):
     """Someone who watches layers while they are trained.
