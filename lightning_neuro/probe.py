@@ -228,13 +228,18 @@ class Probe:
             observer.observe(batch)
 
     def run(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", visit: Callable[[ProbeBatch], object]
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        visit: Callable[[ProbeBatch], object],
+        *,
+        max_batches: int | None = None,
     ) -> None:
-        """Run the model over this rank's samples once, and call `visit` with every batch."""
+        """Run the model over this rank's samples once, or the first batches of them, and call `visit` with each."""
         with undisturbed(trainer, pl_module):
             samples = self._collect(trainer)
             generators = {name: self._generator(name) for name in self._modules}
-            for cpu_batch in samples.batches:
+            for cpu_batch in samples.batches[:max_batches]:
                 visit(self._look(trainer, pl_module, cpu_batch, generators))
 
     def _generator(self, name: str) -> torch.Generator:

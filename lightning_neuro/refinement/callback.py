@@ -126,6 +126,12 @@ class RepresentationRefinement(MetricCallback):
         phases: int | Sequence[int] = 10,
         sources: str | Callable[[Any], Any] = "class",
         num_sources: int | None = None,
+        samples: bool | str | Sequence[str] = True,
+        sample_id: str | int | None = None,
+        influence_every_n_steps: int | None = None,
+        influence_direction: str = "refinement",
+        trace: bool | str | Path = False,
+        trace_limit: str = "1GB",
         memory_limit: str = "1GB",
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
@@ -133,28 +139,32 @@ class RepresentationRefinement(MetricCallback):
     ) -> None:
         if isinstance(layers, Probe):
             raise MisconfigurationException("`layers` comes before `probe` here: RepresentationRefinement(probe=...).")
-        if layers is not None and not isinstance(layers, str):
-            layers = tuple(layers) if isinstance(layers, Sequence) else (layers,)
-            if not layers or not all(isinstance(layer, str) for layer in layers):
-                raise MisconfigurationException(f"`layers` must be a name or glob, or several; got {layers!r}.")
-        if isinstance(phases, (list, tuple)):
-            for boundary in phases:
-                check_count("phases", boundary)
-            if list(phases) != sorted(set(phases)):
-                raise MisconfigurationException(f"`phases` must be rising numbers of steps; got {phases!r}.")
-        else:
-            check_count("phases", phases)
+        self.layers = _patterns("layers", layers)
+        check_phases(phases)
         if sources != "class" and not callable(sources):
             raise MisconfigurationException(f"`sources` must be 'class' or a function of the batch; got {sources!r}.")
         if num_sources is not None:
             check_count("num_sources", num_sources)
         elif sources != "class":
             raise MisconfigurationException("`sources` is a function, so say with `num_sources` how many there are.")
-        self.layers = layers
+        if influence_every_n_steps is not None:
+            check_count("influence_every_n_steps", influence_every_n_steps)
+        if influence_direction not in DIRECTIONS:
+            raise MisconfigurationException(
+                f"`influence_direction` must be one of {', '.join(map(repr, DIRECTIONS))}; got {influence_direction!r}."
+            )
+        if not isinstance(sample_id, (str, int, type(None))) or isinstance(sample_id, bool):
+            raise MisconfigurationException(f"`sample_id` must be a key or position in the batch; got {sample_id!r}.")
+        self.samples_of = samples if isinstance(samples, bool) else _patterns("samples", samples)
+        self.sample_id = sample_id
+        self.influence_every_n_steps = influence_every_n_steps
+        self.influence_direction = influence_direction
+        self.trace = trace
         self.phases = phases
         self.sources = sources
         self.num_sources = num_sources
-        self.memory_limit = _bytes(memory_limit)
+        self.memory_limit = parse_bytes("memory_limit", memory_limit)
+        self.trace_limit = parse_bytes("trace_limit", trace_limit)
         self.ledger: dict[str, RefinementLedger] = {}
         self.needs_labels = sources == "class"
         self._recorder: StepRecorder | None = None
@@ -377,33 +387,3 @@ class RepresentationRefinement(MetricCallback):
         if self._recorder is not None:
             self._recorder.remove()
             self._recorder = None
-
-
-def _plan(trainer: "pl.Trainer", phases: int | Sequence[int]) -> tuple[int, list[int]]:
-    """Number of phases, and after how many optimiser steps each but the last ends."""
-    if not isinstance(phases, int):
-        return len(phases) + 1, list(phases)
-    planned = float(trainer.estimated_stepping_batches) * max(1, len(trainer.optimizers))
-    if planned == float("inf"):
-        rank_zero_info("The number of training steps is not known, so their refinement is one phase.")
-        return 1, []
-    return phases, [round(planned * k / phases) for k in range(1, phases)]
-
-
-def _may_change_elements(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-    """Whether the gradient may be changed otherwise than by one factor before the optimiser uses it."""
-    if not pl_module.automatic_optimization:
-        return True
-    theirs = type(pl_module).configure_gradient_clipping.__qualname__ != "LightningModule.configure_gradient_clipping"
-    return theirs or (bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value")
-
-
-def _bytes(limit: Any) -> float:
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?B)\s*", limit) if isinstance(limit, str) else None
-    if found is None:
-        raise MisconfigurationException(f"`memory_limit` must be a size such as '500MB' or '2GB'; got {limit!r}.")
-    return float(found[1]) * _UNITS[found[2]]
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"
