@@ -88,7 +88,8 @@ def plot_influence(
     """Draw inputs, a row each, with the training samples that pushed their representation most.
 
     Under an input: its class and, where it differs, the predicted one; under a training sample: its class, id and
-    score, in units of the layer's output. Blue words: of the input's class; orange: of another. With a class contrast at the classifier head blue is favoured by construction.
+    score, in units of the layer's output. Blue words: of the input's class; orange: of another. With a class contrast
+    at the classifier head blue is favoured by construction.
 
     Args:
         influence: Of Q inputs; the first 8 of them are drawn, with the first 10 samples each.
