@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import Sampler
 
 from lightning_neuro.refinement.influence import Influence, strongest
@@ -27,7 +26,7 @@ FORMS = ("cosine", "projection")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EPSILON = 1e-14
 
-Parameters = dict[str, Tensor]
+Parameters = list[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,7 @@ def step_score(changes: Tensor) -> StepScore:
     Example:
         >>> import torch
         >>> score = step_score(torch.tensor([[[3.0, 0.0]], [[0.0, 4.0]]]))
-        >>> score.length.tolist(), score.projection.flatten().tolist()
+        >>> score.length.tolist(), [round(part, 6) for part in score.projection.flatten().tolist()]
         ([5.0], [1.8, 3.2])
     """
     if changes.ndim < 3 or not changes.is_floating_point():
@@ -131,7 +130,7 @@ class StepScores:
         if len(self) >= self.steps:
             raise ValueError(f"{self.steps} steps were announced and are recorded; this is one more.")
         after = self._weights()
-        self._changes.append({name: after[name] - self._before[name] for name in after})
+        self._changes.append([new - old for new, old in zip(after, self._before, strict=True)])
         self._before = after
         self._ids.append(ids.to("cpu", torch.int64, copy=True))
         self._classes.append(classes.to("cpu", torch.int64, copy=True))
@@ -167,7 +166,7 @@ class StepScores:
         Raises:
             ValueError: If a batch held more than one class.
         """
-        mixed = [number for number, classes in enumerate(self._classes) if len(classes.unique()) != 1]  # type: ignore[no-untyped-call]
+        mixed = [number for number, classes in enumerate(self._classes) if len(set(classes.tolist())) != 1]
         if mixed:
             raise ValueError(
                 f"{len(mixed)} of {len(self)} steps had samples of several classes (first: step {mixed[0]}), so that"
@@ -185,17 +184,12 @@ class StepScores:
         if not self._changes:
             raise ValueError("no step is recorded.")
         inputs = inputs.detach().cpu().double()
-        # Any padding and stride, because it is the layer's own forward pass, with other weights.
-        twin = _unhooked(self.module)
-        with torch.no_grad():
-            changes = [
-                functional_call(twin, {name: change.double() for name, change in parts.items()}, (inputs,))
-                for parts in self._changes
-            ]
-        return torch.stack(changes)
+        changes = [[part.double() for part in parts] for parts in self._changes]
+        return torch.stack([_forward(self.module, inputs, parts[0], (*parts, None)[1]) for parts in changes])
 
     def _weights(self) -> Parameters:
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.module.named_parameters()}
+        weights = (self.module.weight, self.module.bias)
+        return [weight.detach().to("cpu", copy=True) for weight in weights if weight is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -203,7 +197,7 @@ class StepScores:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state."""
-        self._before, self._changes = dict(state["before"]), list(state["changes"])
+        self._before, self._changes = list(state["before"]), list(state["changes"])
         self._ids, self._classes = list(state["ids"]), list(state["classes"])
 
 
@@ -227,7 +221,7 @@ class ClassBatchSampler(Sampler[list[int]]):
 
     Example:
         >>> list(ClassBatchSampler([0, 1, 0, 1, 1], batch_size=2, seed=1))
-        [[3, 4], [0, 2], [1]]
+        [[4, 3], [1], [0, 2]]
     """
 
     def __init__(
@@ -251,16 +245,16 @@ class ClassBatchSampler(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; Lightning calls it at each epoch, and without it epochs follow each other."""
+        """Choose the order. Epochs follow each other by themselves; call this after a resume."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         self.epoch += 1
         order = torch.randperm(len(self.labels), generator=generator)
         batches = [
             batch
-            for label in self.labels.unique()  # type: ignore[no-untyped-call]
+            for label in torch.unique(self.labels)
             for batch in torch.split(order[self.labels[order] == label], self.batch_size)
             if len(batch) == self.batch_size or not self.drop_last
         ]
@@ -269,14 +263,13 @@ class ClassBatchSampler(Sampler[list[int]]):
             yield torch.cat([batches[number], ghosts]).tolist()
 
     def __len__(self) -> int:
-        counts = self.labels.unique(return_counts=True)[1].tolist()  # type: ignore[no-untyped-call]
+        counts = torch.unique(self.labels, return_counts=True)[1].tolist()
         return sum(count // self.batch_size if self.drop_last else -(-count // self.batch_size) for count in counts)
 
 
-def _unhooked(module: nn.Module) -> nn.Module:
-    """A copy of a layer that nobody watches, in float64 on the CPU."""
-    twin: nn.Module = type(module).__new__(type(module))
-    twin.__dict__ = {name: value for name, value in module.__dict__.items() if "hook" not in name}
-    fresh = nn.Module()
-    twin.__dict__ |= {name: value for name, value in fresh.__dict__.items() if "hook" in name}
-    return twin
+def _forward(module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's own forward pass with other weights: any padding and stride, and no hooks."""
+    if isinstance(module, nn.Linear):
+        return nn.functional.linear(inputs, weight, bias)
+    output: Tensor = module._conv_forward(inputs, weight, bias)  # type: ignore[operator]
+    return output

@@ -12,6 +12,7 @@ from lightning_neuro.refinement.influence import (
     LiveInfluence,
     contrast_directions,
     influence_scores,
+    output_changes,
     refinement_directions,
     strongest,
 )
@@ -48,6 +49,12 @@ def test_a_score_is_the_move_of_the_output(bias, train, probe, chunk, monkeypatc
     for i in range(6):
         loss = (module(inputs[i : i + 1]).sin() * torch.arange(1.0, 5.0)).sum()
         assert torch.allclose(found[i], moved(module, loss, probe_inputs, direction), atol=1e-12)
+    vectors = output_changes(inputs, outputs.grad, probe_inputs, bias=bias)
+    assert vectors.shape == (6, *direction.shape)
+    for unit in torch.eye(4).double():
+        loss = (module(inputs[2:3]).sin() * torch.arange(1.0, 5.0)).sum()
+        expected = moved(module, loss, probe_inputs, unit.expand_as(direction))
+        assert torch.allclose((vectors[2] * unit).flatten(1).sum(1), expected, atol=1e-12)
 
 
 def test_half_precision_is_added_up_in_float32():
@@ -142,35 +149,53 @@ class Run:
 @pytest.mark.parametrize("bias", [True, False])
 def test_all_scores_add_up_to_the_move_along_the_direction(bias):
     run = Run(bias=bias)
-    along = randn(4, 3, seed=3)
-    live = LiveInfluence("fc", run.module, 30, direction=along)
-    run.train(live)
-    expected = ((run.module(run.probe) - run.before) * along).sum(1)
-    assert torch.allclose(live.scores.sum(0), expected, atol=1e-12)
-    assert torch.allclose(live.top().total, expected, atol=1e-12)
-    assert live.top().direction == "given" and live.top(3).sample_ids.shape == (4, 3)
+    along, own = randn(4, 3, seed=3), torch.tensor([0, 1, 2, 0])
+    live, narrow = (LiveInfluence("fc", run.module, 30, direction=given) for given in (None, along))
+    run.train(live, narrow, refresh=7)
+    after = run.module(run.probe).detach()
+    p = after - run.before
+    rivals = after.scatter(1, own[:, None], -torch.inf).argmax(1)
+    contrast = (torch.eye(3)[own] - torch.eye(3)[rivals]).double() / 2**0.5
+    directions = {"refinement": p / p.norm(dim=1, keepdim=True), "contrast": contrast}
+    for name, direction in directions.items():
+        assert torch.allclose(live.scores(name, targets=own).sum(0), (p * direction).sum(1), atol=1e-7)
+        assert live.top(direction=name).direction == name
+        found = live.top(30, name, targets=own)
+        assert found.total.tolist() == pytest.approx((p * direction).sum(1).tolist(), abs=1e-7)
+        for q in range(4):
+            assert found.scores[q].tolist() == live.scores(name, targets=own)[found.sample_ids[q], q].tolist()
+            assert found.targets[q].tolist() == [i % 3 for i in found.sample_ids[q].tolist()]
+    assert torch.allclose(narrow.scores(), live.scores(along), atol=1e-12)
+    assert narrow.top().direction == live.top(3, along).direction == "given"
+    assert torch.allclose(narrow.scores().sum(0), (p * along).sum(1), atol=1e-12)
+    assert live.num_bytes(4) == 31 * (8 * 4 * 3 + 9) and narrow.num_bytes(4) == 31 * (8 * 4 + 9)
+    with pytest.raises(ValueError, match=r"direction must be \(4, 3\); got \(4, 2\)"):
+        live.scores(along[:, :2])
 
 
-@pytest.mark.parametrize("direction", ["refinement", "contrast"])
-def test_the_direction_is_that_of_the_latest_refresh(direction):
-    run, own = Run(), torch.tensor([0, 1, 2, 0])
-    live = LiveInfluence("fc", run.module, 30, direction=direction, targets=own)
-    expected, along = torch.zeros(4).double(), None
-    for step in range(run.steps):
-        before = run.module(run.probe).detach()
-        if step % 4 == 0:
-            p = before - run.before
-            along = p / p.norm(dim=1, keepdim=True) if step else torch.zeros_like(p)
-            if direction == "contrast":
-                rivals = [
-                    max((c for c in range(3) if c != y), key=row.tolist().__getitem__)
-                    for y, row in zip(own.tolist(), before, strict=True)
-                ]
-                along = (torch.eye(3)[own] - torch.eye(3)[rivals]).double() / 2**0.5
-        run.train(live, refresh=4, begin=step, steps=1)
-        expected += ((run.module(run.probe) - before) * along).sum(1).detach()
-    assert torch.allclose(live.scores.sum(0), expected, atol=1e-12)
-    assert expected.abs().min() > 0.01 and live.top().direction == direction
+def test_inputs_with_positions():
+    module, h = nn.Linear(5, 3).double(), randn(2, 4, 5)
+    live = LiveInfluence("fc", module, 10)
+    live.refresh(h)
+    a, d = randn(6, 7, 5, seed=1), randn(6, 7, 3, seed=2)
+    live.see("fc", module, a, d, TrainBatch(torch.arange(6), None))
+    live.commit("fc", torch.tensor(1.0))
+    along = randn(2, 4, 3, seed=3)
+    assert torch.allclose(live.scores(along)[:6], influence_scores(a, d, h, along, bias=True), atol=1e-12)
+
+
+def test_the_latest_inputs_are_those_scored_against():
+    module, who = nn.Linear(5, 3, bias=False).double(), TrainBatch(torch.tensor([0]), None)
+    live, a, d = LiveInfluence("fc", module, 1), randn(1, 5), randn(1, 3, seed=1)
+    along, expected = torch.ones(2, 3).double(), torch.zeros(1, 2).double()
+    for step in range(3):
+        h = randn(2, 5, seed=step)
+        live.refresh(h)
+        expected += influence_scores(a, d, h, along)
+        h.zero_()  # the caller may use its memory again
+        live.see("fc", module, a, d, who)
+        live.commit("fc", torch.tensor(1.0))
+    assert torch.allclose(live.scores(along), expected, atol=1e-12)
 
 
 def test_what_is_not_committed_does_not_count():
@@ -179,7 +204,7 @@ def test_what_is_not_committed_does_not_count():
     who = TrainBatch(torch.tensor([1, 2]), None)
     live.see("fc", run.module, randn(2, 5), randn(2, 3), who)  # not refreshed yet
     live.commit("fc", torch.tensor(1.0))
-    assert live.top() is None and live.scores.shape == (30, 0)
+    assert live.top() is None and live.scores().shape == (30, 0)
     live.refresh(run.probe)
     live.see("fc", run.module, randn(2, 5), randn(2, 3), who)
     live.drop("other")
@@ -193,8 +218,8 @@ def test_what_is_not_committed_does_not_count():
     live.see("fc", run.module, a, d, TrainBatch(torch.tensor([4, 31, 5]), torch.tensor([2, 1, 0])))
     live.commit("fc", torch.tensor(2.0))
     expected = 2 * influence_scores(a[:1], d[:1], run.probe, torch.ones(4, 3).double(), bias=True)
-    assert torch.allclose(live.scores[4], expected[0])
-    assert live.scores.abs().sum(1).nonzero().flatten().tolist() == [4]
+    assert torch.allclose(live.scores()[4], expected[0])
+    assert live.scores().abs().sum(1).nonzero().flatten().tolist() == [4]
     assert sorted(live.top().sample_ids[0].tolist()) == [4, 5] and live.top().num_samples == 2
 
 
@@ -209,7 +234,7 @@ def test_resume_is_as_uninterrupted():
     resumed = LiveInfluence("fc", first.module, 30)
     resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     first.train(resumed, refresh=4, begin=22)
-    assert torch.equal(resumed.scores, live.scores)
+    assert torch.equal(resumed.scores(), live.scores())
     assert torch.equal(resumed.top().targets, live.top().targets)
     with pytest.raises(ValueError, match="not those of layer 'fc' and 31 samples"):
         LiveInfluence("fc", first.module, 31).load_state_dict(half.state_dict())
@@ -221,4 +246,4 @@ def test_other_layers_and_directions_are_refused():
     with pytest.raises(ValueError, match=r"'conv' is a Conv2d.*classifier head"):
         LiveInfluence("conv", nn.Conv2d(1, 1, 1), 5)
     with pytest.raises(ValueError, match="direction must be 'refinement', 'contrast' or a tensor; got 'up'"):
-        LiveInfluence("fc", nn.Linear(1, 1), 5, direction="up")
+        LiveInfluence("fc", nn.Linear(1, 1), 5).scores("up")
