@@ -1,37 +1,35 @@
 """Representation refinement as training curves: which classes made a layer what it is, exactly, while it is trained."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_neuro import logging
 from lightning_neuro.arguments import check_count
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.capture import uncompiled
 from lightning_neuro.isolation import evaluation_mode, why_off
 from lightning_neuro.probe import Event, Probe, ProbeBatch
-from lightning_neuro.refinement.batch import Observer, TrainBatch
 from lightning_neuro.refinement.explanation import RefinementExplanation
+from lightning_neuro.refinement.influence import DIRECTIONS
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
-from lightning_neuro.refinement.operators import Sources
+from lightning_neuro.refinement.plan import check_phases, parse_bytes
 from lightning_neuro.refinement.plot import plot_refinement
-from lightning_neuro.refinement.recorder import StepRecorder, find_layers
 from lightning_neuro.refinement.result import RefinementResult
-from lightning_neuro.samples import batch_length, class_labels, default_target, describe
+from lightning_neuro.refinement.samples import Arrays, SampleTable
+from lightning_neuro.refinement.tracer import Options, Tracer
+from lightning_neuro.refinement.watch import NUM_INPUTS, SampleWatch
+from lightning_neuro.samples import batch_length, class_labels, default_input, default_target, describe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-# More than this would make as many copies of each layer's weights.
-MAX_SOURCES = 100
 
 
 class RepresentationRefinement(MetricCallback):
@@ -139,7 +137,6 @@ class RepresentationRefinement(MetricCallback):
     ) -> None:
         if isinstance(layers, Probe):
             raise MisconfigurationException("`layers` comes before `probe` here: RepresentationRefinement(probe=...).")
-        self.layers = _patterns("layers", layers)
         check_phases(phases)
         if sources != "class" and not callable(sources):
             raise MisconfigurationException(f"`sources` must be 'class' or a function of the batch; got {sources!r}.")
@@ -155,23 +152,41 @@ class RepresentationRefinement(MetricCallback):
             )
         if not isinstance(sample_id, (str, int, type(None))) or isinstance(sample_id, bool):
             raise MisconfigurationException(f"`sample_id` must be a key or position in the batch; got {sample_id!r}.")
-        self.samples_of = samples if isinstance(samples, bool) else _patterns("samples", samples)
-        self.sample_id = sample_id
-        self.influence_every_n_steps = influence_every_n_steps
-        self.influence_direction = influence_direction
-        self.trace = trace
-        self.phases = phases
+        if not isinstance(trace, (bool, str, Path)):
+            raise MisconfigurationException(f"`trace` must be True, False or a folder; got {trace!r}.")
+        self.layers = _patterns("layers", layers)
         self.sources = sources
         self.num_sources = num_sources
-        self.memory_limit = parse_bytes("memory_limit", memory_limit)
-        self.trace_limit = parse_bytes("trace_limit", trace_limit)
-        self.ledger: dict[str, RefinementLedger] = {}
+        self.influence_every_n_steps = influence_every_n_steps
         self.needs_labels = sources == "class"
-        self._recorder: StepRecorder | None = None
-        self._seen_looks = -1
-        self._boundaries: list[int] = []
-        self._saved: dict[str, Any] = {}
+        options = Options(
+            layers=self.layers,
+            phases=phases,
+            samples=samples if isinstance(samples, bool) else _patterns("samples", samples) or False,
+            sample_id=sample_id,
+            influence=influence_direction if influence_every_n_steps else None,
+            trace=trace,
+            trace_limit=parse_bytes("trace_limit", trace_limit),
+            memory_limit=parse_bytes("memory_limit", memory_limit),
+        )
         super().__init__(RefinementSummary(), probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        self._tracer = Tracer(options, self.name, self._layer_failed)
+        self._table: SampleTable | None = None
+        self._last_influence = 0
+
+    @property
+    def ledger(self) -> dict[str, RefinementLedger]:
+        """Layer -> its ledger."""
+        return self._tracer.ledgers
+
+    @property
+    def samples(self) -> Arrays:
+        """The table of the training samples, of all ranks at the last evaluation: 1-D arrays of one length.
+
+        `sample_id`, `target` (-1 where unknown), `visits`, and `refinement/<layer>` for each layer; empty where the
+        samples have no ids.
+        """
+        return {} if self._table is None else self._table.arrays()
 
     # Lightning's hooks
 
@@ -179,62 +194,61 @@ class RepresentationRefinement(MetricCallback):
         """Find the layers and hook them, before a compiled model's first run."""
         super().on_fit_start(trainer, pl_module)
         if not why_off(trainer):
-            self._attach(pl_module)
+            self._tracer.attach(trainer, pl_module)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Open the ledgers at the weights that training starts from, and follow the optimisers."""
         if not why_off(trainer):
-            recorder = self._recorder
-            assert recorder is not None
-            # Without the probe's samples the classes cannot be counted: then there are no ledgers.
-            with self._guard("the probe's samples"):
-                self._open_ledgers(trainer, pl_module, recorder)
-            recorder.elementwise = _may_change_elements(trainer, pl_module)
-            if trainer.world_size > 1:
-                recorder.mean_over_ranks = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
-            recorder.attach(trainer.optimizers)
+            self._open(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Say whose samples the coming backward passes are of."""
-        if self._recorder is not None and self._recorder.ledgers:
+        if self.ledger and not why_off(trainer):
             with self._guard("the batch"):
-                targets = self._labels(batch)
-                rows = self._rows(batch, targets)
-                self._recorder.begin(TrainBatch(ids=None, targets=targets), Sources(rows, self._num_rows))
+                targets = class_labels((self.probe.target_fn or default_target)(batch))
+                self._tracer.begin(trainer, batch, targets, self._rows(batch, targets))
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End a phase where one ends; evaluate where the probe is due."""
-        if self._recorder is not None:
-            self._recorder.end()
-            while self._boundaries and trainer.global_step >= self._boundaries[0]:
-                self._boundaries.pop(0)
-                for ledger in self.ledger.values():
-                    ledger.end_phase()
+        """End a phase where one ends; look at the influence and evaluate where they are due."""
+        self._tracer.end(trainer.global_step)
+        every, step = self.influence_every_n_steps, trainer.global_step
+        if every is not None and self.ledger and step // every > self._last_influence // every:
+            self._last_influence = step
+            self._refresh_influence(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Write the table of the samples beside the logs."""
+        if not why_off(trainer):
+            with self._guard("the training samples"):
+                self._tracer.finish(trainer, pl_module.device)
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hook the layers for a `trainer.validate` after a fit."""
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "validate" and self.ledger and not why_off(trainer):
-            self._attach(pl_module)
+            self._tracer.look_only(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Save what all ranks hold together; Lightning asks every rank, after it asked each for its own state."""
+        if trainer.world_size > 1 and (saved := checkpoint.get("callbacks", {}).get(self.state_key)):
+            saved["tracer"] = self._tracer.state_dict(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's, with the ledgers."""
-        ledgers = {layer: ledger.state_dict() for layer, ledger in self.ledger.items()}
-        return super().state_dict() | {
-            "ledgers": ledgers or self._saved.get("ledgers", {}),
-            "boundaries": self._boundaries,
-        }
+        """The base's, with the ledgers and the table of the samples."""
+        return super().state_dict() | {"tracer": self._tracer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state; the ledgers when training starts."""
         super().load_state_dict(state_dict)
-        self._saved = {name: state_dict[name] for name in ("ledgers", "boundaries")}
+        self._tracer.saved = state_dict["tracer"]
 
     def explain(self, pl_module: "pl.LightningModule", inputs: Any, layer: str | None = None) -> RefinementExplanation:
         """Divide a layer's output on the model's own inputs among sources and phases; after the fit, too.
@@ -261,74 +275,25 @@ class RepresentationRefinement(MetricCallback):
             raise ValueError(f"Layer {layer!r} did not run on these inputs.")
         return self.ledger[layer].explain(seen[0])
 
-    # Opening
-
-    def _attach(self, pl_module: "pl.LightningModule") -> None:
-        if self._recorder is not None:
-            self._recorder.remove()
-        layers = find_layers(pl_module, self.layers)
-        self._recorder = StepRecorder(layers, {}, self._observers(), self._layer_failed)
-
-    def _observers(self) -> list[Observer]:
-        return []
-
-    def _open_ledgers(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", recorder: StepRecorder) -> None:
-        if self.sources == "class" and self.num_sources is None:
-            num_sources = self.probe.count_classes(trainer, pl_module)
-        else:
-            num_sources = self.num_sources or 0
-        if num_sources == 0:
-            raise MisconfigurationException(
-                "RepresentationRefinement needs a class label (a whole number) for each sample, and the probe finds"
-                " none. Say where they are with `Probe(target_fn=lambda batch: ...)`, or what else the sources of the"
-                " samples are with `sources=` and `num_sources=`."
-            )
-        if num_sources > MAX_SOURCES:
-            raise MisconfigurationException(
-                f"There are {num_sources} sources, and the ledgers hold a copy of each layer's weights for each: at"
-                f" most {MAX_SOURCES}. Group them, for example `sources=lambda batch: batch[1] // 10, num_sources=...`."
-            )
-        planned, self._boundaries = _plan(trainer, self.phases)
-        kept = self._saved or {name: value for name, value in self.state_dict().items() if name in ("ledgers",)}
-        self.ledger = {
-            layer: RefinementLedger(owners[0], num_sources=num_sources, num_phases=planned)
-            for layer, owners in recorder.layers.items()
-        }
-        self._check_memory()
-        for layer, ledger in self.ledger.items():
-            if layer in kept.get("ledgers", {}):
-                ledger.load_state_dict(kept["ledgers"][layer])
-        if self._saved:
-            self._boundaries, self._saved = list(self._saved["boundaries"]), {}
-        recorder.ledgers = dict(self.ledger)
-
-    def _check_memory(self) -> None:
-        sizes = {layer: ledger.bytes for layer, ledger in self.ledger.items()}
-        total = sum(sizes.values())
-        parts = ", ".join(f"{layer}: {_megabytes(size)}" for layer, size in sizes.items())
-        if total > self.memory_limit:
-            raise MisconfigurationException(
-                f"The ledgers would take {_megabytes(total)} ({parts}), more than `memory_limit` allows"
-                f" ({_megabytes(self.memory_limit)}). Name fewer or smaller `layers`, group the `sources`, take fewer"
-                " `phases`, or raise the limit."
-            )
-        rank_zero_info(f"{self.name}: ledgers of {_megabytes(total)} ({parts}).")
-
     # Whose samples
 
-    @property
-    def _num_rows(self) -> int:
-        return next(iter(self.ledger.values())).num_sources + 1
-
-    def _labels(self, batch: Any) -> Tensor | None:
-        return class_labels((self.probe.target_fn or default_target)(batch))
+    def _count_sources(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
+        if self.num_sources is not None:
+            return self.num_sources
+        if num_classes := self.probe.count_classes(trainer, pl_module):
+            return num_classes
+        raise MisconfigurationException(
+            "RepresentationRefinement needs a class label (a whole number) for each sample, and the probe finds none."
+            " Say where they are with `Probe(target_fn=lambda batch: ...)`, or what else the sources of the samples are"
+            " with `sources=` and `num_sources=`."
+        )
 
     def _rows(self, batch: Any, targets: Tensor | None) -> Tensor:
         """Each sample's row in the ledgers; the last, "other", for those with no source of their own."""
-        last = self._num_rows - 1
+        last = self._tracer.num_rows - 1
         rows = targets if self.sources == "class" else self.sources(batch)  # type: ignore[operator]
         if rows is None:
-            return torch.full((batch_length(batch) or 1,), last)
+            return torch.full((batch_length(default_input(batch)) or 1,), last)
         if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
             raise ValueError(f"`sources` must return (N,) whole numbers; it returned {describe(rows)}.")
         return torch.where((rows >= 0) & (rows < last), rows, last)
@@ -338,24 +303,35 @@ class RepresentationRefinement(MetricCallback):
     def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Get ready for a pass of the probe."""
         super().begin(trainer, pl_module)
-        if self._recorder is not None:
-            self._recorder.taps.recorded = {}
+        # Here too: another callback's `on_train_start` may ask for the first pass, before ours is called.
+        self._open(trainer, pl_module)
+        self._record(True)
+
+    def _open(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.state.fn == "fit" and not self._tracer.opened:
+            # Without the probe's samples the classes cannot be counted: then there are no ledgers.
+            with self._guard("the probe's samples"):
+                self._tracer.open(trainer, self._count_sources(trainer, pl_module))
 
     def observe(self, batch: ProbeBatch) -> None:
         """Take in one batch of the probe's pass, as the layers' inputs and outputs."""
         if self.needs_labels and batch.targets is None:
             super().observe(batch)
-        recorder = self._recorder
-        if recorder is None or recorder.taps.recorded is None:
-            return
-        recorded, recorder.taps.recorded = recorder.taps.recorded, {}
-        rows = self._rows(batch.batch, batch.targets)
-        for layer, calls in recorded.items():
-            for inputs, outputs in calls:
-                try:
-                    self.metric_at(layer, outputs.device).update(inputs, outputs, rows)
-                except Exception as error:
-                    self._failed.setdefault(layer, error)
+        for layer in self.ledger:
+            try:
+                for inputs, outputs in self._recorded().get(layer, ()):
+                    metric: Any = self.metric_at(layer, outputs.device)
+                    metric.update(inputs, outputs, self._rows(batch.batch, batch.targets))
+            except Exception as error:
+                self._failed.setdefault(layer, error)
+
+    def _record(self, on: bool) -> None:
+        recorder = self._tracer.recorder
+        if recorder is not None:
+            recorder.taps.record(lambda: self.probe.num_looks if on else None)
+
+    def _recorded(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        return {} if self._tracer.recorder is None else self._tracer.recorder.taps.recorded
 
     def metric_at(self, layer: str, device: torch.device) -> Metric:
         """The summary of one layer's ledger."""
@@ -370,20 +346,63 @@ class RepresentationRefinement(MetricCallback):
 
     def _results(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> dict[str, Any]:
         try:
-            return super()._results(trainer, pl_module, event)
+            results = super()._results(trainer, pl_module, event)
         finally:
-            if self._recorder is not None:
-                self._recorder.taps.recorded = None
+            self._record(False)
+        if trainer.state.fn == "fit" and self._tracer.watch is not None:
+            self._table = self._tracer.watch.over_ranks(trainer)
+        return results
+
+    def _measured(self, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        measured = super()._measured(results)
+        if results and self._table is not None and (ginis := SampleWatch.ginis(self._table)):
+            measured["sample_gini"] = ginis
+            for kind, note in self._table.notes().items():
+                self._warn_once(f"samples/{kind}", f"{self.name}: {note}")
+        return measured
+
+    def _log_pictures(self, trainer: "pl.Trainer") -> None:
+        super()._log_pictures(trainer)
+        watch = self._tracer.watch
+        figures = {} if watch is None else watch.draw_influence(trainer)
+        logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": figure for tag, figure in figures.items()})
+
+    def _refresh_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Score the coming samples against how the network sees the probe's first samples now."""
+        watch = self._tracer.watch
+        assert watch is not None and watch.head is not None
+        layer = watch.head[0]
+
+        def look(batch: ProbeBatch) -> None:
+            inputs = self._recorded()[layer][0][0][:NUM_INPUTS]
+            targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
+            watch.refresh(trainer, inputs, batch.inputs[:NUM_INPUTS], targets)
+
+        self._record(True)
+        try:
+            with self._guard("the influence of training samples"):
+                self.probe.run(trainer, pl_module, look, max_batches=1)
+        finally:
+            self._record(False)
 
     def _layer_failed(self, layer: str, error: Exception) -> None:
         self._report(f"layer '{layer}' in a training step", error)
 
     def _forget(self) -> None:
         super()._forget()
-        self.ledger, self._saved, self._boundaries = {}, {}, []
+        self._tracer = Tracer(self._tracer.options, self.name, self._layer_failed)
+        self._table, self._last_influence = None, 0
 
     def _release(self) -> None:
         super()._release()
-        if self._recorder is not None:
-            self._recorder.remove()
-            self._recorder = None
+        self._tracer.close()
+
+
+def _patterns(name: str, given: Any) -> str | tuple[str, ...] | None:
+    """Names or globs of layers, or an error."""
+    if given is None or isinstance(given, str):
+        return given
+    patterns = tuple(given) if isinstance(given, Sequence) else (given,)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise MisconfigurationException(f"`{name}` must be a name or glob, or several; got {given!r}.")
+    return patterns

@@ -1,5 +1,6 @@
 """The exact account of one layer's weights: how much of them each source of training samples made, and when."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -276,7 +277,7 @@ class RefinementLedger:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain Python; what was seen since the last step is not part of it."""
-        return {name: getattr(self, f"_{name}") for name in _STATE} | {"inexact": self.inexact}
+        return {name: copy.deepcopy(getattr(self, f"_{name}")) for name in _STATE} | {"inexact": self.inexact}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another ledger of the same layer stopped.
@@ -290,7 +291,7 @@ class RefinementLedger:
                 raise ValueError(f"The saved ledger has a {name} of shape {seen}, but {tuple(parts.shape)} is needed.")
         self.inexact = state["inexact"]
         for name in _STATE:
-            setattr(self, f"_{name}", state[name])
+            setattr(self, f"_{name}", copy.deepcopy(state[name]))
         self.to(self.module.weight.device)
 
     def to(self, device: torch.device) -> None:

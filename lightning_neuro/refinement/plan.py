@@ -64,7 +64,7 @@ def check_memory(sizes: Mapping[str, int], limit: float) -> str:
     told = f"{megabytes(total)} ({', '.join(f'{layer}: {megabytes(size)}' for layer, size in sizes.items())})"
     if total > limit:
         raise MisconfigurationException(
-            f"The ledgers would take {told}, more than `memory_limit` allows ({megabytes(limit)}). Name fewer or smaller"
-            " `layers`, group the `sources`, take fewer `phases`, or raise the limit."
+            f"The ledgers would take {told}, more than `memory_limit` allows ({megabytes(limit)}). Name fewer or"
+            " smaller `layers`, group the `sources`, take fewer `phases`, or raise the limit."
         )
     return told

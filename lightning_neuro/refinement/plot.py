@@ -76,11 +76,11 @@ def plot_explanation(explanation: RefinementExplanation, sample: int = 0, *, pre
         left.axhline(row, color="0.8", linewidth=0.5, zorder=0)
         left.text(1.02, row, f"{shares[row].sum():+.2f}", va="bottom", fontsize=8, color=colour)
     left.axvline(0, color="0.5", linewidth=0.8)
-    left.set(xlim=(-1, 1.15), ylim=(len(cosines) - 0.5, -1), xlabel="cosine with the refinement p")
+    left.set(xlim=(-1, 1.3), ylim=(len(cosines) - 0.5, -1), xlabel="cosine with the refinement p")
     left.set_yticks(range(len(cosines)), explanation.sources)
     left.set_ylabel("source of the training samples")
-    highlighted = "" if predicted is None else f"; orange: {explanation.sources[predicted]}, predicted"
-    left.set_title(f"contributions, weighted by length; right: share{highlighted}", fontsize=10)
+    highlighted = "" if predicted is None else f" (orange: predicted, {explanation.sources[predicted]})"
+    left.set_title(f"contributions by length; their shares{highlighted}", fontsize=10)
     _heat(figure, right, torch.as_tensor(shares), "share by phase of training")
     right.set_yticks(range(len(cosines)), explanation.sources)
     right.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))

@@ -16,12 +16,15 @@ from lightning_neuro.refinement.operators import OPERATORS, Operator, Sources, s
 from lightning_neuro.refinement.taps import GradientTaps
 
 
-def find_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str, list[Operator]]:
+def find_layers(
+    model: nn.Module, patterns: str | Sequence[str] | None, argument: str = "layers"
+) -> dict[str, list[Operator]]:
     """The layers to trace, each with all modules that share its weight.
 
     Args:
         model: The model.
         patterns: Names or globs; None for the classifier head, the last linear or convolution layer.
+        argument: What to call them in errors.
 
     Raises:
         MisconfigurationException: For a layer of a kind that cannot be traced, or no layer at all.
@@ -38,13 +41,15 @@ def find_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[
     chosen: dict[str, list[Operator]] = {}
     for name, module in resolve_layers(model, patterns).items():
         if reason := why_unsupported(module):
-            raise MisconfigurationException(f"`layers` names '{name}', whose refinement cannot be traced: {reason}.")
+            raise MisconfigurationException(
+                f"`{argument}` names '{name}', whose refinement cannot be traced: {reason}."
+            )
         owners = [other for other in layers.values() if other._parameters.get("weight") is module.weight]
         for other in owners:
             if not isinstance(other, OPERATORS):
                 raise MisconfigurationException(
-                    f"`layers` names '{name}', which shares its weight with a {type(other).__name__}, whose part in the"
-                    " gradient cannot be traced. Leave this layer out."
+                    f"`{argument}` names '{name}', which shares its weight with a {type(other).__name__}, whose part in"
+                    " the gradient cannot be traced. Leave this layer out."
                 )
         chosen[name] = owners  # type: ignore[assignment]
     return chosen
@@ -93,9 +98,9 @@ class StepRecorder:
         self._handles = []
         self.end()
 
-    def begin(self, batch: TrainBatch, sources: Sources) -> None:
+    def begin(self, batch: TrainBatch | None, sources: Sources) -> None:
         """A training micro-batch is about to run."""
-        self._batch, self._sources = batch, sources
+        self._batch, self._sources = batch or TrainBatch(), sources
         self.taps.tracing = True
 
     def end(self) -> None:

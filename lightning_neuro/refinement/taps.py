@@ -1,6 +1,6 @@
 """Hooks that ride on the training steps: what each layer was given, and the gradient of the loss at its output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,10 @@ from lightning_neuro.refinement.operators import Operator, parameters_of
 
 # A module that a loop calls more often than this in one pass of the probe is not recorded further.
 MAX_CALLS = 64
+
+
+def _off() -> None:
+    """No look is recorded."""
 
 
 class Receiver(Protocol):
@@ -36,14 +40,16 @@ class GradientTaps:
 
     Attributes:
         tracing: Whether backward passes are reported; off, the hooks do nothing.
-        recorded: Layer -> (inputs, outputs) of each call, while this is a dictionary; None: not recorded.
+        recorded: Layer -> (inputs, outputs) of each call in the latest look, while `record` is on.
     """
 
     def __init__(self, modules: Mapping[str, Sequence[Operator]], receiver: Receiver) -> None:
         self.modules = modules
         self.receiver = receiver
         self.tracing = False
-        self.recorded: dict[str, list[tuple[Tensor, Tensor]]] | None = None
+        self.recorded: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._look_of: Callable[[], int | None] = _off
+        self._look: int | None = None
         self._new: set[str] = set()
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(_TapHook(self, layer), with_kwargs=True)
@@ -51,15 +57,32 @@ class GradientTaps:
             for module in owners
         ]
 
+    @property
+    def recording(self) -> bool:
+        """Whether what the layers are given and return is kept."""
+        return self._look_of() is not None
+
+    def record(self, look_of: Callable[[], int | None]) -> None:
+        """Keep what the layers are given and return.
+
+        Args:
+            look_of: The number of the forward pass that runs; what belongs to an earlier one is forgotten, for others
+                may run the model too. None turns recording off.
+        """
+        self._look_of, self.recorded, self._look = look_of, {}, None
+
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.recorded, self.tracing = [], None, False
+        self._handles, self.tracing = [], False
+        self.record(_off)
 
     def ran(self, layer: str, module: Operator, inputs: Tensor, output: Tensor) -> None:
         """A layer ran; called by the hooks."""
-        if self.recorded is not None:
+        if (look := self._look_of()) is not None:
+            if look != self._look:
+                self._look, self.recorded = look, {}
             calls = self.recorded.setdefault(layer, [])
             if len(calls) < MAX_CALLS:
                 # Copies: what follows may change the output in place.
@@ -90,7 +113,7 @@ class _TapHook:
     # A compiled graph would not keep what the hook does beside it.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.taps is not None and (self.taps.tracing or self.taps.recorded is not None):
+        if self.taps is not None and (self.taps.tracing or self.taps.recording):
             self.taps.ran(self.layer, module, args[0] if args else kwargs["input"], first_tensor(output))
 
     def __reduce__(self) -> tuple[type["_TapHook"], tuple[None, str]]:

@@ -56,9 +56,17 @@ class Tracer:
         self.writer: TraceWriter | None = None
         self.boundaries: list[int] = []
         self.saved: Mapping[str, Any] = {}
+        self.opened = False
+
+    def look_only(self, pl_module: "pl.LightningModule") -> None:
+        """Hook the layers again after the fit, to see what they are given."""
+        self.close()
+        self.recorder = StepRecorder(find_layers(pl_module, self.options.layers, "layers"), {}, [], self.report)
 
     def attach(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers and hook them, before a compiled model's first run."""
+        self.saved, self.ledgers = self.saved or self.state_dict(), {}
+        self.opened = False
         self.close()
         layers = find_layers(pl_module, self.options.layers, "layers")
         watched = dict(layers)
@@ -75,6 +83,7 @@ class Tracer:
 
     def open(self, trainer: "pl.Trainer", num_sources: int) -> None:
         """Open the ledgers at the weights that training starts from, and follow the optimisers."""
+        self.opened = True
         recorder = self.recorder
         assert recorder is not None
         if num_sources > MAX_SOURCES:
@@ -82,7 +91,7 @@ class Tracer:
                 f"There are {num_sources} sources, and the ledgers hold a copy of each layer's weights for each: at"
                 f" most {MAX_SOURCES}. Group them, for example `sources=lambda batch: batch[1] // 10, num_sources=...`."
             )
-        kept = self.state_dict()
+        kept, self.saved = self.saved, {}
         num_phases, self.boundaries = plan_phases(trainer, self.options.phases)
         self.ledgers = {
             layer: RefinementLedger(recorder.layers[layer][0], num_sources=num_sources, num_phases=num_phases)
@@ -96,7 +105,7 @@ class Tracer:
         if trainer.world_size > 1:
             recorder.mean_over_ranks = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
         recorder.attach(trainer.optimizers)
-        self._open_trace(trainer, recorder)
+        self._open_trace(trainer, recorder, kept)
 
     def _take_up(self, kept: Mapping[str, Any], *, rank: int) -> None:
         if not kept["ledgers"]:
@@ -104,12 +113,12 @@ class Tracer:
         for layer, ledger in self.ledgers.items():
             if layer in kept["ledgers"]:
                 ledger.load_state_dict(kept["ledgers"][layer])
-        self.boundaries, self.saved = list(kept["boundaries"]), {}
+        self.boundaries = list(kept["boundaries"])
         # The saved table is of all ranks: one of them goes on with it, or it would count more than once.
         if self.watch is not None and rank == 0:
             self.watch.load_state_dict(kept["watch"])
 
-    def _open_trace(self, trainer: "pl.Trainer", recorder: StepRecorder) -> None:
+    def _open_trace(self, trainer: "pl.Trainer", recorder: StepRecorder, kept: Mapping[str, Any]) -> None:
         if not self.options.trace:
             return
         folder: Path | None
@@ -124,6 +133,8 @@ class Tracer:
         self.writer = TraceWriter(
             folder / "trace", layers, size_limit=int(self.options.trace_limit), rank=trainer.global_rank
         )
+        if kept["trace"]:
+            self.writer.load_state_dict(kept["trace"])
         recorder.observers.append(self.writer)
 
     def _linear(self, layers: Mapping[str, Sequence[nn.Module]], argument: str) -> tuple[str, nn.Module]:
@@ -131,8 +142,8 @@ class Tracer:
         for name in self._traced:
             if not isinstance(layers[name][0], nn.Linear):
                 raise MisconfigurationException(
-                    f"`{argument}` is for linear layers, and '{name}' is a {type(layers[name][0]).__name__}. Name linear"
-                    " `layers`, such as the classifier head."
+                    f"`{argument}` is for linear layers, and '{name}' is a {type(layers[name][0]).__name__}. Name"
+                    " linear `layers`, such as the classifier head."
                 )
         return self._traced[-1], layers[self._traced[-1]][0]
 
@@ -181,11 +192,12 @@ class Tracer:
     def state_dict(self, trainer: "pl.Trainer | None" = None) -> dict[str, Any]:
         """What a resumed run needs; with a trainer, of all ranks, and every rank must ask."""
         if not self.ledgers:
-            return dict(self.saved) or {"ledgers": {}, "boundaries": [], "watch": {}}
+            return dict(self.saved) or {"ledgers": {}, "boundaries": [], "watch": {}, "trace": {}}
+        if self.writer is not None:
+            self.writer.flush()
         return {
             "ledgers": {layer: ledger.state_dict() for layer, ledger in self.ledgers.items()},
             "boundaries": list(self.boundaries),
             "watch": {} if self.watch is None else self.watch.state_dict(trainer),
+            "trace": {} if self.writer is None else self.writer.state_dict(),
         }
-
-

@@ -123,10 +123,11 @@ class SampleWatch:
         top = None if live is None else live.top()
         if top is None or self.probe_inputs is None or self.head is None:
             return {}
-        return {f"influence/{self.head[0]}": plot_influence(top, self.probe_inputs, _dataset(trainer), targets=self.probe_targets)}
+        figure = plot_influence(top, self.probe_inputs, _dataset(trainer), targets=self.probe_targets)
+        return {f"influence/{self.head[0]}": figure}
 
     def finish(self, trainer: "pl.Trainer", name: str, device: torch.device) -> Path | None:
-        """At the end of the fit: the table as a file, its first samples as pictures and as text; every rank must ask."""
+        """Write the table as a file, its first samples as pictures and as text; every rank must ask."""
         table = self.over_ranks(trainer)
         folder = logging.artefact_folder(trainer, name)
         if table is None or not trainer.is_global_zero:

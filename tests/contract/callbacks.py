@@ -97,6 +97,8 @@ HIDDEN = ("net.2", "net.4")
 OWN_LAYERS = {"refinement": ("net.5",)}
 # Those that ride on the training steps, with the hooks that they need for it.
 RIDING = {"refinement": ["net.5: _forward_hooks"]}
+# Figures that are drawn once, at the end of the fit.
+AT_THE_END = {"refinement": ["top_samples/net.5"]}
 
 over_activations = pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in OWN_LAYERS])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import CALLBACKS, Make, hooks_of, layers_of, mean_keys, over_activations
+from tests.contract.callbacks import AT_THE_END, CALLBACKS, Make, hooks_of, layers_of, mean_keys, over_activations
 from tests.models import loader, mlp
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -88,7 +88,7 @@ def test_tensorboard_of_lightning(make: Make, name: str, tmp_path: Path) -> None
     train(lightning, callback, logger=lightning.loggers.TensorBoardLogger(tmp_path, name="", version=""))
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()
     assert callback.scalars.keys() <= set(tags["scalars"])
-    assert len(tags["images"]) == len(callback.draw(callback.result))
+    assert len(tags["images"]) == len(callback.draw(callback.result)) + len(AT_THE_END.get(name, []))
     assert len(tags["histograms"]) == (0 if name == "user" else len(layers_of(name)))
 
 
