@@ -17,7 +17,7 @@ from lightning_neuro.capture import uncompiled
 from lightning_neuro.isolation import evaluation_mode, why_off
 from lightning_neuro.probe import Event, Probe, ProbeBatch
 from lightning_neuro.refinement.explanation import RefinementExplanation
-from lightning_neuro.refinement.influence import DIRECTIONS
+from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
 from lightning_neuro.refinement.plan import check_phases, parse_bytes
@@ -127,7 +127,6 @@ class RepresentationRefinement(MetricCallback):
         samples: bool | str | Sequence[str] = True,
         sample_id: str | int | None = None,
         influence_every_n_steps: int | None = None,
-        influence_direction: str = "refinement",
         trace: bool | str | Path = False,
         trace_limit: str = "1GB",
         memory_limit: str = "1GB",
@@ -146,10 +145,6 @@ class RepresentationRefinement(MetricCallback):
             raise MisconfigurationException("`sources` is a function, so say with `num_sources` how many there are.")
         if influence_every_n_steps is not None:
             check_count("influence_every_n_steps", influence_every_n_steps)
-        if influence_direction not in DIRECTIONS:
-            raise MisconfigurationException(
-                f"`influence_direction` must be one of {', '.join(map(repr, DIRECTIONS))}; got {influence_direction!r}."
-            )
         if not isinstance(sample_id, (str, int, type(None))) or isinstance(sample_id, bool):
             raise MisconfigurationException(f"`sample_id` must be a key or position in the batch; got {sample_id!r}.")
         if not isinstance(trace, (bool, str, Path)):
@@ -164,7 +159,7 @@ class RepresentationRefinement(MetricCallback):
             phases=phases,
             samples=samples if isinstance(samples, bool) else _patterns("samples", samples) or False,
             sample_id=sample_id,
-            influence=influence_direction if influence_every_n_steps else None,
+            influence=influence_every_n_steps is not None,
             trace=trace,
             trace_limit=parse_bytes("trace_limit", trace_limit),
             memory_limit=parse_bytes("memory_limit", memory_limit),
@@ -274,6 +269,22 @@ class RepresentationRefinement(MetricCallback):
         if not seen:
             raise ValueError(f"Layer {layer!r} did not run on these inputs.")
         return self.ledger[layer].explain(seen[0])
+
+    def influence(
+        self, top_k: int = 10, direction: str | Tensor = "refinement", *, targets: Tensor | None = None
+    ) -> Influence | None:
+        """The training samples of this rank that moved the probe's first samples most, so far.
+
+        Args:
+            top_k: How many for each of the probe's samples.
+            direction: See `LiveInfluence.scores`.
+            targets: The samples' classes, for the direction "contrast".
+
+        Returns:
+            Sample ids, scores and classes; None before there are any.
+        """
+        live = None if self._tracer.watch is None else self._tracer.watch.live
+        return None if live is None else live.top(top_k, direction, targets=targets)
 
     # Whose samples
 

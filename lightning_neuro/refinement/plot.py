@@ -1,6 +1,6 @@
 """Figures of the refinement: which sources made a layer's output, and in which phase of training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,28 +24,40 @@ def plot_refinement(results: Mapping[str, RefinementResult]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6 * max(len(results), 1)), layout="constrained")
-    axes = figure.subplots(max(len(results), 1), 2, squeeze=False)
+    rows = max(len(results), 1)
+    figure = Figure(figsize=(11, 3.7 * rows))
+    # Margins in inches: a layout engine would draw everything twice.
+    margins = {"left": 0.05, "right": 0.97, "top": 1 - 0.5 / (3.7 * rows), "bottom": 0.5 / (3.7 * rows)}
+    axes = figure.subplots(rows, 2, squeeze=False, gridspec_kw=margins | {"hspace": 0.36, "wspace": 0.12})
     for (left, right), (layer, result) in zip(axes, results.items(), strict=False):
-        shown = slice(None, min(len(result.names) - 1, MAX_ROWS))
+        names = result.names[:-1][:MAX_ROWS]
+        shown = slice(None, len(names))
+        phases = [str(phase + 1) for phase in range(result.phase_shares.shape[1])]
         where = f"{layer}: " if layer else ""
-        shares = result.shares[:-1][shown, shown]
-        _heat(figure, left, shares, f"{where}share in the refinement, mean over {int(result.counts.sum())} samples")
+        title = f"{where}share in the refinement, mean over {int(result.counts.sum())} samples"
+        _heat(left, result.shares[:-1][shown, shown], title, names, names)
         left.set_xlabel(f"class whose training samples made it (shuffled labels: {result.own_class_share_null:.2f})")
         left.set_ylabel("class of the sample explained")
-        _heat(figure, right, result.phase_shares[shown], f"{where}the same by phase of training")
-        right.set_xlabel(f"phase of training (1 to {result.phase_shares.shape[1]})")
+        _heat(right, result.phase_shares[shown], f"{where}the same by phase of training", names, phases)
+        right.set_xlabel(f"phase of training (1 to {len(phases)})")
         right.set_ylabel("class whose samples made it")
-        right.set_xticks(range(result.phase_shares.shape[1]), range(1, result.phase_shares.shape[1] + 1))
     return figure
 
 
-def _heat(figure: "Figure", axes: Any, values: torch.Tensor, title: str) -> None:
+def _heat(axes: Any, values: torch.Tensor, title: str, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Shares as colours; the scale stands in the title, for a colour bar would take half of the time to draw."""
+    # Ticks are the dear part of a figure: few, and set by hand.
+    for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        every = -(-len(names) // 10)
+        axis.set_ticks(range(0, len(names), every), names[::every], fontsize=8)
     shown = values.double().numpy()
-    largest = np.nanmax(np.abs(shown)) if np.isfinite(shown).any() else 1.0
-    image = axes.imshow(shown, cmap="RdBu_r", vmin=-(largest or 1.0), vmax=largest or 1.0, aspect="auto")
-    figure.colorbar(image, ax=axes, label="share of |p|² (all sources: 1)")
-    axes.set_title(title if np.isfinite(shown).any() else f"{title}\n(undefined: nothing was trained yet)", fontsize=10)
+    if not np.isfinite(shown).any():
+        axes.set_title(f"{title}\n(undefined: nothing was trained yet)", fontsize=9)
+        return
+    largest = np.nanmax(np.abs(shown)) or 1.0
+    axes.imshow(shown, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+    scale = f"dark blue {-largest:.2g}, white 0, dark red {largest:+.2g}; all sources together 1"
+    axes.set_title(f"{title}\n{scale}", fontsize=9)
 
 
 def plot_explanation(explanation: RefinementExplanation, sample: int = 0, *, predicted: int | None = None) -> "Figure":
@@ -81,9 +93,8 @@ def plot_explanation(explanation: RefinementExplanation, sample: int = 0, *, pre
     left.set_ylabel("source of the training samples")
     highlighted = "" if predicted is None else f" (orange: predicted, {explanation.sources[predicted]})"
     left.set_title(f"contributions by length; their shares{highlighted}", fontsize=10)
-    _heat(figure, right, torch.as_tensor(shares), "share by phase of training")
-    right.set_yticks(range(len(cosines)), explanation.sources)
-    right.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
+    phases = [str(phase + 1) for phase in range(shares.shape[1])]
+    _heat(right, torch.as_tensor(shares), "share by phase of training", explanation.sources, phases)
     right.set_xlabel(f"phase; residual of the whole {explanation.residual:.0e}")
     return figure
 

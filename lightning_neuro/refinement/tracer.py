@@ -31,7 +31,7 @@ class Options:
     phases: int | Sequence[int]
     samples: bool | str | tuple[str, ...]
     sample_id: str | int | None
-    influence: str | None
+    influence: bool
     trace: bool | str | Path
     trace_limit: float
     memory_limit: float
@@ -76,8 +76,8 @@ class Tracer:
         if self.options.samples or self.options.influence or self.options.trace:
             head = self._linear(layers, "influence_every_n_steps") if self.options.influence else None
             samples = list(watched) if self.options.samples else self._traced
-            influence = self.options.influence or "refinement"
-            self.watch = SampleWatch(samples, field=self.options.sample_id, head=head, direction=influence)
+            limit = self.options.memory_limit
+            self.watch = SampleWatch(samples, field=self.options.sample_id, head=head, memory_limit=limit)
             self.watch.ids.attach(trainer)
         self.recorder = StepRecorder(watched, {}, [self.watch] if self.watch else [], self.report)
 

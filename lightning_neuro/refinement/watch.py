@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from lightning_neuro import logging
 from lightning_neuro.isolation import isolated_random_state
 from lightning_neuro.refinement.batch import TrainBatch
 from lightning_neuro.refinement.influence import LiveInfluence
+from lightning_neuro.refinement.plan import megabytes
 from lightning_neuro.refinement.sample_ids import SampleIds
 from lightning_neuro.refinement.sample_plot import plot_influence, plot_top_samples
 from lightning_neuro.refinement.samples import SampleTable, gini, top_rows, write_csv
@@ -35,7 +37,7 @@ class SampleWatch:
         layers: Names of the layers in the table.
         field: Where a batch holds its samples' ids; None: they are found in the data loader.
         head: Name and module of the layer whose live influence is kept, if any.
-        direction: Its direction, see `LiveInfluence`.
+        memory_limit: Bytes that the tables may take.
     """
 
     def __init__(
@@ -44,12 +46,12 @@ class SampleWatch:
         *,
         field: str | int | None = None,
         head: tuple[str, nn.Module] | None = None,
-        direction: str = "refinement",
+        memory_limit: float = float("inf"),
     ) -> None:
         self.layers = list(layers)
         self.ids = SampleIds(field)
         self.head = head
-        self.direction = direction
+        self.memory_limit = memory_limit
         self.table: SampleTable | None = None
         self.live: LiveInfluence | None = None
         self.probe_inputs: Any = None
@@ -68,7 +70,14 @@ class SampleWatch:
     def _open(self, num_samples: int) -> None:
         self.table = SampleTable(self.layers, num_samples)
         if self.head is not None:
-            self.live = LiveInfluence(*self.head, num_samples, direction=self.direction)
+            self.live = LiveInfluence(*self.head, num_samples)
+        size = self.table.num_bytes + (0 if self.live is None else self.live.num_bytes(NUM_INPUTS))
+        if size > self.memory_limit:
+            raise MisconfigurationException(
+                f"The tables of {num_samples:,} training samples would take {megabytes(size)}, more than `memory_limit`"
+                f" allows ({megabytes(self.memory_limit)}). Leave out `influence_every_n_steps`, name fewer `samples`"
+                " layers, or raise the limit."
+            )
         try:
             for kept in ("table", "live"):
                 if kept in self._saved and getattr(self, kept) is not None:
