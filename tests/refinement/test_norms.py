@@ -136,7 +136,7 @@ def test_samples_that_cancel_are_nearly_zero_and_not_nan():
     found = gradient_norms(nn.Linear(50, 50, bias=False), inputs, gradients)
     assert (found >= 0).all()
     assert (found == 0).any()
-    assert (found < 1e-3 * noise[0].norm(dim=1) * noise[2].norm(dim=1)).all()
+    assert (found < 3e-3 * noise[0].norm(dim=1) * noise[2].norm(dim=1)).all()
 
 
 def test_the_patches_are_those_of_the_convolution():
