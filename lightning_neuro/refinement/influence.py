@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_neuro.ranks import over_ranks
 from lightning_neuro.refinement.batch import TrainBatch
 from lightning_neuro.refinement.samples import reduced
 
@@ -302,11 +303,16 @@ class LiveInfluence:
 
     def over_ranks(self, trainer: "pl.Trainer") -> "LiveInfluence":
         """The scores of all ranks, the same on each; every rank must ask."""
-        if trainer.world_size == 1 or self._sums is None:
+        if trainer.world_size == 1:
             return self
+        # A rank that has seen nothing yet must take part all the same, or the others would wait for it for ever.
+        width = over_ranks(trainer, 0 if self._sums is None else self._sums.shape[1], "max")
+        if not width:
+            return self
+        sums = torch.zeros(self.num_samples + 1, width, dtype=torch.float64) if self._sums is None else self._sums
         whole = LiveInfluence(self.layer, self.module, self.num_samples, direction=self.direction)
         whole._initial, whole._probe = self._initial, self._probe
-        whole._sums, whole._classes = reduced(trainer, self._sums, "sum"), reduced(trainer, self._classes, "max")
+        whole._sums, whole._classes = reduced(trainer, sums, "sum"), reduced(trainer, self._classes, "max")
         whole._seen = reduced(trainer, self._seen.long(), "sum") > 0
         return whole
 
