@@ -1,6 +1,6 @@
 """What the per-sample half of the refinement is worth: mislabelled samples, and influential ones.
 
-    python benchmarks/refinement_samples.py [--data fashion digits] [--epochs 5] [--part mislabelled influence]
+    python benchmarks/refinement_samples.py [--data fashion digits] [--epochs 5] [--part mislabelled influence norms]
 
 (1) 10 % of the training labels are flipped. AUROC for finding them by the refinement r_i of each layer, cumulated while
 the network trains, beside the per-sample loss after training and captum's TracInCPFast self-influence (last layer, a
@@ -9,6 +9,9 @@ checkpoint an epoch). Chance is .5.
 share of the top 10 training samples that are of the test input's class, beside TracInCPFast and the cosine of the
 features before the head. With a class contrast at the head the same class is favoured by construction; along the
 refinement it is not. Chance is .1.
+
+(3) `--part norms`: what per-sample gradient norms cost in single layers, as multiples of the layer's own weight
+gradient in the backward pass, taken turn by turn (median of 5): ours, each of its two forms, torch.func's vmap(grad).
 
 Fashion-MNIST: small CNN, digits: MLP 64-128-64-10, 20 epochs. SGD, momentum 0.9, learning rate 0.05, batch 128 (digits:
 32), one run a row, all columns of a row from the same run.
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_neuro.refinement import norms
 from lightning_neuro.refinement.batch import Observer, TrainBatch
 from lightning_neuro.refinement.influence import LiveInfluence
 from lightning_neuro.refinement.samples import SampleTable
@@ -49,6 +53,9 @@ def main() -> None:
     parser.add_argument("--refresh", type=int, default=20, help="steps between two looks at the test inputs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if "norms" in args.part:
+        norms_of_layers()
+        args.part.remove("norms")
     for name in args.data:
         if name == "fashion":
             _, train, test = load_images()
@@ -202,6 +209,66 @@ def influence(run: Run, refresh: int) -> None:
     alike = normalize(h) @ normalize(features(net, x)).T
     nearest = alike.topk(TOP, dim=1).indices
     print(f"  {'cosine of features before the head':<64}{same_class(labels[nearest], own):>20.3f}")
+
+
+LAYERS = {  # as in ResNet-18 at 32 x 32, in a small CNN, and in a transformer
+    "conv 64-64 3x3, 32x32": (nn.Conv2d(64, 64, 3, padding=1, bias=False), (64, 32, 32)),
+    "conv 128-128 3x3, 16x16": (nn.Conv2d(128, 128, 3, padding=1, bias=False), (128, 16, 16)),
+    "conv 256-256 3x3, 8x8": (nn.Conv2d(256, 256, 3, padding=1, bias=False), (256, 8, 8)),
+    "conv 512-512 3x3, 4x4": (nn.Conv2d(512, 512, 3, padding=1, bias=False), (512, 4, 4)),
+    "conv 128-256 1x1 stride 2, 16x16": (nn.Conv2d(128, 256, 1, stride=2, bias=False), (128, 16, 16)),
+    "conv 1-32 3x3, 28x28": (nn.Conv2d(1, 32, 3, padding=1), (1, 28, 28)),
+    "linear 3136-128": (nn.Linear(3136, 128), (3136,)),
+    "linear 256-1024, 64 tokens": (nn.Linear(256, 1024), (64, 256)),
+}
+
+
+def norms_of_layers(samples: int = 32, repeats: int = 5) -> None:
+    """Part 3."""
+    print(f"\nper-sample norms over the layer's weight gradient, batch {samples}, {torch.get_num_threads()} threads")
+    print(f"  {'layer':<36}{'ours':>8}{'Gram':>8}{'material.':>10}{'vmap(grad)':>12}")
+    cheaper = norms._gram_is_cheaper
+    for name, (module, shape) in LAYERS.items():
+        x = torch.randn(samples, *shape)
+        output = module(x)
+        d = torch.randn_like(output)
+
+        def weight_gradient(output: Tensor = output, d: Tensor = d, module: nn.Module = module) -> None:
+            torch.autograd.grad(output, module.weight, d, retain_graph=True)
+
+        def ours(form: bool | None, module: nn.Module = module, x: Tensor = x, d: Tensor = d) -> None:
+            norms._gram_is_cheaper = cheaper if form is None else lambda *_: form
+            norms.gradient_norms(module, x, d)
+
+        ways = [
+            weight_gradient,
+            lambda: ours(None),
+            lambda: ours(True),
+            lambda: ours(False),
+            lambda module=module, x=x, d=d: vmap_norms(module, x, d),
+        ]
+        times = torch.tensor([[timed(way) for way in ways] for _ in range(repeats + 1)][1:]).median(0).values
+        ratios = (times[1:] / times[0]).tolist()
+        print(f"  {name:<36}{ratios[0]:>8.2f}{ratios[1]:>8.2f}{ratios[2]:>10.2f}{ratios[3]:>12.2f}")
+    norms._gram_is_cheaper = cheaper
+
+
+def vmap_norms(module: nn.Module, x: Tensor, d: Tensor) -> Tensor:
+    """The same norms by torch.func."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, d: Tensor) -> Tensor:
+        return (torch.func.functional_call(module, parameters, (x[None],))[0] * d).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, d)
+    return sum(part.flatten(1).square().sum(1) for part in found.values()).sqrt()
+
+
+def timed(way: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    way()
+    return time.perf_counter() - start
 
 
 def same_class(found: Tensor, own: Tensor) -> float:

@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_neuro.ranks import over_ranks
 from lightning_neuro.refinement.batch import TrainBatch
 from lightning_neuro.refinement.samples import reduced
 
@@ -204,15 +205,18 @@ class LiveInfluence:
         layer: The layer's name.
         module: The `nn.Linear` itself, before training: its weights are where the refinement begins.
         num_samples: Samples in the dataset: ids are 0 ... num_samples - 1. Others are left out.
-        direction: Directions, (Q, ..., out), along which alone to add up, where the vectors of a wide layer would take
-            too much memory.
+        direction: "refinement" or "contrast", for `scores` and `top` where they are not told another. Or directions,
+            (Q, ..., out), along which alone to add up, where the vectors of a wide layer would take too much memory.
 
     Raises:
-        ValueError: If the layer is not linear.
+        ValueError: If the layer is not linear or the direction unknown.
     """
 
-    def __init__(self, layer: str, module: nn.Module, num_samples: int, *, direction: Tensor | None = None) -> None:
-        self.layer, self.module, self.num_samples, self.given = layer, linear(layer, module), num_samples, direction
+    def __init__(
+        self, layer: str, module: nn.Module, num_samples: int, *, direction: str | Tensor = "refinement"
+    ) -> None:
+        check_direction(direction)
+        self.layer, self.module, self.num_samples, self.direction = layer, linear(layer, module), num_samples, direction
         self._initial = [parameter.detach().clone() for parameter in self._weights()]
         self._probe: Tensor | None = None
         self._sums: Tensor | None = None
@@ -222,7 +226,9 @@ class LiveInfluence:
 
     def num_bytes(self, num_inputs: int) -> int:
         """Memory on the device for Q inputs at one position each."""
-        return (self.num_samples + 1) * (8 * num_inputs * (self.module.out_features if self.given is None else 1) + 9)
+        return (self.num_samples + 1) * (
+            8 * num_inputs * (1 if isinstance(self.direction, Tensor) else self.module.out_features) + 9
+        )
 
     def refresh(self, probe_inputs: Tensor) -> None:
         """Score against these inputs of the layer, (Q, in) or (Q, ..., in), from now on."""
@@ -233,10 +239,10 @@ class LiveInfluence:
         if layer != self.layer or self._probe is None or batch.ids is None or len(batch.ids) != len(inputs):
             return
         bias = self.module.bias is not None
-        if self.given is None:
-            moved = output_changes(inputs, gradients, self._probe, bias=bias).flatten(1)
+        if isinstance(self.direction, Tensor):
+            moved = influence_scores(inputs, gradients, self._probe, self.direction.to(self._probe), bias=bias)
         else:
-            moved = influence_scores(inputs, gradients, self._probe, self.given.to(self._probe), bias=bias)
+            moved = output_changes(inputs, gradients, self._probe, bias=bias).flatten(1)
         self._pending.append((batch, moved))
 
     def commit(self, layer: str, rate: Tensor) -> None:
@@ -257,13 +263,14 @@ class LiveInfluence:
         """Forget what is pending."""
         self._pending = [] if layer == self.layer else self._pending
 
-    def scores(self, direction: str | Tensor = "refinement", *, targets: Tensor | None = None) -> Tensor:
+    def scores(self, direction: str | Tensor | None = None, *, targets: Tensor | None = None) -> Tensor:
         """The scores so far.
 
         Args:
             direction: "refinement": along W_t h_t - W_0 h_t with the present weights and the latest inputs; "contrast":
                 between each input's class and its strongest rival at present, where the layer is the classifier head;
-                or a tensor, (Q, ..., out), taken as long as it is. Not used where the directions were given before.
+                or a tensor, (Q, ..., out), taken as long as it is; default: the one given at construction. One that
+                was given there as a tensor is the only one there is.
             targets: (Q,) the inputs' classes, for "contrast"; by default those predicted at present.
 
         Returns:
@@ -272,33 +279,40 @@ class LiveInfluence:
         Raises:
             ValueError: If the direction is unknown or does not belong to the layer.
         """
+        direction = self.direction if direction is None or isinstance(self.direction, Tensor) else direction
         check_direction(direction)
         if self._sums is None or self._probe is None:
             return torch.zeros(self.num_samples, 0, dtype=torch.float64)
-        if self.given is not None:
+        if isinstance(self.direction, Tensor):
             return self._sums[:-1]
         with torch.no_grad():
             along = self._along(self._probe, direction, targets).to(self._sums).flatten(1)
         return (self._sums[:-1].view(self.num_samples, *along.shape) * along).sum(2)
 
     def top(
-        self, top_k: int = 10, direction: str | Tensor = "refinement", *, targets: Tensor | None = None
+        self, top_k: int = 10, direction: str | Tensor | None = None, *, targets: Tensor | None = None
     ) -> Influence | None:
         """The strongest of the samples seen so far, as for `scores`; None before there are any."""
         seen = self._seen[:-1].nonzero().flatten()
         if self._sums is None or not len(seen):
             return None
         scores = self.scores(direction, targets=targets)[seen]
-        name = direction if isinstance(direction, str) and self.given is None else "given"
+        direction = self.direction if direction is None or isinstance(self.direction, Tensor) else direction
+        name = direction if isinstance(direction, str) else "given"
         return strongest(scores, seen, self._classes[seen], top_k=top_k, direction=name)
 
     def over_ranks(self, trainer: "pl.Trainer") -> "LiveInfluence":
         """The scores of all ranks, the same on each; every rank must ask."""
-        if trainer.world_size == 1 or self._sums is None:
+        if trainer.world_size == 1:
             return self
-        whole = LiveInfluence(self.layer, self.module, self.num_samples, direction=self.given)
+        # A rank that has seen nothing yet must take part all the same, or the others would wait for it for ever.
+        width = over_ranks(trainer, 0 if self._sums is None else self._sums.shape[1], "max")
+        if not width:
+            return self
+        sums = torch.zeros(self.num_samples + 1, width, dtype=torch.float64) if self._sums is None else self._sums
+        whole = LiveInfluence(self.layer, self.module, self.num_samples, direction=self.direction)
         whole._initial, whole._probe = self._initial, self._probe
-        whole._sums, whole._classes = reduced(trainer, self._sums, "sum"), reduced(trainer, self._classes, "max")
+        whole._sums, whole._classes = reduced(trainer, sums, "sum"), reduced(trainer, self._classes, "max")
         whole._seen = reduced(trainer, self._seen.long(), "sum") > 0
         return whole
 

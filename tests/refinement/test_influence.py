@@ -150,7 +150,7 @@ class Run:
 def test_all_scores_add_up_to_the_move_along_the_direction(bias):
     run = Run(bias=bias)
     along, own = randn(4, 3, seed=3), torch.tensor([0, 1, 2, 0])
-    live, narrow = (LiveInfluence("fc", run.module, 30, direction=given) for given in (None, along))
+    live, narrow = (LiveInfluence("fc", run.module, 30, direction=given) for given in ("contrast", along))
     run.train(live, narrow, refresh=7)
     after = run.module(run.probe).detach()
     p = after - run.before
@@ -166,7 +166,9 @@ def test_all_scores_add_up_to_the_move_along_the_direction(bias):
             assert found.scores[q].tolist() == live.scores(name, targets=own)[found.sample_ids[q], q].tolist()
             assert found.targets[q].tolist() == [i % 3 for i in found.sample_ids[q].tolist()]
     assert torch.allclose(narrow.scores(), live.scores(along), atol=1e-12)
-    assert narrow.top().direction == live.top(3, along).direction == "given"
+    assert narrow.top(3, "refinement").direction == live.top(3, along).direction == "given"
+    assert live.top().direction == "contrast" and torch.equal(live.scores(), live.scores("contrast"))
+    assert LiveInfluence("fc", run.module, 30).direction == "refinement"
     assert torch.allclose(narrow.scores().sum(0), (p * along).sum(1), atol=1e-12)
     assert live.num_bytes(4) == 31 * (8 * 4 * 3 + 9) and narrow.num_bytes(4) == 31 * (8 * 4 + 9)
     with pytest.raises(ValueError, match=r"direction must be \(4, 3\); got \(4, 2\)"):
@@ -247,3 +249,5 @@ def test_other_layers_and_directions_are_refused():
         LiveInfluence("conv", nn.Conv2d(1, 1, 1), 5)
     with pytest.raises(ValueError, match="direction must be 'refinement', 'contrast' or a tensor; got 'up'"):
         LiveInfluence("fc", nn.Linear(1, 1), 5).scores("up")
+    with pytest.raises(ValueError, match="got 'down'"):
+        LiveInfluence("fc", nn.Linear(1, 1), 5, direction="down")

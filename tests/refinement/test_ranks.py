@@ -55,3 +55,11 @@ def test_the_table_of_both_is_the_same_on_both_and_the_sum(ranks):
             assert dict(zip(whole["sample_id"], whole["visits"], strict=True)) == dict(visits)
             assert whole["target"] == [sample % 4 for sample in whole["sample_id"]]
             assert whole["refinement/a"] == [sample * visits[sample] * 0.5 for sample in whole["sample_id"]]
+
+
+def test_live_influence_of_both_even_where_one_has_seen_nothing(ranks):
+    for rank in ranks:
+        nothing, first, both = rank["shuffled"]["scores"]
+        assert nothing == [[], [], [], []]
+        assert first == [[[1.0], [0.0], [0.0], [1.0]], [[0, 3]], [[0, 2]]]
+        assert both == [[[1.0], [2.0], [0.0], [3.0]], [[3, 1, 0]], [[2, 1, 0]]]

@@ -13,6 +13,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
+from lightning_neuro.refinement import sample_ids
 from lightning_neuro.refinement.sample_ids import SampleIds
 from tests.models import fit, images, mlp
 
@@ -193,6 +194,36 @@ def test_nothing_is_left_on_loader_and_strategy(stop_at, count):
     } == {}
     assert "process_dataloader" not in set(vars(trainer.strategy)) - own
     assert not any(watch.ids.attached for watch in watches)
+
+
+def test_one_who_stops_listening_does_not_make_the_other_deaf():
+    class Leaves(Watch):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.ids.detach()
+
+    stays = Watch()
+    for watches in ((Leaves(), stays), (stays, Leaves())):
+        fit(mlp(), *watches, train=data(shuffle=True), val=False)
+        assert stays.found == stays.truth and len(stays.truth) % 14 == 0
+
+
+def test_only_the_training_loader_is_listened_to_and_little_is_kept(monkeypatch):
+    listened, kept = [], []
+    begin = sample_ids._Listened.__init__
+    monkeypatch.setattr(
+        sample_ids._Listened, "__init__", lambda new, sampler, ids: listened.append(sampler) or begin(new, sampler, ids)
+    )
+
+    class Keeps(Watch):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            kept.append(len(self.ids._draws(trainer).drawn))
+
+    watch, train = Keeps(), data(shuffle=True, batch_size=2, num_workers=1)
+    fit(mlp(), watch, train=train, reload_dataloaders_every_n_epochs=1)
+    assert watch.found == watch.truth and len(kept) == 50
+    assert max(kept) <= 4  # the batch, and what its worker was asked for in advance
+    assert listened and all(sampler is train.batch_sampler for sampler in listened)
 
 
 def test_others_see_the_users_own_samplers_while_it_listens():

@@ -142,6 +142,25 @@ def test_shards_merge_to_the_whole():
         whole.merged(SampleTable(["a"], 12))
 
 
+def test_a_target_that_only_one_shard_knows_is_known_to_the_whole():
+    one, other = SampleTable(["a"], 3), SampleTable(["a"], 3)
+    show(one, "a", [1.0], batch([0], [2]))
+    show(other, "a", [1.0, 1.0], batch([1, 2], [1, 0]))
+    for table in (one, other):
+        table.commit("a", rate(1.0))
+    assert one.merged(other).arrays()["target"].tolist() == [2, 1, 0]
+    assert other.merged(one).arrays()["target"].tolist() == [2, 1, 0]
+
+
+def test_what_was_pending_is_not_part_of_a_state():
+    table = SampleTable(["a"], 3)
+    state = table.state_dict()
+    show(table, "a", [1.0], batch([0]))
+    table.load_state_dict(state)
+    table.commit("a", rate(1.0))
+    assert len(table.arrays()["sample_id"]) == 0
+
+
 def test_resume_is_as_uninterrupted():
     generator = torch.Generator().manual_seed(3)
     whole, first = random_table(3, 8), SampleTable(["a", "b"], 12)

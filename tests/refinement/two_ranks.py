@@ -9,6 +9,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import WeightedRandomSampler
 
 from lightning_neuro.refinement.batch import TrainBatch
+from lightning_neuro.refinement.influence import LiveInfluence
 from lightning_neuro.refinement.samples import SampleTable
 from tests.models import mlp
 from tests.refinement.test_sample_ids import N, Watch, data
@@ -33,6 +34,20 @@ class Tabled(Watch):
 
     def on_train_end(self, trainer, pl_module):
         self.whole = self.table.over_ranks(trainer).arrays()
+        # One rank alone has seen something, then each something of its own.
+        layer = torch.nn.Linear(1, 1, bias=False)
+        live, self.scores = LiveInfluence("a", layer, 4, direction=torch.ones(1, 1)), []
+        self.scores.append(live.over_ranks(trainer).scores().tolist())
+        live.refresh(torch.ones(1, 1))
+        for rank in range(2):
+            if trainer.global_rank == rank:
+                who = TrainBatch(torch.tensor([rank, 3]), torch.tensor([rank, 2]))
+                live.see("a", layer, torch.ones(2, 1), -torch.ones(2, 1), who)
+                live.commit("a", torch.tensor(1.0 + rank))
+            whole = live.over_ranks(trainer)
+            self.scores.append(
+                [whole.scores().tolist(), whole.top(4).sample_ids.tolist(), whole.top(4).targets.tolist()]
+            )
 
 
 def main(folder: str) -> None:
@@ -52,6 +67,7 @@ def main(folder: str) -> None:
         trainer.fit(mlp(), train())
         whole = {key: column.tolist() for key, column in watch.whole.items()}
         results[name] = {"found": watch.found, "truth": watch.truth, "whole": whole, "num_samples": watch.num_samples}
+        results[name]["scores"] = watch.scores
     torch.save(results, f"{folder}/{trainer.global_rank}.pt")
 
 
