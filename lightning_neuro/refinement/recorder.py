@@ -27,7 +27,7 @@ def find_layers(
         argument: What to call them in errors.
 
     Raises:
-        MisconfigurationException: For a layer of a kind that cannot be traced, or no layer at all.
+        MisconfigurationException: For a layer named in full that cannot be traced (a glob leaves it out), or no layer.
     """
     layers = named_layers(model)
     if patterns is None:
@@ -38,21 +38,34 @@ def find_layers(
                 " layers: `RepresentationRefinement(layers=...)`."
             )
         patterns = heads[-1]
+    named = {patterns} if isinstance(patterns, str) else set(patterns)
     chosen: dict[str, list[Operator]] = {}
+    reasons: dict[str, str] = {}
     for name, module in resolve_layers(model, patterns).items():
-        if reason := why_unsupported(module):
-            raise MisconfigurationException(
-                f"`{argument}` names '{name}', whose refinement cannot be traced: {reason}."
-            )
-        owners = [other for other in layers.values() if other._parameters.get("weight") is module.weight]
-        for other in owners:
-            if not isinstance(other, OPERATORS):
-                raise MisconfigurationException(
-                    f"`{argument}` names '{name}', which shares its weight with a {type(other).__name__}, whose part in"
-                    " the gradient cannot be traced. Leave this layer out."
-                )
-        chosen[name] = owners  # type: ignore[assignment]
+        owners = [other for other in layers.values() if _shares_weight(other, module)]
+        if reason := why_unsupported(module) or _why_not_with(owners):
+            reasons[name] = reason
+        else:
+            chosen[name] = owners  # type: ignore[assignment]
+    for name, reason in reasons.items():
+        if name in named or not chosen:
+            raise MisconfigurationException(f"`{argument}` names '{name}', which cannot be traced: {reason}.")
     return chosen
+
+
+def _shares_weight(other: nn.Module, module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and other._parameters.get("weight") is weight
+
+
+def _why_not_with(owners: Sequence[nn.Module]) -> str:
+    """Why a weight cannot be traced that these modules share, or an empty string."""
+    foreign = next((type(owner).__name__ for owner in owners if not isinstance(owner, OPERATORS)), "")
+    return (
+        f"it shares its weight with a module of type {foreign}, whose part in the gradient is not seen"
+        if foreign
+        else ""
+    )
 
 
 class StepRecorder:

@@ -68,6 +68,12 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
     "refinement": [
         ("layers", 3),
         ("layers", []),
+        ("mode", "pfahler"),
+        ("samples", 3),
+        ("sample_id", 1.5),
+        ("influence_every_n_steps", 0),
+        ("trace", 1),
+        ("trace_limit", 5),
         ("phases", 0),
         ("phases", [20, 10]),
         ("phases", "ten"),
