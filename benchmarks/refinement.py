@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[str | None, str | None]] = {
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
+    """A network and a batch for it."""
     torch.manual_seed(0)
     if name == "small":
         return small_cnn(28), torch.randn(BATCH, 1, 28, 28)
@@ -66,6 +67,7 @@ def stepper(name: str, variant: str) -> Callable[[], None]:
 
 
 def record(model: nn.Module, optimizer: Any, ledgers: str | None, samples: str | None) -> StepRecorder | None:
+    """Follow the steps of a network as the callback does."""
     if ledgers is None:
         return None
     head = find_layers(model, None)
@@ -106,6 +108,7 @@ def vmap_step(name: str) -> Callable[[], None]:
 
 
 def timed(step: Callable[[], None]) -> float:
+    """Seconds of one step."""
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
@@ -140,9 +143,8 @@ def main() -> None:
         order = list(steps) if number % 2 == 0 else list(steps)[::-1]
         rounds.append({variant: timed(steps[variant]) for variant in order})
     context = multiprocessing.get_context("spawn")
-    print(
-        f"{options.network}, batch {BATCH}, {options.repeats} rounds; plain step {1e3 * statistics.median(r['plain'] for r in rounds):.0f} ms"
-    )
+    plain = 1e3 * statistics.median(found["plain"] for found in rounds)
+    print(f"{options.network}, batch {BATCH}, {options.repeats} rounds; plain step {plain:.0f} ms")
     print("| variant | step / plain step: median (quartiles) | peak memory over plain |\n|---|---|---|")
     base = 0.0
     for variant in steps:

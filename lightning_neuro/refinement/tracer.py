@@ -109,6 +109,7 @@ class Tracer:
         recorder.ledgers = dict(self.ledgers)
         recorder.elementwise = may_change_elements(trainer, trainer.lightning_module)
         if trainer.world_size > 1:
+            recorder.world_size = trainer.world_size
             recorder.mean_over_ranks = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
         recorder.attach(trainer.optimizers)
         self._open_trace(trainer, recorder, kept)
