@@ -6,14 +6,18 @@ from lightning_neuro.communities import NeuronModularity, activation_graph, dete
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
 from lightning_neuro.entropy.callback import ActivationEntropy
+from lightning_neuro.observers import LinearObserver
+from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.probe import Probe
 
 __all__ = [
     "ActivationEntropy",
+    "LinearObserver",
     "MetricCallback",
     "NeuronCommunities",
     "NeuronEntropy",
     "NeuronModularity",
+    "ObserverProbes",
     "Probe",
     "__version__",
     "activation_graph",
