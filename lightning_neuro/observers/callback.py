@@ -99,8 +99,9 @@ class ObserverProbes(MetricCallback):
     family = "observers"
     baselines = ("balanced_accuracy",)
     charts = {  # noqa: RUF012
-        "balanced accuracy and its start": ("balanced_accuracy", "balanced_accuracy_initial"),
-        "bits about the attributes": ("information_bits",),
+        # The start first: it has keys of layers only, and a chart is made for each key of the first measure.
+        "balanced accuracy and its start": ("balanced_accuracy_initial", "balanced_accuracy"),
+        "units that denote something": ("denoting_units",),
     }
     histogram_name = "attribute_scores"
     meanings = {  # noqa: RUF012
@@ -142,6 +143,7 @@ class ObserverProbes(MetricCallback):
         self.before: dict[str, list[float]] = {}
         self.depth: DepthCurve | None = None
         self._input_metric: LinearObserver | None = None
+        self._input_error: Exception | None = None
         self._read: tuple[ProbeBatch, Tensor, Tensor] | None = None
         self._wrong: MisconfigurationException | None = None
 
@@ -162,7 +164,10 @@ class ObserverProbes(MetricCallback):
             flat = values.flatten(1)
             # Evenly spread numbers of a large image tell what its pixels do.
             step = -(-flat.shape[1] // MAX_INPUTS)
-            self.update(self._input_metric, flat[:, ::step].float(), batch)
+            try:
+                self.update(self._input_metric, flat[:, ::step].float(), batch)
+            except Exception as error:
+                self._input_error = error
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
         """Show one layer's activations in one batch to the layer's observer."""
@@ -204,7 +209,7 @@ class ObserverProbes(MetricCallback):
     def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Get ready for a pass; the raw input, which does not change, is looked at in the first one alone."""
         super().begin(trainer, pl_module)
-        self._read, self._wrong = None, None
+        self._read, self._wrong, self._input_error = None, None, None
         if not self.from_input and self._input_metric is None:
             self._input_metric = LinearObserver(
                 names=self.metric.names,
@@ -219,18 +224,28 @@ class ObserverProbes(MetricCallback):
         self._read = None
         if on_any_rank(trainer, self._wrong is not None):
             raise self._wrong or MisconfigurationException("`attributes` are wrong on another rank.")
-        raw = self._input_metric
-        if raw is not None and not on_any_rank(trainer, not raw.update_called):
-            found = raw.compute()
-            scores = zip(found.names, found.balanced_accuracy.tolist(), strict=True)
-            self.from_input = {name: score for name, score in scores if isfinite(score)}
+        if results and self._input_metric is not None:
+            self._look_at_input(trainer, self._input_metric)
         self._input_metric = None
         kind, _, step = event
         if kind == "start" and step == 0:
             self.before = {layer: result.balanced_accuracy.tolist() for layer, result in results.items()}
         layers = [result.denotation for result in results.values() if result.denotation is not None]
-        self.depth = depth_curve(layers) if len(layers) > 1 else None
+        self.depth = depth_curve(layers) if layers else None
         return results
+
+    def _look_at_input(self, trainer: "pl.Trainer", raw: LinearObserver) -> None:
+        error = self._input_error
+        if not on_any_rank(trainer, error is not None or not raw.update_called):
+            try:
+                found = raw.compute()
+                scores = zip(found.names, found.balanced_accuracy.tolist(), strict=True)
+                self.from_input = {name: score for name, score in scores if isfinite(score)}
+            except Exception as failure:
+                error = failure
+        if on_any_rank(trainer, error is not None):
+            self.from_input = {}
+            self._report("the raw input", error)
 
     def measures(self, result: ObserverResult, previous: Memory | None) -> dict[str, float]:
         """Means over the attributes; the attributes' own values unless these are too many."""

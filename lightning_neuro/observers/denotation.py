@@ -173,25 +173,30 @@ def best_thresholds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         (3.0, -1.0)
     """
     values, order = x.sort(dim=0)
-    possible = values[1:] > values[:-1]
     thresholds, signs = [], []
     for a in range(y.shape[1]):
-        ordered = y[:, a][order]
-        ones, zeros = (ordered == 1).to(x.dtype).cumsum(0), (ordered == 0).to(x.dtype).cumsum(0)
-        p, n, below_p, below_n = ones[-1], zeros[-1], ones[:-1], zeros[:-1]
-        below = below_p + below_n
-        spread = (p * n * below * (p + n - below)).clamp(min=0.0).sqrt()
-        mcc = torch.where(possible & (spread > 0), (p * below_n - n * below_p) / spread.clamp(min=1e-9), 0.0)
-        if not len(mcc):
-            mcc, place = torch.zeros_like(x[:1]), torch.zeros_like(order[:1])
-        place = mcc.abs().argmax(0, keepdim=True)
-        best = mcc.gather(0, place)[0]
-        middle = values.gather(0, place)[0].lerp(values.gather(0, (place + 1).clamp(max=len(x) - 1))[0], 0.5)
-        thresholds.append(torch.where(best != 0, middle, torch.inf))
+        best, threshold = _best_cut(values, y[:, a][order])
+        thresholds.append(threshold)
         signs.append(torch.where(best < 0, -1.0, 1.0))
     if not thresholds:
         return x.new_zeros(x.shape[1], 0), x.new_zeros(x.shape[1], 0)
     return torch.stack(thresholds, 1), torch.stack(signs, 1)
+
+
+def _best_cut(values: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Each unit's largest correlation and its threshold, from sorted values and what is known of each, (n, units)."""
+    if len(values) < 2:
+        return values.new_zeros(values.shape[1]), values.new_full((values.shape[1],), torch.inf)
+    ones, zeros = (y == 1).to(values.dtype).cumsum(0), (y == 0).to(values.dtype).cumsum(0)
+    p, n, below_p, below_n = ones[-1], zeros[-1], ones[:-1], zeros[:-1]
+    below = below_p + below_n
+    spread = (p * n * below * (p + n - below)).clamp(min=0.0).sqrt()
+    possible = (values[1:] > values[:-1]) & (spread > 0)
+    mcc = torch.where(possible, (p * below_n - n * below_p) / spread.clamp(min=1e-9), 0.0)
+    place = mcc.abs().argmax(0, keepdim=True)
+    best = mcc.gather(0, place)[0]
+    middle = values.gather(0, place)[0].lerp(values.gather(0, place + 1)[0], 0.5)
+    return best, torch.where(best != 0, middle, torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +220,8 @@ def best_class_sets(x: Tensor, labels: Tensor) -> ClassSets:
     """The threshold and the set of classes that belong together best, for each unit, by Matthews correlation.
 
     For one threshold the best set is exactly one of the K - 1 that hold the classes in which the unit fires most often,
-    so no search over 2^K sets is needed. The thresholds tried are 0 and fifteen quantiles.
+    so no search over 2^K sets is needed. The sets are found at 0 and at fifteen quantiles; the best one's threshold is
+    then the best of all.
 
     Args:
         x: (n, units), finite.
@@ -235,15 +241,16 @@ def best_class_sets(x: Tensor, labels: Tensor) -> ClassSets:
     cuts = torch.cat([x.new_zeros(1, units), quantiles])
     best, threshold = x.new_full((units,), 0.0), x.new_full((units,), torch.inf)
     members = torch.zeros(units, num_classes, dtype=torch.bool, device=x.device)
-    firing = torch.zeros(units, dtype=torch.int64, device=x.device)
     for cut in cuts:
         fires = (x > cut).to(x.dtype)
         mcc, chosen = best_top_set(fires.T @ one_hot, sizes)
         better = mcc > best + 1e-12
         best, threshold = torch.where(better, mcc, best), torch.where(better, cut, threshold)
         members = torch.where(better[:, None], chosen, members)
-        firing = torch.where(better, fires.sum(0).long(), firing)
-    return ClassSets(threshold, members, firing, sizes.long())
+    values, order = x.sort(dim=0)
+    exact, cut = _best_cut(values, members.T[labels].to(x.dtype).gather(0, order))
+    threshold = torch.where(exact > best, cut, threshold)
+    return ClassSets(threshold, members, (x > threshold).sum(0), sizes.long())
 
 
 def best_top_set(counts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,10 +52,15 @@ def depth_curve(layers: Sequence[Denotation], *, draws: int = DRAWS, seed: int =
         layers: The layers' denotations, from the first to the last, without the layer of the logits.
         draws: Of the null.
         seed: Of the null.
+
+    Raises:
+        ValueError: If there is no layer.
     """
     import numpy as np
 
-    depth = torch.linspace(0, 1, max(1, len(layers)), dtype=torch.float64)[: len(layers)]
+    if not layers:
+        raise ValueError("layers must hold at least one layer's Denotation, got none.")
+    depth = torch.linspace(0, 1, len(layers), dtype=torch.float64)
     folded, drawn = [], []
     rng = np.random.default_rng(seed)
     for layer in layers:
@@ -70,7 +75,7 @@ def depth_curve(layers: Sequence[Denotation], *, draws: int = DRAWS, seed: int =
             drawn.append(_folded(best_top_set(dealt, sizes.double())[1], sizes))
         else:
             drawn.append(torch.zeros(0, draws, dtype=torch.float64))
-    units = torch.tensor([len(layer) for layer in folded])
+    units = torch.tensor([len(layer) for layer in folded], dtype=torch.int64)
     depths = depth.repeat_interleave(units)
     every, null = torch.cat(folded), torch.cat(drawn).T
     nan = torch.tensor(float("nan"), dtype=torch.float64)

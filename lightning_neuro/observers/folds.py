@@ -20,7 +20,7 @@ def row_hashes(values: Tensor) -> Tensor:
         >>> one == same, one == other
         (True, False)
     """
-    rows = values.detach().reshape(len(values), -1)
+    rows = values.detach().flatten(1) if values.ndim > 1 else values.detach()[:, None]
     # Adding 0 makes -0 the same as 0.
     bits = (rows.float() + 0.0).view(torch.int32) if rows.is_floating_point() else rows.to(torch.int32)
     weights = (torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x9E3779B1).to(torch.int32)

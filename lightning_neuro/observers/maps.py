@@ -50,7 +50,8 @@ def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
         "effects": {layer: result.effect * result.stable for layer, result in shown.items()},
     }
     names = next(iter(shown.values())).names[:MAX_ATTRIBUTES]
-    return {name: _plot_map(_MAPS[name], layers, names) for name, layers in values.items()}
+    samples = next(iter(shown.values())).num_samples
+    return {name: _plot_map(f"{_MAPS[name]}; {samples:,} samples", layers, names) for name, layers in values.items()}
 
 
 def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) -> "Figure":
@@ -93,7 +94,7 @@ def _largest_units(values: Tensor) -> Tensor:
     if not values.numel():
         return values
     size, attribute = values.abs().max(0)
-    chosen = size.argsort(descending=True)[:MAX_UNITS]
+    chosen = size.argsort(descending=True)[: min(MAX_UNITS, max(1, int((size > 0).sum())))]
     order = np.lexsort((-size[chosen].numpy(), attribute[chosen].numpy()))
     return values[:, chosen[torch.from_numpy(order)]]
 
@@ -114,7 +115,7 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
     if not results:
         raise ValueError("results must hold at least one layer, got none.")
     layer, result = max(results.items(), key=lambda item: item[1].means().get("balanced_accuracy", 0.0))
-    count = min(len(result.examples), 4)
+    count = min(len(result.examples), 2)
     figure = new_figure(3.1 * max(1, count) + 0.3, 3.1)
     figure.text(0.02, 0.97, f"What units of {short(layer)} add to the score of single samples", fontsize=9, va="top")
     if not count:
