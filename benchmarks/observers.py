@@ -66,8 +66,8 @@ def fit(rounds: int = 3) -> None:
         other = balanced_accuracy(*confusion(scores, y[test].double())).mean().item()
         ratios.append(theirs / ours)
         print(
-            f"  round {number}: six fits of 40 observers (five folds and all) {ours:.3f} s, 40 logistic regressions on one"
-            f" fold {theirs:.1f} s: {theirs / ours:.0f} times; balanced accuracy {own:.4f} and {other:.4f}"
+            f"  round {number}: six fits of 40 observers (five folds and all) {ours:.3f} s, 40 logistic regressions on"
+            f" one fold {theirs:.1f} s: {theirs / ours:.0f} times; balanced accuracy {own:.4f} and {other:.4f}"
         )
     metric = LinearObserver(denotation=False)
     for part, truth in zip(x.split(512), y.split(512), strict=True):
@@ -323,7 +323,8 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
     result = observers.result[layers[-1]]
     for a, name in enumerate(names):
         print(
-            f"  {name} at {layers[-1]}: selectivity {float(result.selectivity[a]):.3f}, bits {float(result.information_bits[a]):.3f}"
+            f"  {name} at {layers[-1]}: selectivity {float(result.selectivity[a]):.3f},"
+            f" bits {float(result.information_bits[a]):.3f}"
         )
     print("  denoting units:", {layer: observers.scalars.get(f"observers/denoting_units/{layer}") for layer in layers})
     if out is not None:
