@@ -328,10 +328,10 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
         )
     print("  denoting units:", {layer: observers.scalars.get(f"observers/denoting_units/{layer}") for layer in layers})
     if out is not None:
-        draw_history(history, layers, observers.from_input["contains circle"], out / "observers_circle.png")
+        draw_history(history, layers, observers.from_input["contains circle"], out / "nlvr_circle.png")
         for name, figure in observers.draw(observers.result).items():
             if name in ("attributes", "weights", "explanation", "proportion"):
-                figure.savefig(out / f"observers_{name}.png")
+                figure.savefig(out / f"nlvr_{name}.png")
 
 
 def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], floor: float, path: Path) -> None:
@@ -340,10 +340,14 @@ def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], 
 
     figure = Figure(figsize=(7, 4), dpi=100)
     panel = figure.add_axes((0.1, 0.13, 0.68, 0.75))
+    place: dict[str, float] = {}  # of the names beside the curves' ends, not on top of each other
+    last = history[max(history)]
+    for layer in sorted(layers, key=lambda layer: last[layer][0]):
+        place[layer] = max(last[layer][0], max(place.values(), default=0.0) + 0.013)
     for layer, color in zip(layers, ("#56b4e9", "#009e73", "#e69f00", "#d55e00"), strict=False):
         values = [scores[layer][0] for scores in history.values()]
         panel.plot(list(history), values, color=color, lw=1.8)
-        panel.text(max(history) * 1.01, values[-1], f" {layer} {values[-1]:.2f}", color=color, va="center", fontsize=9)
+        panel.text(max(history) * 1.04, place[layer], f"{layer} {values[-1]:.2f}", color=color, va="center", fontsize=9)
     panel.axhline(floor, color="0.4", ls="--", lw=1)
     panel.text(0, floor, "raw pixels", color="0.3", va="bottom", fontsize=8)
     panel.axhline(0.5, color="0.6", ls=":", lw=1)
