@@ -208,3 +208,13 @@ def test_depth_is_undefined_without_classes_or_units():
     assert curve.proportion.isnan().all()
     with pytest.raises(ValueError, match="layers"):
         depth_curve([])
+
+
+def test_the_family_is_all_units_and_all_attributes():
+    """After each shuffle the best of all is the best of what each attribute has alone."""
+    x, labels = classes(300, 6, 4, noise=4.0)
+    y = torch.nn.functional.one_hot(labels, 4).double()
+    none = torch.full((300,), -1)
+    whole = denotation(x, y, none, folds(300), 5).null_max
+    alone = [denotation(x[:, [u]], y[:, [a]], none, folds(300), 5).null_max for u in range(6) for a in range(4)]
+    assert torch.equal(whole, torch.stack(alone).amax(0))
