@@ -218,3 +218,13 @@ def test_the_family_is_all_units_and_all_attributes():
     whole = denotation(x, y, none, folds(300), 5).null_max
     alone = [denotation(x[:, [u]], y[:, [a]], none, folds(300), 5).null_max for u in range(6) for a in range(4)]
     assert torch.equal(whole, torch.stack(alone).amax(0))
+
+
+def test_one_positive_to_test_with_is_too_few():
+    y = torch.zeros(100, 1).double()
+    y[[0, 1, 50, 20]] = 1  # three where rules are found, one where they are tested
+    x = y + 0.01 * torch.rand(100, 1, generator=torch.Generator().manual_seed(0))
+    found = denotation(x, y, torch.full((100,), -1), folds(100), 5)
+    assert found.mcc.isnan().all() and (found.p == 1).all()
+    y[[30, 40]] = 1
+    assert denotation(y, y, torch.full((100,), -1), folds(100), 5).mcc.item() == pytest.approx(1.0)

@@ -4,13 +4,17 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from sklearn.linear_model import Ridge
 
 from lightning_neuro import LinearObserver, MetricCallback
 from lightning_neuro.observers import read_attributes
+from lightning_neuro.observers.folds import canonical_order, stratified_folds
+from lightning_neuro.observers.ridge import ridge_penalty
 from tests.models import fit, mlp
 from tests.observers.planted import classes, planted
 
@@ -167,6 +171,28 @@ def test_the_parts_of_an_explanation_sum_to_the_score():
     lost = 1 - (again[y[:, 0] == 1].mean() - again[y[:, 0] == 0].mean()).item()
     assert result.effect[0, 3].item() == pytest.approx(lost, abs=1e-9)
     assert result.effect[0].sum().item() == pytest.approx(1.0)
+
+
+def test_means_spreads_and_stable_signs_are_those_of_the_samples():
+    x, y, labels = batch()
+    y = y[:, :1]
+    result = read_attributes(x, y, labels, groups=torch.arange(240))
+    np.testing.assert_allclose(result.mean, x.double().numpy().mean(0))
+    np.testing.assert_allclose(result.std, x.double().numpy().std(0))
+    # Each fold's observer by scikit-learn, on the folds that the samples are dealt to.
+    order = canonical_order(y, torch.arange(240), torch.arange(240))
+    fold = stratified_folds(order, 5).numpy()
+    standard = ((x.double() - result.mean) / result.std)[order].numpy()
+    truth = y[order, 0].numpy()
+
+    def signs(rows):
+        penalty = ridge_penalty(10, rows.sum()) * rows.sum() * standard[rows].var(0).mean()
+        return np.sign(Ridge(alpha=penalty).fit(standard[rows], truth[rows]).coef_)
+
+    every = np.stack([signs(fold != k) for k in range(5)])
+    expected = (every == signs(fold >= 0)).all(0)
+    assert result.stable[0].tolist() == expected.tolist()
+    assert 0 < expected.sum() < 10
 
 
 def test_patterns_are_correlations():
