@@ -1,13 +1,13 @@
 """From which units an attribute is read: maps of attributes by units, and units' parts in single samples' scores."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neuro.observers.plot import MAX_ATTRIBUTES, new_figure, short
+from lightning_neuro.observers.plot import MAX_ATTRIBUTES, inch_axes, new_figure, short, show_cells
 from lightning_neuro.observers.result import ObserverResult
 
 if TYPE_CHECKING:
@@ -60,33 +60,27 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
     total = sum(masses.values()) or 1.0
     images = {layer: _largest_units(value)[: len(names)] for layer, value in layers.items()}
     columns = [max(6, image.shape[1]) for image in images.values()]
-    left, gap, bottom, top = 1.9, 0.12, 0.35, 0.85
-    cell = min(0.16, max(0.05, 9.6 / sum(columns)))
-    width = left + cell * sum(columns) + (gap + 0.35) * len(columns) + 0.75
-    height = bottom + top + max(3, len(names)) * 0.22
-    figure = new_figure(width, height)
-    x, inner = left, 1 - (bottom + top) / height
-    for number, (layer, image) in enumerate(images.items()):
-        room = cell * columns[number] + 0.35
-        panel = figure.add_axes((x / width, bottom / height, room / width, inner))
-        _show(panel, image.numpy(), largest)
-        panel.set_xticks([])
-        panel.set_yticks(range(len(names)) if number == 0 else [], [short(n, 20) for n in names] if number == 0 else [])
-        panel.tick_params(length=0, labelsize=8)
-        panel.set_title(f"{short(layer, 14)}\n{masses[layer] / total:.0%} of mass", fontsize=7, y=1.0)
-        panel.set_xlabel(f"{image.shape[1]} of {layers[layer].shape[1]}", fontsize=7)
+    left, gap, bottom, top, row = 1.9, 0.2, 0.35, 0.85, 0.22
+    cell, tall = min(0.16, max(0.05, 9.6 / sum(columns))), max(3, len(names)) * row
+    rooms = [max(0.85, cell * count) for count in columns]
+    figure = new_figure(left + sum(rooms) + gap * len(rooms) + 0.75, bottom + tall + top)
+    axes, x, step = inch_axes(figure), left, tall / max(1, len(names))
+    for number, name in enumerate(names):
+        y = bottom + tall - (number + 0.5) * step
+        axes.text(left - 0.07, y, short(name, 20), fontsize=8, ha="right", va="center")
+    scale = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
+    for (layer, image), room in zip(images.items(), rooms, strict=True):
+        show_cells(axes, image.numpy(), (x, bottom), (room, tall), **scale)
+        head = f"{short(layer, 14)}\n{masses[layer] / total:.0%} of mass"
+        axes.text(x + room / 2, bottom + tall + 0.05, head, fontsize=7, ha="center", va="bottom")
+        units = f"{image.shape[1]} of {layers[layer].shape[1]} units"
+        axes.text(x + room / 2, bottom - 0.05, units, fontsize=7, ha="center", va="top")
         x += room + gap
-    bar = figure.add_axes((x / width, bottom / height, 0.12 / width, inner))
-    _show(bar, np.linspace(largest, -largest, 65)[:, None], largest)
-    bar.set_xticks([])
-    bar.set_yticks([0, 32, 64], [f"{largest:.2g}", "0", f"-{largest:.2g}"], fontsize=7)
-    bar.yaxis.tick_right()
-    figure.text(0.1 / width, 1 - 0.08 / height, title, fontsize=8, va="top")
+    show_cells(axes, np.linspace(largest, -largest, 65)[:, None], (x, bottom), (0.12, tall), **scale)
+    for share, value in ((0.0, -largest), (0.5, 0.0), (1.0, largest)):
+        axes.text(x + 0.17, bottom + share * tall, f"{value:.2g}", fontsize=7, va="center")
+    axes.text(0.1, bottom + tall + top - 0.08, title, fontsize=8, va="top")
     return figure
-
-
-def _show(panel: "Axes", image: "np.ndarray[Any, Any]", largest: float) -> None:
-    panel.imshow(image, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
 
 
 def _largest_units(values: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ATTRIBUTES = 40
-MAX_WRITTEN = 96
+MAX_WRITTEN = 64
 _CELL, _ROW = 0.62, 0.27  # inches
+_SCALE = {"cmap": "cividis", "vmin": 0.5, "vmax": 1.0}
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -27,6 +28,29 @@ def new_figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=100)
     FigureCanvasAgg(figure)
     return figure
+
+
+def inch_axes(figure: "Figure") -> "Axes":
+    """One axes that is the whole figure, in inches: an axes for each panel would take several times as long to draw."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
+    axes.set_axis_off()
+    return axes
+
+
+def show_cells(
+    axes: "Axes", values: "np.ndarray[Any, Any]", corner: tuple[float, float], size: tuple[float, float], **scale: Any
+) -> None:
+    """A table of numbers as colours, framed, with its lower left corner there; all in inches."""
+    from matplotlib.patches import Rectangle
+
+    (left, bottom), (width, height) = corner, size
+    extent = (left, left + width, bottom, bottom + height)
+    axes.add_patch(Rectangle(corner, width, height, facecolor="0.75", edgecolor="0.2", lw=0.8))
+    if values.size:
+        axes.imshow(
+            np.ma.masked_invalid(values), extent=extent, aspect="auto", interpolation="nearest", zorder=2, **scale
+        )
 
 
 def short(name: str, length: int = 24) -> str:
@@ -68,57 +92,56 @@ def plot_attributes(
     if from_input:
         blocks.append(("input", ["raw input"], [[from_input.get(name, float("nan")) for name in names]]))
     if initial:
-        columns = [list(initial.get(layer) or nothing)[: len(names)] for layer in layers]
-        blocks.append(("before training", layers, columns))
+        before = [list(initial.get(layer) or nothing)[: len(names)] for layer in layers]
+        blocks.append(("before training", layers, before))
     now = [results[layer].balanced_accuracy[: len(names)].tolist() for layer in layers]
     blocks.append(("now", layers, now))
 
     count = sum(len(columns) for _, columns, _ in blocks)
-    left, bottom, top = 2.6, 1.35, 0.75
-    width, height = left + _CELL * count + 0.25 * len(blocks) + 0.8, bottom + max(1, len(names)) * _ROW + top
-    figure = new_figure(width, height)
-    x = left
-    for number, (title, heads, values) in enumerate(blocks):
-        panel = figure.add_axes((x / width, bottom / height, _CELL * len(heads) / width, 1 - (bottom + top) / height))
-        _draw_block(panel, title, heads, np.array(values, dtype=float).T.reshape(len(names), len(heads)))
-        if number == 0:
-            result = results[layers[0]]
-            labels = [
-                f"{short(name)} [{p:.0%}]" for name, p in zip(names, result.label_proportion.tolist(), strict=False)
-            ]
-            panel.set_yticks(range(len(names)), labels, fontsize=8)
-        else:
-            panel.set_yticks([])
-        x += _CELL * len(heads) + 0.25
-    _scale(figure, (x / width, bottom / height, 0.14 / width, 1 - (bottom + top) / height))
+    left, bottom, top, tall = 2.6, 1.15, 0.75, max(1, len(names)) * _ROW
+    figure = new_figure(left + _CELL * count + 0.25 * len(blocks) + 0.8, bottom + tall + top)
+    axes, x, room = inch_axes(figure), left, MAX_WRITTEN
     result = results[layers[0]]
+    for row, (name, share) in enumerate(zip(names, result.label_proportion.tolist(), strict=False)):
+        y = bottom + tall - (row + 0.5) * _ROW
+        axes.text(left - 0.07, y, f"{short(name)} [{share:.0%}]", fontsize=8, ha="right", va="center")
+    # Where not all numbers can be written, those of now are.
+    written = {title: (room := room - len(names) * len(columns)) >= 0 for title, columns, _ in reversed(blocks)}
+    for title, columns, scores in blocks:
+        values = np.array(scores, dtype=float).T.reshape(len(names), len(columns))
+        _draw_block(axes, (x, bottom), title, columns, values, written=written[title])
+        x += _CELL * len(columns) + 0.25
+    show_cells(axes, np.linspace(1, 0.5, 64)[:, None], (x, bottom), (0.14, tall), **_SCALE)
+    for share, word in ((0.0, "≤ .5"), (0.5, ".75"), (1.0, "1")):
+        axes.text(x + 0.19, bottom + share * tall, word, fontsize=7, va="center")
     more = f"; {len(result.names) - len(names)} more attributes are not drawn" if len(result.names) > len(names) else ""
     heading = f"Balanced accuracy of linear observers, held out; {result.num_samples:,} samples; chance is .5{more}"
-    figure.text(0.1 / width, 1 - 0.08 / height, textwrap.fill(heading, int(width * 12)), fontsize=9, va="top")
+    width, height = figure.get_size_inches()
+    axes.text(0.1, height - 0.08, textwrap.fill(heading, int(width * 12)), fontsize=9, va="top")
     return figure
 
 
-def _draw_block(panel: "Axes", title: str, columns: Sequence[str], values: "np.ndarray[Any, Any]") -> None:
-    panel.set_facecolor("0.75")
-    panel.imshow(
-        np.ma.masked_invalid(values), cmap="cividis", vmin=0.5, vmax=1.0, aspect="auto", interpolation="nearest"
-    )
-    panel.set_xticks(range(len(columns)), [short(name, 16) for name in columns], fontsize=8, rotation=45, ha="right")
-    panel.set_title(title, fontsize=8, y=1.0)
-    panel.tick_params(length=0)
-    if values.size <= MAX_WRITTEN:
-        for (row, column), value in np.ndenumerate(values):
-            text = "-" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
-            color = "white" if value < 0.75 else "black"
-            panel.text(column, row, text, fontsize=7, ha="center", va="center", color=color)
-
-
-def _scale(figure: "Figure", place: tuple[float, float, float, float]) -> None:
-    bar = figure.add_axes(place)
-    bar.imshow(np.linspace(1, 0.5, 64)[:, None], cmap="cividis", vmin=0.5, vmax=1, aspect="auto", extent=(0, 1, 0.5, 1))
-    bar.set_xticks([])
-    bar.set_yticks([0.5, 0.75, 1.0], ["≤ .5", ".75", "1"], fontsize=7)
-    bar.yaxis.tick_right()
+def _draw_block(
+    axes: "Axes",
+    corner: tuple[float, float],
+    title: str,
+    columns: Sequence[str],
+    values: "np.ndarray[Any, Any]",
+    *,
+    written: bool,
+) -> None:
+    left, bottom = corner
+    wide, tall = _CELL * len(columns), _ROW * max(1, len(values))
+    show_cells(axes, values, corner, (wide, tall), **_SCALE)
+    axes.text(left + wide / 2, bottom + tall + 0.06, title, fontsize=8, ha="center", va="bottom")
+    for column, name in enumerate(columns):
+        x = left + (column + 0.7) * _CELL
+        axes.text(x, bottom - 0.06, short(name, 16), fontsize=8, rotation=45, ha="right", va="top")
+    for (row, column), value in np.ndenumerate(values) if written else ():
+        text = "-" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
+        color = "white" if value < 0.75 else "black"
+        x, y = left + (column + 0.5) * _CELL, bottom + tall - (row + 0.5) * _ROW
+        axes.text(x, y, text, fontsize=7, ha="center", va="center", color=color)
 
 
 def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":

@@ -19,7 +19,7 @@ def result(units=8, attributes=5, seed=0):
 
 
 def images_of(figure):
-    return [np.ma.asarray(panel.images[0].get_array()) for panel in figure.axes if panel.images]
+    return [np.ma.asarray(image.get_array()) for image in figure.axes[0].images]
 
 
 def texts(figure):
@@ -36,11 +36,10 @@ def test_the_matrix_holds_input_start_and_now():
     assert first.mask[2:].all()
     np.testing.assert_allclose(before[:, 0].filled(-1), [0.5, 0.6, -1, 0.8, 0.9])
     np.testing.assert_allclose(now[:, 1], two.balanced_accuracy)
-    labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert labels[0] == f"label==0 [{one.label_proportion[0].item():.0%}]"
+    assert f"label==0 [{one.label_proportion[0].item():.0%}]" in texts(figure)
     assert f"{two.balanced_accuracy[3].item():.2f}".replace("0.", ".") in texts(figure)
     assert "-" in texts(figure)
-    assert "200 samples" in texts(figure)[0]
+    assert any("200 samples" in text for text in texts(figure))
 
 
 def test_the_metric_draws_itself():
@@ -62,7 +61,7 @@ def test_maps_have_one_scale_and_only_stable_weights():
         first, second, _ = images_of(figure)
         assert (first.shape, second.shape) == ((5, 8), (5, MAX_UNITS))
         assert max(abs(first).max(), abs(second).max()) == pytest.approx(high)
-    shares = [panel.get_title().split("\n")[1] for panel in figures["weights"].axes[:2]]
+    shares = [text.split("\n")[1] for text in texts(figures["weights"]) if "of mass" in text]
     mass = [float((r.weights * r.std * r.stable).abs().sum()) for r in results.values()]
     assert shares == [f"{m / sum(mass):.0%} of mass" for m in mass]
     drawn = images_of(figures["weights"])[0]
