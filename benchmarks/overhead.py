@@ -29,19 +29,20 @@ EPOCH = 60_000
 
 def callbacks(name: str) -> list[Any]:
     """The callbacks of a variant, at their defaults."""
-    from lightning_neuro import ActivationEntropy, NeuronCommunities, RepresentationRefinement
+    from lightning_neuro import ActivationEntropy, NeuronCommunities, ObserverProbes, RepresentationRefinement
 
     methods: dict[str, Callable[[], Any]] = {
         "NeuronCommunities": NeuronCommunities,
         "ActivationEntropy": ActivationEntropy,
         "RepresentationRefinement": RepresentationRefinement,
+        "ObserverProbes": ObserverProbes,
     }
     if name == "plain":
         return []
     return [make() for make in methods.values()] if name == "all" else [methods[name]()]
 
 
-VARIANTS = ("NeuronCommunities", "ActivationEntropy", "RepresentationRefinement", "all")
+VARIANTS = ("NeuronCommunities", "ActivationEntropy", "RepresentationRefinement", "ObserverProbes", "all")
 
 
 def fit(network: str, variant: str, samples: int, batch_size: int) -> dict[str, float]:

@@ -6,15 +6,19 @@ from lightning_neuro.communities import NeuronModularity, activation_graph, dete
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
 from lightning_neuro.entropy.callback import ActivationEntropy
+from lightning_neuro.observers import LinearObserver
+from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
 
 __all__ = [
     "ActivationEntropy",
+    "LinearObserver",
     "MetricCallback",
     "NeuronCommunities",
     "NeuronEntropy",
     "NeuronModularity",
+    "ObserverProbes",
     "Probe",
     "RepresentationRefinement",
     "__version__",

@@ -17,6 +17,7 @@ from torchmetrics.functional import accuracy
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy.callback import ActivationEntropy
+from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
 
@@ -89,6 +90,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
         NeuronCommunities(probe, prog_bar="communities/modularity"),
         ActivationEntropy(probe, prog_bar="entropy/class_information"),
         RepresentationRefinement(["fc1", "fc2"], probe, influence_every_n_steps=20),
+        ObserverProbes(probe),
     ]
     path = Path(logdir)
     trainer = pl.Trainer(

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import ActivationEntropy, MetricCallback, NeuronCommunities, Probe, RepresentationRefinement
+from lightning_neuro import (
+    ActivationEntropy,
+    MetricCallback,
+    NeuronCommunities,
+    ObserverProbes,
+    Probe,
+    RepresentationRefinement,
+)
+from lightning_neuro.probe import ProbeBatch
 from tests.models import fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
@@ -43,6 +51,7 @@ CALLBACKS: dict[str, Make] = {
     "entropy": ActivationEntropy,
     "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
     "refinement": lambda probe=None, **options: RepresentationRefinement(probe=probe, **options),
+    "observers": ObserverProbes,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
@@ -90,6 +99,16 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("bins", True),
         ("calibrate", "last"),
         ("miller_madow", "yes"),
+    ],
+    "observers": [
+        *(("attributes", value) for value in (3, {}, ["mark"], {"a/b": "x"}, {"": "x"}, {1: "x"}, {"mark": 3})),
+        *(("observer", value) for value in ("linear", None)),
+        *(("controls", value) for value in (-1, 2.5, True)),
+        *(("folds", value) for value in (1, 2.5, None)),
+        *(("heatmap", value) for value in (1, None)),
+        *(("denotation", value) for value in (1, None)),
+        *(("groups", value) for value in (3, ["film"])),
+        *(("max_tags", value) for value in (0, 2.5, None)),
     ],
 }
 
@@ -143,12 +162,17 @@ def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
         metric.reset()
         with torch.no_grad():
             for x, y in loader(32):
-                metric.update(net[: int(layer[-1]) + 1](x.float()), y)
+                show(callback, metric, net[: int(layer[-1]) + 1](x.float()), x, y)
         for measure, value in callback.measures(metric.compute(), None).items():
             if torch.isfinite(torch.as_tensor(value)):
                 values[f"{callback.name}/{measure}/{layer}"] = float(value)
         metric.reset()
     return values
+
+
+def show(callback: MetricCallback, metric: Metric, activations: Tensor, x: Tensor, y: Tensor) -> None:
+    """Update a metric as the callback does with a batch of the probe's."""
+    callback.update(metric, activations, ProbeBatch({}, x, y, [x, y], len(y), num_classes=4))
 
 
 def assert_close(actual: dict[str, float], expected: dict[str, float], tolerance: float = 1e-5) -> None:
