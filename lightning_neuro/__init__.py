@@ -7,9 +7,11 @@ from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
 from lightning_neuro.entropy.callback import ActivationEntropy
 from lightning_neuro.probe import Probe
+from lightning_neuro.topology.callback import ActivationTopology
 
 __all__ = [
     "ActivationEntropy",
+    "ActivationTopology",
     "MetricCallback",
     "NeuronCommunities",
     "NeuronEntropy",

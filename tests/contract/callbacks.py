@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import ActivationEntropy, MetricCallback, NeuronCommunities, Probe
+from lightning_neuro import ActivationEntropy, ActivationTopology, MetricCallback, NeuronCommunities, Probe
 from tests.models import fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
@@ -41,6 +41,7 @@ CALLBACKS: dict[str, Make] = {
     "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
     "entropy": ActivationEntropy,
     "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
+    "topology": ActivationTopology,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
@@ -72,10 +73,32 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("calibrate", "last"),
         ("miller_madow", "yes"),
     ],
+    "topology": [
+        ("mapper", 1),
+        ("homology", None),
+        ("subsamples", -1),
+        ("subsamples", 1),
+        ("subsamples", 2.0),
+        ("lens", "l3"),
+        ("intervals", 0),
+        ("intervals", 2.5),
+        ("overlap", 1.0),
+        ("overlap", -0.1),
+        ("overlap", float("nan")),
+        ("cover", "cubes"),
+        ("distance", "manhattan"),
+        ("eps", -1.0),
+        ("eps", float("inf")),
+        ("eps", "auto"),
+        ("min_samples", 0),
+        ("warm_up", -1),
+        ("max_points", 1),
+        ("projector", "yes"),
+    ],
 }
 
 # Measures that depend on the order of the samples, because a random shuffle of the rows enters: not additive.
-SHUFFLED = ("null", "excess", "_z")
+SHUFFLED = ("null", "excess", "_z", "_std")
 
 HIDDEN = ("net.2", "net.4")
 
