@@ -175,12 +175,13 @@ def _title(name: str, result: TopologyResult) -> list[str]:
 
 def _legend(axes: "Axes", width: float, classes: Sequence[int], left_out: int) -> None:
     """Coloured words: a tenth of the time of a matplotlib legend."""
-    entries = [(f"■ class {c}" if i == 0 else f"■ {c}", COLOURS[i]) for i, c in enumerate(classes)]
-    entries += [("■ other", COLOURS[-1])] if len(classes) == len(COLOURS) - 1 else []
+    entries = [(f"class {c}" if i == 0 else f"{c}", COLOURS[i]) for i, c in enumerate(classes)]
+    entries += [("other", COLOURS[-1])] if len(classes) == len(COLOURS) - 1 else []
     x = _GAP
     for text, colour in entries:
-        axes.text(x, 0.5, text, fontsize=9, color=colour, va="bottom")
-        x += 0.075 * len(text) + 0.12
+        axes.text(x, 0.42, "■", fontsize=12, color=colour, va="center")
+        axes.text(x + 0.16, 0.42, text, fontsize=9, va="center")
+        x += 0.08 * len(text) + 0.32
     more = f" {left_out} more layers are not drawn." if left_out else ""
     foot = "Area: samples in the cluster; line: shared samples (Jaccard index); A to F: the largest." + more
     axes.text(_GAP, 0.08, textwrap.fill(foot, int(15 * width)), fontsize=7, color="0.3", va="bottom")

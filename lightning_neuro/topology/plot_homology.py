@@ -66,7 +66,7 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
     panels[1, 0].set_ylabel("alive at that distance", fontsize=8)
     figure.text(0.5, 0.36 / height, "above: birth; below: distance; both / scale", ha="center", fontsize=8)
     more = f"; the first {len(shown)} of {len(found)} layers" if len(found) > len(shown) else ""
-    words = (("● loops", _LOOPS), ("┃ pieces", _PIECES), ("┄ longest loop by chance" + more, _NULL))
+    words = (("● loops", _LOOPS), ("┃ pieces", _PIECES), ("╌╌ the longest loop of Gaussian clouds" + more, _NULL))
     for number, (text, colour) in enumerate(words):
         figure.text((0.1 + 0.75 * number) / width, 0.1 / height, text, color=colour, fontsize=8)
     return figure

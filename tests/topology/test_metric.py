@@ -38,10 +38,14 @@ def assert_same(a, b):
 def test_it_is_the_functions_on_all_samples():
     x, y = cloud()
     result = of(x, y)
-    graph, homology = mapper(x, targets=y), persistence(x)
-    assert ours(result.graph) == ours(graph)
+    # A point between two clusters goes to the first of them, so the metric has an order of its own.
+    order = torch.from_numpy(np.lexsort([column.view(">u4") for column in x.numpy().T[::-1]]))
+    graph, homology = mapper(x[order], targets=y[order]), persistence(x)
+    named = {frozenset(order[list(own)].tolist()) for own in ours(graph)[0]}
+    assert set(ours(result.graph)[0]) == named and result.graph.num_edges == graph.num_edges
     scalars = result.scalars()
-    assert {name: scalars[name] for name in graph.scalars()} == pytest.approx(graph.scalars())
+    expected = {name: value for name, value in graph.scalars().items() if "null" not in name}
+    assert {name: scalars[name] for name in expected} == pytest.approx(expected)
     assert {name: scalars[name] for name in homology.scalars()} == pytest.approx(homology.scalars(), rel=1e-6)
     assert scalars["eps"] == pytest.approx(graph.eps)
     assert result.samples.tolist() == list(range(300))
@@ -174,7 +178,7 @@ def test_of_many_points_a_fixed_choice_is_kept_whatever_the_batches():
 
 
 def test_homology_rests_on_a_thousand_and_drift_on_256_of_all_classes():
-    x, y = cloud(1300)
+    x, y = cloud(1100)
     result = of(x, y, ActivationShape(subsamples=0))
     assert (result.homology.num_points, len(result.drift_samples)) == (1000, 256)
     assert len(result.drift_distances) == 256 * 255 // 2
@@ -191,7 +195,7 @@ def test_the_spread_is_that_of_halves():
     assert not any(name.endswith("_std") for name in of(x, y, ActivationShape(subsamples=0)).scalars())
     # The same by hand, over random halves of another generator.
     rng = np.random.default_rng(0)
-    totals = [persistence(x[rng.permutation(400)[:200]]).scalars()["h0_total"] for _ in range(40)]
+    totals = [persistence(x[rng.permutation(400)[:200]]).scalars()["h0_total"] for _ in range(25)]
     assert result.scalars()["h0_total_std"] == pytest.approx(np.std(totals, ddof=1), rel=0.8)
     assert result.scalars()["h0_total_std"] > 0
 
@@ -214,7 +218,7 @@ def test_gaussian_clouds_have_the_mean_and_covariance(units):
 
 
 def test_a_circle_has_more_loop_than_gaussian_clouds_and_a_gaussian_cloud_has_not():
-    x = torch.from_numpy(circle(300, noise=0.03)).float() + 3
+    x = torch.from_numpy(circle(300)).float() + 3
     found = of(x, metric=ActivationShape(lens="pc1")).scalars()
     assert found["loops"] == 1 > found["loops_null"]
     assert found["h1_longest"] > 3 * found["h1_longest_null"]
