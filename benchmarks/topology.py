@@ -2,8 +2,8 @@
 
     python benchmarks/topology.py [--parts 12345] [--repeats 3]
 
-(1) 10,000 x 512 points, 70 intervals, 30 % overlap: against KeplerMapper 2.1 with scikit-learn's DBSCAN, turn by turn, and
-    whether the graphs are identical.
+(1) 10,000 x 512 points, 70 intervals, 30 % overlap: against KeplerMapper 2.1 with scikit-learn's DBSCAN, turn by turn,
+    and whether the graphs are identical.
 (2) Time and peak memory over the number of points, each size in a process of its own.
 (3) Homology: pieces of 5,000 points against ripser, turn by turn; pieces and loops of 1,000 points.
 (4) A default evaluation: 512 samples of 4 layers, with nulls, error bars and drift; and its figures.
@@ -13,6 +13,7 @@ The points of (1) to (3) are ReLU of 24 factors around 10 centres, plus noise, i
 """
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -20,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,9 +145,10 @@ def evaluate(repeats: int) -> None:
     evaluation()
     for _ in range(repeats):
         seconds, results = timed(evaluation)
-        graphs, figure = timed(lambda: plot_graphs(results))
-        diagrams, other = timed(lambda: plot_homology(results))
-        drawing = sum(timed(one.canvas.draw)[0] for one in (figure, other)) + graphs + diagrams
+        drawing = 0.0
+        for plot in (plot_graphs, plot_homology):
+            made, figure = timed(partial(plot, results))
+            drawing += made + timed(figure.canvas.draw)[0]
         print(f"  512 samples x 4 layers: {seconds:.2f} s, and {drawing:.2f} s for two figures")
 
 
@@ -155,7 +158,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 32, 32, 64, 64)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.fc1, self.fc2 = nn.Linear(64 * 49, 128), nn.Linear(128, 10)
 
     def layers(self, x: Tensor) -> list[Tensor]:
