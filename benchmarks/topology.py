@@ -198,9 +198,7 @@ def published(epochs: int) -> None:
     clouds = [one_position(output, seed) if output.ndim == 4 else output for seed, output in enumerate(outputs)]
     radii = [radius_of(cloud) for cloud in clouds]
     fixed = float(np.median([eps for eps, _ in radii]))
-    print(
-        "  | layer | eps | kept | by the knee alone | kept by one eps for all | purity | its null | majority | its null |"
-    )
+    print("  | layer | eps | kept | by the knee | by one eps for all | purity | its null | majority | its null |")
     print("  |---|---|---|---|---|---|---|---|---|")
     names = [*(f"conv{i + 1}" for i in range(4)), "fc1"]
     for layer, cloud, (eps, alone) in zip(names, clouds, radii, strict=True):

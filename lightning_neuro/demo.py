@@ -18,6 +18,7 @@ from lightning_neuro.callback import MetricCallback
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy.callback import ActivationEntropy
 from lightning_neuro.probe import Probe
+from lightning_neuro.topology.callback import ActivationTopology
 
 
 class DigitsNet(pl.LightningModule):
@@ -87,6 +88,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
     callbacks = [
         NeuronCommunities(probe, prog_bar="communities/modularity"),
         ActivationEntropy(probe, prog_bar="entropy/class_information"),
+        ActivationTopology(probe, prog_bar="topology/purity"),
     ]
     path = Path(logdir)
     trainer = pl.Trainer(
