@@ -265,3 +265,16 @@ def test_the_projector_gets_the_points_on_request(tmp_path):
     assert list(Path(trainer.log_dir).rglob("sprite.png"))
     plain = fit(mlp(), ActivationTopology(Probe(layers="net.2")), logger=TensorBoardLogger(tmp_path / "plain"))
     assert not list(Path(plain.log_dir).rglob("tensors.tsv"))
+
+
+def test_rank_0_shows_only_the_images_that_it_has():
+    callback, result = ActivationTopology(), results()
+    callback._images = [torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)]
+    callback._world_size = 2  # sample 2 j of all is the j-th of this rank
+    found = callback._images_of("fc1", result)
+    assert {place: int(image[0, 0, 0]) for place, image in found.items()} == {2 * j: j for j in range(100)}
+    callback._world_size, callback._rows_per_sample = 1, {"fc1": 50}  # 50 tokens an image
+    found = callback._images_of("fc1", result)
+    assert {place: int(image[0, 0, 0]) for place, image in found.items()} == {
+        place: place // 50 for place in range(200)
+    }
