@@ -59,11 +59,13 @@ class ActivationTopology(MetricCallback):
         overlap: Share of an interval that it shares with the next, at least 0 and below 1.
         cover: `"uniform"` intervals, or `"quantile"` for equally many samples in each.
         distance: Of the clusters: `"euclidean"` or `"cosine"`.
-        eps: Radius of the clusters; default: found in the data. Watch `coverage`: where it falls, because activations
-            have grown, call `refreeze`.
+        eps: Radius of the clusters; default: found in the data. A radius given is used as it is, however much
+            activations grow.
         min_samples: Samples within the radius that make a cluster's core.
         warm_up: Evaluations with a radius of their own, the one before training included; the radius of the next is
-            frozen, because graphs of different radii cannot be compared.
+            frozen, because graphs of different radii cannot be compared. It is frozen in units of the .9 quantile of
+            the distances, because activations can grow a hundredfold in the first epochs. Where `coverage` falls all
+            the same, call `refreeze`.
         max_points: Of more samples (tokens), a fixed choice is looked at.
         projector: Whether to write the activations to TensorBoard's projector at the end of the run (on rank 0, that
             rank's samples).

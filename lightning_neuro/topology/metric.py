@@ -11,7 +11,7 @@ from lightning_neuro.metric import ResultMetric
 from lightning_neuro.samples import stratified
 from lightning_neuro.topology.clustering import check_clustering
 from lightning_neuro.topology.cover import Lens, check_cover
-from lightning_neuro.topology.distances import Matrix, distance_matrix
+from lightning_neuro.topology.distances import Matrix, distance_matrix, scale_of
 from lightning_neuro.topology.graph import MapperGraph
 from lightning_neuro.topology.inputs import as_labels, as_points, check_whole, finite_rows
 from lightning_neuro.topology.mapper import mapper as mapper_graph
@@ -32,7 +32,8 @@ class ActivationShape(ResultMetric):
 
     The points are kept, because both need them all at once; of more than `max_points` a fixed choice. It does not
     matter in which order, or on which rank, they came. The radius of the clusters is found anew in the first `warm_up`
-    computations and then frozen, and goes into the `state_dict`: graphs of different radii cannot be compared.
+    computations and then frozen, because graphs of different radii cannot be compared, and goes into the `state_dict`.
+    It is frozen in units of the .9 quantile of the distances: a cloud that only grows keeps its graph.
 
     Args:
         mapper: Whether to build the Mapper graph.
@@ -43,7 +44,7 @@ class ActivationShape(ResultMetric):
         overlap: See :func:`mapper`.
         cover: See :func:`mapper`.
         distance: Of the Mapper graph, `"euclidean"` or `"cosine"`.
-        eps: See :func:`mapper`; a radius given is used from the first computation on.
+        eps: See :func:`mapper`; a radius given is used as it is, however much activations grow.
         min_samples: See :func:`mapper`.
         warm_up: Computations before the radius is frozen.
         max_points: Points kept.
@@ -145,24 +146,25 @@ class ActivationShape(ResultMetric):
         table = self._kept(self._table())
         samples, labels, points = table[:, 0].long().cpu(), table[:, 1].long().cpu(), table[:, 2:]
         targets = labels if (labels >= 0).any() else None
+        order = _choice(samples, labels, draw=0)[:HOMOLOGY_POINTS].to(points.device)
+        chosen = order[finite_rows(points[order])]
+        distances = distance_matrix(points[chosen])
+        # Angles do not grow with the activations, so cosine distances need no scale.
+        scale = scale_of(distances) if self.graph_options["metric"] == "euclidean" else 1.0
         graph: MapperGraph | None = None
         null: dict[str, float] = {}
         if self.mapper:
-            graph = self._graph(points, targets)
+            graph = self._graph(points, targets, scale)
             null = null_measures(points[finite_rows(points)], self._graph_without_structure)
-            self._freeze(graph)
         if not self.homology:
-            return TopologyResult(samples, graph, None, null=null)
-        order = _choice(samples, labels, draw=0)[:HOMOLOGY_POINTS].to(points.device)
-        finite = order[finite_rows(points[order])]
-        distances = distance_matrix(points[finite])
-        found = persistence_of_distances(distances, num_nonfinite=len(order) - len(finite))
-        used = finite.cpu()
+            return TopologyResult(samples, graph, None, scale, null)
+        used = chosen.cpu()
         return TopologyResult(
             samples,
             graph,
-            found,
-            null=null | null_measures(points[finite], _homology_without_structure),
+            persistence_of_distances(distances, num_nonfinite=len(order) - len(chosen)),
+            scale,
+            null=null | null_measures(points[chosen], _homology_without_structure),
             spread=self._spread(distances, samples[used], labels[used]),
             drift_samples=samples[used[:DRIFT_POINTS]],
             drift_distances=condensed(scaled(distances[:DRIFT_POINTS, :DRIFT_POINTS])),
@@ -184,23 +186,21 @@ class ActivationShape(ResultMetric):
         """Find the radius anew in the next computation, and freeze that."""
         self.frozen_eps, self.evaluations = None, max(self.evaluations, self.warm_up)
 
-    def _graph(self, points: Tensor, targets: Tensor | None) -> MapperGraph:
+    def _graph(self, points: Tensor, targets: Tensor | None, scale: float) -> MapperGraph:
         # In an order of their own: a point between two clusters goes to the first.
         order = _by_content(points)
-        eps = self.frozen_eps if self.eps is None else self.eps
+        eps = self.frozen_eps * scale if self.eps is None and self.frozen_eps is not None else self.eps
         labels = None if targets is None else targets[order]
         graph = mapper_graph(points[order.to(points.device)], targets=labels, eps=eps, **self.graph_options)
+        self.evaluations += 1
+        if self.frozen_eps is None and self.evaluations > self.warm_up and graph.num_nodes:
+            self.frozen_eps = graph.eps / scale
         return replace(graph, members=tuple(order[own].sort().values for own in graph.members), targets=targets)
 
     def _graph_without_structure(self, points: Tensor) -> dict[str, float]:
         # With a radius of its own: by that of the data most of these points would be alone.
         graph = mapper_graph(points, **self.graph_options)
         return {"loops": graph.large_loops(), "branches": len(graph.branches())}
-
-    def _freeze(self, graph: MapperGraph) -> None:
-        self.evaluations += 1
-        if self.frozen_eps is None and self.evaluations > self.warm_up and graph.num_nodes:
-            self.frozen_eps = graph.eps
 
     def _spread(self, distances: Matrix, samples: Tensor, labels: Tensor) -> dict[str, float]:
         found: dict[str, list[float]] = {}
@@ -236,7 +236,7 @@ class ActivationShape(ResultMetric):
         super()._reduce_states(incoming_state)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the states: the frozen radius."""
+        """What a checkpoint keeps beside the states: the frozen radius, in units of the scale."""
         return {"eps": self.frozen_eps, "evaluations": self.evaluations}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

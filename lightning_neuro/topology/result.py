@@ -18,6 +18,7 @@ class TopologyResult:
         samples: int64 (N,), the number of each sample in the sample set, by which the graph's members are found in it.
         graph: The Mapper graph, its members being positions in `samples`; None if it was not asked for.
         homology: Pieces and loops; None if they were not asked for.
+        scale: The .9 quantile of the distances, by which lengths are divided; 1 for cosine distances.
         null: Measure + `_null` -> its mean over Gaussian clouds of the same mean and covariance, for loops, branches
             and the lengths of bars.
         spread: Measure + `_std` -> standard deviation of the homology's measures over random halves of the points.
@@ -28,6 +29,7 @@ class TopologyResult:
     samples: Tensor
     graph: MapperGraph | None
     homology: Persistence | None
+    scale: float = 1.0
     null: Mapping[str, float] = field(default_factory=dict)
     spread: Mapping[str, float] = field(default_factory=dict)
     drift_samples: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -37,7 +39,7 @@ class TopologyResult:
         """All measures of the graph and the homology; what is undefined is left out."""
         values: dict[str, float] = {}
         if self.graph is not None and (found := self.graph.scalars()):
-            values |= found | {"eps": self.graph.eps}
+            values |= found | {"eps": self.graph.eps / self.scale}
         if self.homology is not None:
             values |= self.homology.scalars()
         return values | dict(self.null) | dict(self.spread)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lightning_neuro.topology import ActivationShape, mapper, persistence
+from lightning_neuro.topology.distances import distance_matrix, scale_of
 from lightning_neuro.topology.null import gaussian_like
 from tests.topology.references import blobs, circle, ours
 
@@ -47,7 +49,7 @@ def test_it_is_the_functions_on_all_samples():
     expected = {name: value for name, value in graph.scalars().items() if "null" not in name}
     assert {name: scalars[name] for name in expected} == pytest.approx(expected)
     assert {name: scalars[name] for name in homology.scalars()} == pytest.approx(homology.scalars(), rel=1e-6)
-    assert scalars["eps"] == pytest.approx(graph.eps)
+    assert scalars["eps"] == pytest.approx(graph.eps / homology.scale)
     assert result.samples.tolist() == list(range(300))
     np.testing.assert_allclose(result.histogram(), homology.diagrams[0][:, 1] / homology.scale, rtol=1e-6)
 
@@ -106,30 +108,48 @@ def test_merged_metrics_give_the_whole():
         first.merge_state(other)
 
 
+def _frozen(metric, x):
+    return None if metric.frozen_eps is None else metric.frozen_eps * scale_of(distance_matrix(x))
+
+
 def test_forward_gives_the_batch_and_adds_it():
     x, y = cloud()
     metric = ActivationShape()
     for part, labels in zip(x.split(100), y.split(100), strict=True):
-        assert ours(metric(part, labels).graph) == ours(mapper(part, targets=labels, eps=metric.frozen_eps))
+        assert ours(metric(part, labels).graph) == ours(mapper(part, targets=labels, eps=_frozen(metric, part)))
     metric.frozen_eps = None
     assert_same(metric.compute(), of(x, y))
 
 
 def test_the_radius_is_free_in_the_warm_up_then_frozen_and_thawed_on_request():
-    x, _ = cloud()
-    metric, radii = ActivationShape(homology=False, warm_up=2), []
-    for scale in (1, 2, 3, 4, 5):
+    clouds = [cloud(seed=seed)[0] for seed in range(5)]
+    own = [mapper(x).eps / scale_of(distance_matrix(x)) for x in clouds]
+    assert min(abs(a - b) for a, b in itertools.pairwise(own)) > 0.01
+
+    def radius(metric, x):
         metric.reset()
-        radii.append(of(scale * x, metric=metric).graph.eps)
-    assert radii == pytest.approx([radii[0], 2 * radii[0], 3 * radii[0], 3 * radii[0], 3 * radii[0]], rel=1e-4)
+        result = of(x, metric=metric)
+        assert result.graph.eps == pytest.approx(result.scalars()["eps"] * scale_of(distance_matrix(x)))
+        return result.scalars()["eps"]
+
+    metric = ActivationShape(homology=False, warm_up=2)
+    radii = [radius(metric, x) for x in clouds]
+    assert radii == pytest.approx([own[0], own[1], own[2], own[2], own[2]], rel=1e-4)
     metric.refreeze()
-    for expected in (6, 6):
-        metric.reset()
-        assert of(6 * x if expected == 6 else x, metric=metric).graph.eps == pytest.approx(6 * radii[0], rel=1e-4)
+    assert [radius(metric, clouds[at]) for at in (4, 0)] == pytest.approx([own[4], own[4]], rel=1e-4)
+
+
+def test_a_cloud_that_only_grows_keeps_its_graph_unless_the_radius_is_given():
+    x, _ = cloud()
+    metric = ActivationShape(homology=False, warm_up=0)
+    before = of(x, metric=metric)
     metric.reset()
-    assert of(x, metric=metric).graph.eps == pytest.approx(6 * radii[0], rel=1e-4)
-    given = ActivationShape(eps=1.5)
-    assert of(x, metric=given).graph.eps == 1.5
+    assert ours(of(1024 * x, metric=metric).graph) == ours(before.graph)
+    given = ActivationShape(eps=before.graph.eps, homology=False)
+    assert ours(of(x, metric=given).graph) == ours(before.graph)
+    given.reset()
+    assert of(1000 * x, metric=given).graph.num_nodes == 0
+    assert of(x, metric=ActivationShape(distance="cosine")).scale == 1
 
 
 def test_an_empty_graph_freezes_nothing():
