@@ -189,6 +189,11 @@ class ActivationTopology(MetricCallback):
 
     # The samples' images
 
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Share the pass with the callbacks that have an equal probe; forget the images of an earlier run."""
+        super().setup(trainer, pl_module, stage)
+        self._images = []
+
     def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Get ready for a pass of the probe."""
         self._shown, self._world_size = 0, trainer.world_size

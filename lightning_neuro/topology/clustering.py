@@ -100,6 +100,8 @@ def _near(points: Tensor, eps: float, metric: str) -> Iterator[tuple[int, Tensor
 
 def _conditioned(points: Tensor, metric: str) -> Tensor:
     """Points whose products give distances with few digits lost: centred, or of length 1 (0 for a zero vector)."""
+    if torch.get_float32_matmul_precision() != "highest":
+        points = points.double()  # the user lets float32 products be rounded to far fewer digits
     if metric == "cosine":
         return unit_length(points.double()).to(points.dtype)
     centred = points - points.mean(dim=0)

@@ -34,7 +34,7 @@ def layout(graph: MapperGraph, previous: Tensor | None = None) -> Tensor:
             places = places[~np.isnan(places[:, 0])]
             if len(places):
                 start[node] = places.mean(axis=0)
-        steps, reach = 15, 0.02
+        steps, reach = 25, 0.02
     return torch.from_numpy(_relaxed(start, graph.edges.numpy(), steps, reach)).float()
 
 

@@ -111,7 +111,7 @@ def _draw_panel(
         why = textwrap.fill(graph.notes()["undefined"], 40)
         axes.text(left + _PANEL / 2, bottom + _PANEL / 2, why, fontsize=9, ha="center", va="center")
         return
-    largest = min(0.3, 0.75 * _PANEL / math.sqrt(graph.num_nodes) / 2)
+    largest = min(0.28, 0.6 * _PANEL / math.sqrt(graph.num_nodes) / 2)
     radii = largest * np.sqrt(graph.sizes.numpy() / int(graph.sizes.max())).clip(0.2)
     centres = _inside(layout(graph) if place is None else place, corner, largest)
     lines = centres[graph.edges.numpy()]

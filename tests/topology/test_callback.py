@@ -209,6 +209,10 @@ def test_the_callback_finds_the_image_of_each_sample(tmp_path):
     assert sum(int(bright[place]) == int(labels[place]) for place in found) == 32
     assert set(callback.draw(callback.result)) == {"graphs", "members", "homology"}
     assert sum(map(len, callback._images)) == 32
+    before = torch.cat(callback._images)
+    fit(mlp(), callback, val=False, train=loader())  # looks at other samples: the training data
+    assert len(torch.cat(callback._images)) == 64
+    assert not torch.equal(torch.cat(callback._images)[:32], before)
 
 
 def test_inputs_that_are_no_images_have_no_members_figure(tmp_path):

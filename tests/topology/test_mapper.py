@@ -10,7 +10,7 @@ import torch
 from sklearn.cluster import DBSCAN
 
 from lightning_neuro.topology import adaptive_eps, mapper
-from lightning_neuro.topology.clustering import dbscan
+from lightning_neuro.topology.clustering import _conditioned, dbscan
 from lightning_neuro.topology.cover import default_intervals, intervals_of, lens_values
 from lightning_neuro.topology.radius import core_radii
 from tests.topology import references
@@ -65,6 +65,18 @@ def test_ties_with_the_radius_are_inside_in_float32_too():
         points = torch.from_numpy(grid(14)).to(dtype) + 1000
         assert (dbscan(points, eps=1.0, min_samples=5) == 0).sum() == 14 * 14 - 4  # the corners touch no core point
         assert (dbscan(points, eps=1 - 1e-9, min_samples=2) == -1).all()
+
+
+def test_coarse_matrix_products_are_not_used():
+    x = torch.from_numpy(references.blobs(300, 64, seed=1)).float()
+    expected = dbscan(x, eps=9.0, min_samples=5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert _conditioned(x, "euclidean").dtype == torch.float64
+        assert dbscan(x, eps=9.0, min_samples=5).tolist() == expected.tolist()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_huge_activations_do_not_overflow():
