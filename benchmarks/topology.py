@@ -195,7 +195,13 @@ def published(epochs: int) -> None:
     accuracy = (outputs.pop().argmax(1) == labels).float().mean()
     print(f"  {name}, {epochs} epochs, test accuracy {accuracy:.3f}; {len(images)} test images")
 
-    clouds = [one_position(output, seed) if output.ndim == 4 else output for seed, output in enumerate(outputs)]
+    for title, reduce in (("one random position of each image", one_position), ("the mean over positions", mean)):
+        print(f"  {title}:")
+        table([reduce(output, seed) if output.ndim == 4 else output for seed, output in enumerate(outputs)], labels)
+
+
+def table(clouds: list[Tensor], labels: Tensor) -> None:
+    """Samples kept by each layer's own radius and by one for all, and purity beside its null."""
     radii = [radius_of(cloud) for cloud in clouds]
     fixed = float(np.median([eps for eps, _ in radii]))
     print("  | layer | eps | kept | by the knee | by one eps for all | purity | its null | majority | its null |")
@@ -211,6 +217,11 @@ def published(epochs: int) -> None:
             f" {pure.node_wise_null:.3f} | {pure.majority_share:.3f} | {pure.majority_share_null:.3f} |"
         )
     print(f"  one eps for all: {fixed:.2f}, the median of the layers' own")
+
+
+def mean(maps: Tensor, seed: int) -> Tensor:
+    """The channels' means over all positions."""
+    return maps.mean(dim=(2, 3))
 
 
 def one_position(maps: Tensor, seed: int) -> Tensor:

@@ -214,6 +214,13 @@ def test_the_adaptive_radius_serves_nine_tenths_wherever_the_knee():
     assert (nearest <= 0.9 * eps).double().mean() < 1
 
 
+def test_a_point_counts_in_the_interval_where_it_has_most_company():
+    x = torch.tensor([[0.0], [1.0], [2.0], [10.0], [20.0]])
+    groups = [np.array([0, 1, 2]), np.array([0, 3, 4])]
+    for order in (groups, groups[::-1]):
+        assert core_radii(x, order, min_samples=2, metric="euclidean").tolist() == [1, 1, 1, 10, 10]
+
+
 def test_the_radius_of_many_points_rests_on_all_of_their_neighbours(monkeypatch):
     x = torch.arange(2000.0)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))][:, None]
     monkeypatch.setattr("lightning_neuro.topology.radius.MAX_QUERIES", 400)
