@@ -110,6 +110,10 @@ def test_the_picture_changes_little():
         before = places[own].nanmean(dim=0)
         assert (moved[node] - before).norm() < 0.45 * torch.pdist(first).median()
     assert torch.isnan(places).any(dim=1).sum() == graph.num_noise
+    # Even from places that no force would leave them in.
+    odd = point_positions(graph, first.flip(0))
+    started = torch.stack([odd[own].nanmean(dim=0) for own in graph.members])
+    assert (layout(graph, odd) - started).norm(dim=1).max() < 0.3
 
 
 def test_pies_have_the_shares_and_areas_of_their_nodes():
