@@ -20,6 +20,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/communities.py
 	$(BIN)/python benchmarks/observers.py
+	$(BIN)/python benchmarks/topology.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/overhead.py --network resnet18
 

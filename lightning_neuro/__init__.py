@@ -10,9 +10,11 @@ from lightning_neuro.observers import LinearObserver
 from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
+from lightning_neuro.topology.callback import ActivationTopology
 
 __all__ = [
     "ActivationEntropy",
+    "ActivationTopology",
     "LinearObserver",
     "MetricCallback",
     "NeuronCommunities",

@@ -20,6 +20,7 @@ from lightning_neuro.entropy.callback import ActivationEntropy
 from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
+from lightning_neuro.topology.callback import ActivationTopology
 
 
 class DigitsNet(pl.LightningModule):
@@ -91,6 +92,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
         ActivationEntropy(probe, prog_bar="entropy/class_information"),
         RepresentationRefinement(["fc1", "fc2"], probe, influence_every_n_steps=20),
         ObserverProbes(probe),
+        ActivationTopology(probe, prog_bar="topology/purity"),
     ]
     path = Path(logdir)
     trainer = pl.Trainer(

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from lightning_neuro import (
     ActivationEntropy,
+    ActivationTopology,
     MetricCallback,
     NeuronCommunities,
     ObserverProbes,
@@ -52,6 +53,7 @@ CALLBACKS: dict[str, Make] = {
     "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
     "refinement": lambda probe=None, **options: RepresentationRefinement(probe=probe, **options),
     "observers": ObserverProbes,
+    "topology": ActivationTopology,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
@@ -110,10 +112,32 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         *(("groups", value) for value in (3, ["film"])),
         *(("max_tags", value) for value in (0, 2.5, None)),
     ],
+    "topology": [
+        ("mapper", 1),
+        ("homology", None),
+        ("subsamples", -1),
+        ("subsamples", 1),
+        ("subsamples", 2.0),
+        ("lens", "l3"),
+        ("intervals", 0),
+        ("intervals", 2.5),
+        ("overlap", 1.0),
+        ("overlap", -0.1),
+        ("overlap", float("nan")),
+        ("cover", "cubes"),
+        ("distance", "manhattan"),
+        ("eps", -1.0),
+        ("eps", float("inf")),
+        ("eps", "auto"),
+        ("min_samples", 0),
+        ("warm_up", -1),
+        ("max_points", 1),
+        ("projector", "yes"),
+    ],
 }
 
 # Measures that depend on the order of the samples, because a random shuffle of the rows enters: not additive.
-SHUFFLED = ("null", "excess", "_z")
+SHUFFLED = ("null", "excess", "_z", "_std")
 
 HIDDEN = ("net.2", "net.4")
 
