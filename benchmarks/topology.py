@@ -64,7 +64,15 @@ def by_kmapper(x: np.ndarray, lens: np.ndarray, eps: float) -> tuple[set[frozens
 
 def compare_mapper(repeats: int) -> None:
     """Part 1."""
-    x = points(10_000)
+    spread = torch.exp(0.7 * torch.randn(10_000, 1, generator=torch.Generator().manual_seed(1)))
+    by_kmapper(points(300).numpy(), lens_values(points(300), "l2"), 1.0)  # imports
+    for title, x in (("these points", points(10_000)), ("with a heavy tail of norms", points(10_000) * spread)):
+        print(f"  {title}:")
+        compare_on(x, repeats)
+
+
+def compare_on(x: Tensor, repeats: int) -> None:
+    """One cloud, turn by turn, on the same radius."""
     lens, array = lens_values(x, "l2"), x.numpy()
     eps = mapper(x, intervals=70).eps
     ratios = []

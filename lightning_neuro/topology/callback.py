@@ -31,8 +31,8 @@ _GRAPH_CHARTS = {
     "share of the samples in clusters": ("coverage",),
 }
 _HOMOLOGY_CHARTS = {
-    "loops' total length, in Gaussian clouds": ("h1_total", "h1_total_null"),
-    "pieces' total length, in Gaussian clouds": ("h0_total", "h0_total_null"),
+    "loops' total length, in a Gaussian cloud": ("h1_total", "h1_total_null"),
+    "pieces' total length, in a Gaussian cloud": ("h0_total", "h0_total_null"),
     "drift since the last evaluation and the first": ("drift", "drift_from_start"),
 }
 
@@ -93,12 +93,12 @@ class ActivationTopology(MetricCallback):
         `class_purity`, `_null`   the same, class by class and sample by sample             0 .. 1       above null
         `majority_share`, `_null` share of the samples in their node's largest class        0 .. 1       above null
         `purity_initial`          `purity` before the first training step                   0 .. 1       (reference)
-        `h0_total`, `_null`       summed distances at which pieces merge; Gaussian clouds   0 ..         neither
+        `h0_total`, `_null`       summed distances at which pieces merge; of a Gaussian one 0 ..         neither
         `h0_half`                 distance at which half of the pieces have merged          0 ..         neither
         `h0_longest`              distance at which the last two pieces merge               0 ..         neither
         `h0_entropy`              evenness of these distances; 0 with fewer than two        0 .. 1       neither
-        `h1_total`, `_null`       summed lives of the loops; the same in Gaussian clouds    0 ..         above null:
-        `h1_longest`, `_null`     the longest life of a loop; the same in Gaussian clouds   0 ..         structure
+        `h1_total`, `_null`       summed lives of the loops; the same in a Gaussian cloud   0 ..         above null:
+        `h1_longest`, `_null`     the longest life of a loop; the same in a Gaussian cloud  0 ..         structure
         `h1_entropy`              evenness of the loops' lives; 0 with fewer than two       0 .. 1       neither
         `h1_peak`                 largest number of loops alive at one distance             0 ..         neither
         `h1_unfinished`           loops not followed to their end; their lives are bounds   0 ..         low
@@ -132,7 +132,7 @@ class ActivationTopology(MetricCallback):
         "purity_null": "the same with permuted labels: no structure",
         "coverage": "share of the samples that are in a cluster",
         "h1_total": "summed lives of the loops in activation space",
-        "h1_total_null": "the same in Gaussian clouds of the same covariance",
+        "h1_total_null": "the same in a Gaussian cloud of the same covariance",
         "drift": "change of shape since the previous evaluation (RTD-Lite)",
     }
 

@@ -1,6 +1,7 @@
 """DBSCAN by blocks of a matrix product."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import Tensor
 from lightning_neuro.topology.inputs import check_whole
 
 METRICS = ("euclidean", "cosine")
+_ROWS = 192  # at a time, where one half of a symmetric matrix is computed
 _BLOCK = 2**24  # distances at a time
-_KEPT = 2**28  # pairs whose nearness is kept between the two looks at them
+_KEPT = 2**30  # pairs whose nearness is kept: one byte each
 _PAIRS = 2**22  # numbers at a time where pairs are looked at one by one
 
 Labels = npt.NDArray[np.int64]
+Nearness = npt.NDArray[np.bool_]
 
 
 def dbscan(points: Tensor, *, eps: float, min_samples: int, metric: str = "euclidean") -> Labels:
@@ -34,68 +37,109 @@ def dbscan(points: Tensor, *, eps: float, min_samples: int, metric: str = "eucli
         int64 (m,): clusters numbered by their first core point; -1 for noise.
     """
     m = len(points)
-    labels = np.full(m, -1, dtype=np.int64)
     if m < min_samples:
-        return labels
-    kept = list(_near(points, eps, metric)) if m * m <= _KEPT else None
-    counts = torch.cat([near.sum(dim=1) for _, near in kept or _near(points, eps, metric)])
+        return np.full(m, -1, dtype=np.int64)
+    cloud = _Cloud.of(points, eps, metric)
+    if m * m <= _KEPT:
+        kept = cloud.all_near()
+        counts = kept.sum(axis=1)
+
+        def near(rows: Labels) -> Nearness:
+            return kept[rows]
+
+    else:
+        near = cloud.rows_near
+        counts = np.concatenate([near(rows).sum(axis=1) for rows in _split(np.arange(m), m)])
     core = counts >= min_samples
-    if not core.any():
-        return labels
-    members = torch.nonzero(core).flatten().cpu().numpy()
-    labels[members] = _components(kept or _near(points, eps, metric), core, members)
+    labels = _spread(near, core)
     border = np.full(m, m, dtype=np.int64)
-    for start, near in kept or _near(points, eps, metric):
-        rows = torch.nonzero(~core[start : start + len(near)]).flatten()
-        pairs = torch.nonzero(near[rows] & core).cpu().numpy()  # few: a row has less than min_samples
-        np.minimum.at(border, rows.cpu().numpy()[pairs[:, 0]] + start, labels[pairs[:, 1]])
+    for rows in _split(np.nonzero(~core & (counts > 1))[0], m):
+        pairs = np.nonzero(near(rows) & core)  # few: a row has less than min_samples
+        np.minimum.at(border, rows[pairs[0]], labels[pairs[1]])
     return np.where((labels < 0) & (border < m), border, labels)
 
 
-def _components(near_blocks: Any, core: Tensor, members: Labels) -> Labels:
-    """Cluster of each core point: connected components, joined block by block."""
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import connected_components
+def _spread(near: Callable[[Labels], Nearness], core: Nearness) -> Labels:
+    """Cluster of each core point, -1 for the others: from the first one to all in reach, then from the next one left.
 
-    m = len(core)
-    everyone = np.arange(m)
-    labels = everyone
-    for start, near in near_blocks:
-        linked = near & core & core[start : start + len(near), None]
-        pairs = torch.nonzero(linked.triu(start + 1)).cpu().numpy()
-        first = np.unique(labels, return_index=True)[1]
-        sources = np.concatenate([pairs[:, 0] + start, everyone])
-        links = np.concatenate([pairs[:, 1], first[labels]])
-        graph = csr_matrix((np.ones(len(links), dtype=np.int8), (sources, links)), shape=(m, m))
-        labels = connected_components(graph, directed=False)[1]
-    # Numbered by their first core point.
-    _, first, inverse = np.unique(labels[members], return_index=True, return_inverse=True)
-    numbered: Labels = np.argsort(np.argsort(first))[inverse]
-    return numbered
-
-
-def _near(points: Tensor, eps: float, metric: str) -> Iterator[tuple[int, Tensor]]:
-    """First row and (rows, m) bool, block by block: which pairs are within eps.
-
-    The rounding error of the matrix product is bounded; the few pairs that it leaves in doubt are measured one by one,
-    in float64. So float32 points give the clusters of their float64 copies.
+    Each row of the matrix is looked at once, in as many steps as a cluster is wide: there is no list of pairs.
     """
-    limit = eps * eps if metric == "euclidean" else eps
-    x = _conditioned(points, metric)
-    norms = x.square().sum(dim=1) if metric == "euclidean" else x.new_ones(len(x))
-    slack = 4 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps * float(norms.max())
-    rows = max(1, _BLOCK // len(x))
-    for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        distances = torch.addmm(norms, part, x.T, alpha=-2 if metric == "euclidean" else -1)
-        if metric == "euclidean":
-            distances += norms[start : start + rows, None]
-        near = distances <= limit + slack
-        doubtful = torch.nonzero(near & (distances > limit - slack))
-        for pairs in torch.split(doubtful, max(1, _PAIRS // x.shape[1])):
-            exact = _exactly(points[pairs[:, 0] + start], points[pairs[:, 1]], metric)
-            near[pairs[:, 0], pairs[:, 1]] = exact <= limit
-        yield start, near
+    labels = np.full(len(core), -1, dtype=np.int64)
+    left = core.copy()
+    cluster = 0
+    while (first := int(left.argmax())) < len(left) and left[first]:
+        frontier = np.array([first])
+        left[first] = False
+        while len(frontier):
+            labels[frontier] = cluster
+            reached = np.zeros_like(left)
+            for rows in _split(frontier, len(left)):
+                reached |= near(rows).any(axis=0)
+            frontier = np.nonzero(reached & left)[0]
+            left[frontier] = False
+        cluster += 1
+    return labels
+
+
+def _split(rows: Labels, m: int) -> list[Labels]:
+    size = max(1, _BLOCK // m)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@dataclass(frozen=True)
+class _Cloud:
+    """Points ready for products: which of them are within the radius.
+
+    The rounding error of the product is bounded; the few pairs that it leaves in doubt are measured one by one, in
+    float64. So float32 points give the clusters of their float64 copies.
+    """
+
+    points: Tensor
+    x: Tensor  # the points, conditioned
+    norms: Tensor  # squared; for cosine 1, so that the product of two rows is compared with 1 - eps
+    factor: int
+    limit: float
+    slack: float
+    metric: str
+
+    @classmethod
+    def of(cls, points: Tensor, eps: float, metric: str) -> "_Cloud":
+        x = _conditioned(points, metric)
+        euclidean = metric == "euclidean"
+        norms = x.square().sum(dim=1) if euclidean else x.new_full((len(x),), 0.5)
+        slack = 4 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps * max(float(norms.max()), 0.0 if euclidean else 1.0)
+        return cls(points, x, norms, -2 if euclidean else -1, eps * eps if euclidean else eps, slack, metric)
+
+    def all_near(self) -> Nearness:
+        """The whole symmetric matrix, of which one half is computed."""
+        m = len(self.x)
+        near = torch.empty(m, m, dtype=torch.bool, device=self.x.device)
+        for start in range(0, m, _ROWS):
+            rows = torch.arange(start, min(start + _ROWS, m), device=self.x.device)
+            part = self._near(rows, start)
+            near[start : start + _ROWS, start:] = part
+            near[start:, start : start + _ROWS] = part.T
+        result: Nearness = near.cpu().numpy()
+        return result
+
+    def rows_near(self, rows: Labels) -> Nearness:
+        """Some rows of the matrix."""
+        result: Nearness = self._near(torch.from_numpy(rows).to(self.x.device), 0).cpu().numpy()
+        return result
+
+    def _near(self, rows: Tensor, start: int) -> Tensor:
+        """Which of the points from `start` on are within the radius of each of the rows."""
+        others = self.x[start:]
+        half = torch.addmm(self.norms[start:], self.x[rows], others.T, alpha=self.factor)
+        rest = (self.limit - self.norms[rows])[:, None]
+        near = half <= rest + self.slack
+        sure = half <= rest - self.slack
+        if not torch.equal(near, sure):
+            doubtful = torch.nonzero(near ^ sure)
+            for pairs in torch.split(doubtful, max(1, _PAIRS // self.x.shape[1])):
+                a, b = self.points[rows[pairs[:, 0]]], self.points[start + pairs[:, 1]]
+                near[pairs[:, 0], pairs[:, 1]] = _exactly(a, b, self.metric) <= self.limit
+        return near
 
 
 def _conditioned(points: Tensor, metric: str) -> Tensor:

@@ -39,13 +39,14 @@ def lens_values(points: Tensor, lens: Lens) -> Values:
         return values
     if len(points) == 0:
         return np.zeros(0)
-    x = points.double()
     if lens == "knn":
-        found = _neighbour_distance(x)
+        found = _neighbour_distance(points.double())
     elif lens == "pc1":
-        found = _first_component(x)
+        found = _first_component(points.double())
     else:
-        found = torch.linalg.vector_norm(x, ord=1 if lens == "l1" else 2, dim=1)
+        order = 1 if lens == "l1" else 2
+        parts = [torch.linalg.vector_norm(rows.double(), ord=order, dim=1) for rows in torch.split(points, 1024)]
+        found = torch.cat(parts)
     result: Values = found.cpu().numpy()
     return result
 

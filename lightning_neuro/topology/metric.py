@@ -155,7 +155,7 @@ class ActivationShape(ResultMetric):
         null: dict[str, float] = {}
         if self.mapper:
             graph = self._graph(points, targets, scale)
-            null = null_measures(points[finite_rows(points)], self._graph_without_structure)
+            null = null_measures(points[finite_rows(points)], self._graph_without_structure, draws=3)
         if not self.homology:
             return TopologyResult(samples, graph, None, scale, null)
         used = chosen.cpu()
@@ -164,7 +164,7 @@ class ActivationShape(ResultMetric):
             graph,
             persistence_of_distances(distances, num_nonfinite=len(order) - len(chosen)),
             scale,
-            null=null | null_measures(points[chosen], _homology_without_structure),
+            null=null | null_measures(points[chosen], _homology_without_structure, draws=1),
             spread=self._spread(distances, samples[used], labels[used]),
             drift_samples=samples[used[:DRIFT_POINTS]],
             drift_distances=condensed(scaled(distances[:DRIFT_POINTS, :DRIFT_POINTS])),

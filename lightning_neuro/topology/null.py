@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DRAWS = 3
-
 
 def gaussian_like(points: Tensor, generator: torch.Generator) -> Tensor:
     """As many points as given, drawn from the Gaussian with their mean and covariance.
@@ -30,11 +28,11 @@ def gaussian_like(points: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def null_measures(
-    points: Tensor, measure: Callable[[Tensor], Mapping[str, float]], *, seed: int = 0
+    points: Tensor, measure: Callable[[Tensor], Mapping[str, float]], *, draws: int, seed: int = 0
 ) -> dict[str, float]:
     """Measure + `_null` -> its mean over Gaussian clouds like the points; nothing for fewer than 2 points."""
     if len(points) < 2:
         return {}
     generator = torch.Generator().manual_seed(seed)
-    draws = [measure(gaussian_like(points, generator)) for _ in range(DRAWS)]
-    return {f"{name}_null": float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+    found = [measure(gaussian_like(points, generator)) for _ in range(draws)]
+    return {f"{name}_null": float(np.mean([one[name] for one in found])) for name in found[0]}

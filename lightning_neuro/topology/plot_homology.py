@@ -23,7 +23,7 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
 
     Distances are divided by the layer's .9 quantile. In the diagram a red point is a loop, born at one distance and
     filled at another: the farther above the diagonal the longer it lives. Loops below the dashed line live no longer
-    than the longest one in Gaussian clouds of the same covariance. Triangles on the dotted line were still alive where
+    than the longest one in a Gaussian cloud of the same covariance. Triangles on the dotted line were still alive where
     the search ended. The blue marks at the left edge are pieces that merge. The curves count the pieces (blue) and
     loops (red) alive at each distance, on a logarithmic scale: a late fall of the blue one means groups far apart.
 
@@ -140,7 +140,7 @@ def _label(axes: "Axes", width: float, most: int, left_out: int) -> None:
     axes.text(_LEFT, above - 0.3, "birth (distance / scale)", fontsize=8, va="center")
     axes.text(_LEFT, _BOTTOM - 0.3, "distance / scale", fontsize=8, va="center")
     more = f"; {left_out} more layers are not drawn" if left_out else ""
-    words = [("● loops", _LOOPS), ("┃ pieces", _PIECES), ("╌╌ longest loop of Gaussian clouds" + more, _NULL)]
+    words = [("● loops", _LOOPS), ("┃ pieces", _PIECES), ("╌╌ longest loop of a Gaussian cloud" + more, _NULL)]
     for number, (text, colour) in enumerate(words):
         axes.text(_LEFT + 0.75 * number, 0.12, text, color=colour, fontsize=8)
 

@@ -19,8 +19,8 @@ class TopologyResult:
         graph: The Mapper graph, its members being positions in `samples`; None if it was not asked for.
         homology: Pieces and loops; None if they were not asked for.
         scale: The .9 quantile of the distances, by which lengths are divided; 1 for cosine distances.
-        null: Measure + `_null` -> its mean over Gaussian clouds of the same mean and covariance, for loops, branches
-            and the lengths of bars.
+        null: Measure + `_null` -> its value in Gaussian clouds of the same mean and covariance: for loops and branches
+            the mean of three, for the lengths of bars that of one.
         spread: Measure + `_std` -> standard deviation of the homology's measures over random halves of the points.
         drift_samples: int64, the samples (at most 256) that drift is measured on.
         drift_distances: float32, their scaled distances as a vector of pairs; empty without homology.

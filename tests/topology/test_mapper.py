@@ -49,8 +49,9 @@ def test_the_l2_lens_and_many_intervals_are_those_of_kmapper():
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_labels_are_those_of_scikit_learn_however_small_the_blocks(metric, monkeypatch):
     monkeypatch.setattr("lightning_neuro.topology.clustering._BLOCK", 7 * 300)  # 7 rows at a time
+    monkeypatch.setattr("lightning_neuro.topology.clustering._ROWS", 44)
     x = references.blobs(300, 6, seed=8)
-    for kept in (0, 2**28):
+    for kept in (0, 2**30):
         monkeypatch.setattr("lightning_neuro.topology.clustering._KEPT", kept)
         for eps in (0.01, 0.03) if metric == "cosine" else (1.2, 2.0, 3.0):
             expected = DBSCAN(eps=eps, min_samples=4, metric=metric).fit_predict(x)
