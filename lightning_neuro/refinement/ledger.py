@@ -117,8 +117,11 @@ class RefinementLedger:
     def see(self, module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources) -> None:
         """Take in one backward pass: what the layer was given, and the gradient of the loss at its output."""
         split = source_gradients(module, inputs, gradients, sources)
-        for name, part in split.items():
-            self._pending[name] = self._pending[name] + part if name in self._pending else part
+        for name, value in parameters_of(self.module).items():
+            # Modules that share the weight may have biases of their own.
+            if parameters_of(module).get(name) is value:
+                part = split[name]
+                self._pending[name] = self._pending[name] + part if name in self._pending else part
         self._counts = self._counts + sources.counts
 
     def drop(self) -> None:
