@@ -122,7 +122,7 @@ def test_own_class_share_on_planted_data():
     data = DataLoader(TensorDataset(x, y), batch_size=16)
     torch.manual_seed(0)
     logger = MemoryLogger()
-    callback = refinement(probe=Probe(source=list(data)), phases=2)
+    callback = refinement(probe=Probe("net.0", source=list(data)), phases=2)
     fit(Lone(nn.Sequential(nn.Linear(4, 4, bias=False))), callback, train=data, val=False, logger=logger)
     assert callback.scalars["refinement/own_class_share/net.0"] == pytest.approx(1, abs=1e-6)
     assert callback.scalars["refinement/own_class_share_null/net.0"] == pytest.approx(0.25, abs=1e-6)
@@ -202,7 +202,7 @@ def test_layer_tied_to_an_embedding_is_refused():
     module = mlp()
     module.embedding = nn.Embedding(4, 8)
     module.embedding.weight = module.net[5].weight
-    with pytest.raises(MisconfigurationException, match="net.5.*Embedding"):
+    with pytest.raises(MisconfigurationException, match=r"net\.5.*Embedding"):
         fit(module, RepresentationRefinement("net.5"))
 
 
@@ -237,6 +237,9 @@ def test_fallback_says_so_once():
 
 def test_iterable_dataset_says_once_that_samples_have_no_ids():
     class Stream(IterableDataset):
+        def __len__(self):
+            return 64
+
         def __iter__(self):
             return iter(images())
 
@@ -292,8 +295,6 @@ def test_table_trace_and_figures_are_written(tmp_path):
     assert found.sample_ids.shape == (5, 3)
     live = callback.influence(top_k=4)
     assert live.sample_ids.shape[1] == 4
-    events = pl.loggers.TensorBoardLogger  # the text and the pictures are in its files
-    assert events
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (path,) = {path.parent for path in tmp_path.rglob("events.out*")}
