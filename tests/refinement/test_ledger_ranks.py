@@ -15,6 +15,11 @@ def found(tmp_path_factory):
     return single, launch("two_rank_ledgers", tmp_path_factory.mktemp("two"))
 
 
+# Adam divides by an element's gradient, be it no more than what is left of samples that cancel, and two ranks round it
+# otherwise than one: in single precision the weights themselves are 2e-5 apart.
+TOLERANCE = {"adamw": 1e-9, "resumed": 1e-9, "adamw in single precision": 1e-4}
+
+
 def close(one, two, tolerance=1e-5):
     """Relative to the largest value."""
     return (one - two).abs().max() <= tolerance * two.abs().max()

@@ -1,18 +1,21 @@
 """Run by test_ledger_ranks.py in two processes, and by its single process: whole fits, and one that is resumed."""
 
+import os
 import sys
 from datetime import timedelta
 
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch.optim import SGD, AdamW
+from torch.utils.data import DistributedSampler
 
 from lightning_neuro import Probe, RepresentationRefinement
-from tests.models import fit, loader, mlp
+from tests.models import fit, images, loader, mlp
 
 LAYERS = ["net.1", "net.5"]
 CASES = {
-    "adamw": (lambda p: AdamW(p, lr=0.01, weight_decay=0.1), {}),
+    "adamw": (lambda p: AdamW(p, lr=0.01, weight_decay=0.1), {"precision": "64-true"}),
+    "adamw in single precision": (lambda p: AdamW(p, lr=0.01, weight_decay=0.1), {}),
     "sgd, clipped": (lambda p: SGD(p, lr=0.1, momentum=0.9), {"gradient_clip_val": 0.3}),
     "clipped by value": (lambda p: SGD(p, lr=0.1), {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "accumulated": (lambda p: AdamW(p, lr=0.01), {"accumulate_grad_batches": 2}),
@@ -28,8 +31,11 @@ def run(case, ranks, folder, *, epochs=2, ckpt_path=None):
     probe = Probe(num_samples=32, source="train")
     callback = RepresentationRefinement(LAYERS, probe, phases=[2, 5], on_error="raise")
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30)) if ranks > 1 else "auto"
-    train = loader(64, batch_size=16 // ranks)
-    options = options | {"devices": ranks, "strategy": strategy, "max_epochs": epochs}
+    # Lightning's own sampler would shuffle.
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    sampler = DistributedSampler(images(), ranks, rank, shuffle=False)
+    train = loader(64, batch_size=16 // ranks, sampler=sampler)
+    options = options | {"use_distributed_sampler": False, "devices": ranks, "strategy": strategy, "max_epochs": epochs}
     trainer = fit(module, callback, train=train, val=False, ckpt_path=ckpt_path, **options)
     found = {
         "parts": {layer: ledger.weights() for layer, ledger in callback.ledger.items()},
