@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_neuro.refinement.explanation import RefinementExplanation
 from lightning_neuro.refinement.operators import (
@@ -117,8 +117,11 @@ class RefinementLedger:
     def see(self, module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources) -> None:
         """Take in one backward pass: what the layer was given, and the gradient of the loss at its output."""
         split = source_gradients(module, inputs, gradients, sources)
-        for name, part in split.items():
-            self._pending[name] = self._pending[name] + part if name in self._pending else part
+        for name, value in parameters_of(self.module).items():
+            # Modules that share the weight may have biases of their own.
+            if parameters_of(module).get(name) is value:
+                part = split[name]
+                self._pending[name] = self._pending[name] + part if name in self._pending else part
         self._counts = self._counts + sources.counts
 
     def drop(self) -> None:
@@ -155,7 +158,9 @@ class RefinementLedger:
             state, split = optimizer.state[parameter], pending[name]
             assert parameter.grad is not None
             used = used_gradient(group, state, parameter.grad).to(split.dtype)
-            factor, scale = _used_over_raw(used, split, elementwise, torch.finfo(parameter.dtype).eps)
+            # Only where the step divides by the gradient's own size: elsewhere, what cancels is as good as the rest.
+            rounding = 0.0 if isinstance(optimizer, SGD) and not elementwise else torch.finfo(parameter.dtype).eps
+            factor, scale = _used_over_raw(used, split, elementwise, rounding)
             split[:-1] *= factor
             rest = used - split.sum(0)
             self._rest, self._used = self._rest + rest.square().sum(), self._used + used.square().sum()
@@ -309,9 +314,17 @@ def _used_over_raw(used: Tensor, split: Tensor, elementwise: bool, rounding: flo
 
     0 for elements where the parts cancel to nothing: Adam makes whole steps of their rounding errors, and each part
     would become many orders of magnitude larger than the sum.
+
+    Args:
+        used: (*shape), the gradient that the optimiser used.
+        split: (parts, *shape), the gradients that were seen.
+        elementwise: Whether each element may have been multiplied with a factor of its own.
+        rounding: Relative error of the gradient; 0 to keep what cancels, for one factor only.
     """
     raw = split.sum(0)
     square = raw.square().sum()
     scale = torch.where(square > 0, (used * raw).sum() / square, 0.0)
+    if not rounding:
+        return scale, scale
     traced = raw.abs() > _CANCELLED * rounding * split.abs().sum(0)
     return torch.where(traced, used / raw if elementwise else scale, 0.0), scale

@@ -15,9 +15,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def launch(module, folder):
+    """Run a module of this folder in two processes; what each rank wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,7 +25,7 @@ def ranks(tmp_path_factory):
     for rank in range(2):
         who = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
         with (folder / f"{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", "tests.refinement.two_ranks", str(folder)]
+            command = [sys.executable, "-m", f"tests.refinement.{module}", str(folder)]
             settings = {"cwd": ROOT, "env": os.environ | place | who}
             processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **settings))
     try:
@@ -37,6 +36,11 @@ def ranks(tmp_path_factory):
             process.kill()
             process.wait()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return launch("two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 def test_each_rank_knows_its_own_samples(ranks):

@@ -1,0 +1,192 @@
+"""From backward passes to steps: which layers, which optimiser, what rate; errors stay outside training."""
+
+import pytest
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import SGD, Adam
+
+from lightning_neuro.refinement.batch import TrainBatch
+from lightning_neuro.refinement.ledger import RefinementLedger
+from lightning_neuro.refinement.operators import Sources
+from lightning_neuro.refinement.recorder import StepRecorder, find_layers
+
+
+class Diary:
+    def __init__(self):
+        self.pages = []
+
+    def see(self, layer, module, inputs, gradients, batch):
+        self.pages.append(("see", layer, batch.ids.tolist()))
+
+    def commit(self, layer, rate):
+        self.pages.append(("commit", layer, round(float(rate), 6)))
+
+    def drop(self, layer):
+        self.pages.append(("drop", layer))
+
+
+class Broken(Diary):
+    def see(self, *args):
+        raise RuntimeError("see")
+
+    def commit(self, *args):
+        raise RuntimeError("commit")
+
+
+def recorded(net, observers=(), ledgers=("0",), optimizers=None):
+    layers = find_layers(net, "*")
+    errors = []
+    books = {name: RefinementLedger(layers[name][0], num_sources=2) for name in ledgers}
+    recorder = StepRecorder(layers, books, observers, lambda layer, error: errors.append((layer, str(error))))
+    optimizers = optimizers or [SGD(net.parameters(), lr=0.25)]
+    recorder.attach(optimizers)
+    return recorder, optimizers, errors
+
+
+def backward(recorder, net, num=4):
+    recorder.begin(TrainBatch(torch.arange(num)), Sources(torch.arange(num) % 2, 3))
+    net(torch.ones(num, 2)).sum().backward()
+    recorder.end()
+
+
+def two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+
+
+def test_pages_of_two_accumulated_passes_a_zeroed_one_and_a_step():
+    net, diary = two(), Diary()
+    recorder, (optimizer,), errors = recorded(net, [diary])
+    backward(recorder, net)
+    optimizer.zero_grad()
+    diary.pages.clear()
+    backward(recorder, net)
+    backward(recorder, net)
+    optimizer.step()
+    ids = [0, 1, 2, 3]
+    first = [("drop", "1"), ("see", "1", ids), ("drop", "0"), ("see", "0", ids)]
+    assert diary.pages == [
+        *first,
+        ("see", "1", ids),
+        ("see", "0", ids),
+        ("commit", "0", 0.25),
+        ("commit", "1", 0.25),
+    ]
+    assert errors == []
+    recorder.remove()
+
+
+def test_rate_holds_the_clipping_that_a_ledger_found():
+    net, diary = two(), Diary()
+    recorder, (optimizer,), _ = recorded(net, [diary])
+    backward(recorder, net)
+    norm = float(nn.utils.clip_grad_norm_(net.parameters(), 0.5))
+    diary.pages.clear()
+    optimizer.step()
+    for page in diary.pages:
+        assert page[2] == pytest.approx(0.25 * 0.5 / norm, rel=1e-4)
+    assert len(diary.pages) == 2
+    recorder.remove()
+
+
+def test_each_optimiser_commits_its_own_layers_at_its_rate():
+    net, diary = two(), Diary()
+    optimizers = [SGD(net[0].parameters(), lr=0.5), Adam(net[1].parameters(), lr=0.125)]
+    recorder, _, _ = recorded(net, [diary], optimizers=optimizers)
+    for optimizer, page in zip(optimizers, [("commit", "0", 0.5), ("commit", "1", 0.125)], strict=True):
+        backward(recorder, net)
+        diary.pages.clear()
+        optimizer.step()
+        assert diary.pages == [page]
+    recorder.remove()
+
+
+def test_passes_outside_a_training_batch_are_not_seen():
+    net, diary = two(), Diary()
+    recorder, _, _ = recorded(net, [diary])
+    net(torch.ones(4, 2)).sum().backward()
+    assert diary.pages == []
+    recorder.begin(TrainBatch(torch.arange(4)), Sources(torch.zeros(4).long(), 3))
+    loss = net(torch.ones(4, 2)).sum()
+    recorder.end()
+    loss.backward()  # whose samples these are is not known any more
+    assert not any(page[0] == "see" for page in diary.pages)
+    recorder.remove()
+
+
+def test_errors_are_reported_and_never_reach_training():
+    net, diary = two(), Diary()
+    recorder, (optimizer,), errors = recorded(net, [Broken(), diary])
+    recorder.ledgers["0"].step = None  # not callable
+    backward(recorder, net)
+    before = net[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(net[0].weight, before)
+    layers = [layer for layer, _ in errors]
+    assert layers == ["1", "0", "0", "0", "1"]
+    assert [error for _, error in errors][:2] == ["see", "see"]
+    assert [error for _, error in errors][3:] == ["commit", "commit"]
+    assert "0" not in recorder.ledgers  # it missed a step
+    # The one that works is told all the same.
+    assert ("commit", "1", 0.25) in diary.pages
+    recorder.remove()
+
+
+def test_a_layout_without_samples_is_reported_with_its_layer():
+    net = two()
+    recorder, _, errors = recorded(net)
+    recorder.begin(None, Sources(torch.zeros(3).long(), 3))
+    net(torch.ones(4, 2)).sum().backward()
+    assert [layer for layer, _ in errors] == ["1", "0"]
+    assert "3 samples" in errors[0][1]
+    recorder.remove()
+
+
+def test_all_hooks_go():
+    net = two()
+    recorder, (optimizer,), _ = recorded(net)
+    assert optimizer._optimizer_step_post_hooks
+    recorder.remove()
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(module._forward_hooks for module in net.modules())
+    backward(recorder, net)
+    assert not recorder.ledgers["0"]._pending
+
+
+# Which layers
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.norm = nn.BatchNorm1d(4)
+        self.twin = nn.Linear(4, 4)
+        self.other = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 5)
+        self.other.weight = self.twin.weight
+
+
+def test_the_default_is_the_head():
+    assert list(find_layers(Named(), None)) == ["head"]
+    assert list(find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(2, 2, 1), nn.ReLU()), None)) == ["2"]
+    with pytest.raises(MisconfigurationException, match=r"no linear or convolution layer.*RepresentationRefinement\("):
+        find_layers(nn.Sequential(nn.ReLU()), None)
+
+
+def test_all_owners_of_a_weight():
+    net = Named()
+    assert find_layers(net, "twin") == {"twin": [net.twin, net.other]}
+
+
+def test_layers_that_cannot_be_traced():
+    with pytest.raises(MisconfigurationException, match=r"`layers` names 'norm'.*BatchNorm1d.*Linear, Conv1d"):
+        find_layers(Named(), "norm")
+    with pytest.raises(MisconfigurationException, match="`samples` names 'norm'"):
+        find_layers(Named(), "norm", "samples")
+    tied = Named()
+    tied.head.weight = tied.embedding.weight
+    with pytest.raises(MisconfigurationException, match="'head', which shares its weight with a Embedding"):
+        find_layers(tied, "head")

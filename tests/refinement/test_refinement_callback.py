@@ -1,0 +1,354 @@
+"""RepresentationRefinement in Lightning's own training: what is recorded, said, written and left behind."""
+
+import math
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_neuro import ActivationEntropy, Probe, RepresentationRefinement
+from lightning_neuro.refinement.trace import load_trace
+from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp, transformer
+
+EXACT = 1e-5
+
+
+def refinement(layers=None, **options):
+    return RepresentationRefinement(layers, **({"on_error": "raise"} | options))
+
+
+def with_optimizer(module, make):
+    module.configure_optimizers = lambda: make(module)
+    return module
+
+
+def one_cycle(module):
+    optimizer = SGD(module.parameters(), lr=0.01, momentum=0.9)
+    schedule = OneCycleLR(optimizer, max_lr=0.1, total_steps=40)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Manual(Module):
+    """Two optimisers by hand; a pass that is thrown away; gradients scaled and clipped by hand."""
+
+    def __init__(self):
+        super().__init__(mlp().net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for optimizer in (first, second):
+            self.manual_backward(3 * super().training_step(batch, batch_idx))
+            optimizer.zero_grad()
+            self.net.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            nn.utils.clip_grad_value_(self.parameters(), 0.02)
+            optimizer.step()
+            self.net.zero_grad()
+
+    def configure_optimizers(self):
+        return Adam(self.net[1].parameters(), lr=0.01), SGD(self.net[3:].parameters(), lr=0.1, momentum=0.9)
+
+
+CONDITIONS = {
+    "plain": (mlp, {}),
+    "convnet": (convnet, {}),
+    "transformer": (transformer, {}),
+    "accumulation": (convnet, {"accumulate_grad_batches": 3}),
+    "clip by norm": (mlp, {"gradient_clip_val": 0.1}),
+    "clip by value": (mlp, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "bf16": (convnet, {"precision": "bf16-mixed"}),
+    "double": (convnet, {"precision": "64-true"}),
+    "manual": (Manual, {}),
+    "one cycle": (lambda: with_optimizer(mlp(), one_cycle), {}),
+    "groups": (
+        lambda: with_optimizer(
+            mlp(),
+            lambda m: AdamW(
+                [{"params": m.net[1].parameters(), "lr": 0.1}, {"params": m.net[3:].parameters()}], lr=0.01
+            ),
+        ),
+        {},
+    ),
+}
+LAYERS = {"transformer": ["net.head", "net.encoder.layers.0.linear1"], "convnet": ["net.0.0", "net.1.*1", "net.1.4"]}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_parts_add_up_in_a_fit(name):
+    make, options = CONDITIONS[name]
+    module = make()
+    layers = LAYERS.get(name) or (["net.0.0", "net.1.1"] if make is convnet else ["net.1", "net.3", "net.5"])
+    callback = refinement(layers, phases=3, probe=Probe(num_samples=32))
+    fit(module, callback, max_epochs=5, **options)
+    bound = {"bf16": 2e-2, "double": 1e-10}.get(name, EXACT)  # under autocast the real output has three digits
+    found = {key: value for key, value in callback.scalars.items() if key.startswith("refinement/completeness_error/")}
+    assert len(found) == len(callback.ledger) >= 2
+    assert max(found.values()) <= bound
+    inputs = images().tensors[0].to(next(module.parameters()).dtype)
+    for layer, ledger in callback.ledger.items():
+        assert callback.scalars[f"refinement/untraced_share/{layer}"] < (0.02 if name == "bf16" else 1e-4)
+        explained = callback.explain(module, inputs, layer)
+        assert explained.residual <= (1e-10 if name == "double" else EXACT)
+        assert explained.norms()[:4].sum((1, 2)).min() > 0.01
+        ones = torch.ones(64, dtype=torch.float64)
+        torch.testing.assert_close(explained.shares().sum((0, 1)), ones, rtol=1e-6, atol=1e-6)
+        assert ledger.weights()["weight"].shape[0] == 4 + 2
+
+
+# Whose
+
+
+class Lone(Module):
+    """Output c is driven by the samples of class c alone: the loss of a sample looks at no other output."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return -self(x)[torch.arange(len(y)), y].mean()
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=0.1)
+
+
+def test_own_class_share_on_planted_data():
+    # Classes in features of their own, so that a class' samples touch nothing but its own output's weights.
+    x, y = torch.eye(4).repeat(16, 1), torch.arange(64) % 4
+    data = DataLoader(TensorDataset(x, y), batch_size=16)
+    torch.manual_seed(0)
+    logger = MemoryLogger()
+    callback = refinement(probe=Probe("net.0", source=list(data)), phases=2)
+    fit(Lone(nn.Sequential(nn.Linear(4, 4, bias=False))), callback, train=data, val=False, logger=logger)
+    assert callback.scalars["refinement/own_class_share/net.0"] == pytest.approx(1, abs=1e-6)
+    assert callback.scalars["refinement/own_class_share_null/net.0"] == pytest.approx(0.25, abs=1e-6)
+    torch.testing.assert_close(callback.result["net.0"].shares[:4, :4], torch.eye(4).double())
+    # A step adds lr / 4 to the one weight of each class: |p| = 8 steps x 0.025.
+    assert callback.scalars["refinement/norm/net.0"] == pytest.approx(0.2, rel=1e-5)
+    torch.testing.assert_close(
+        callback.result["net.0"].phase_shares[:4], torch.full((4, 2), 1 / 8).double(), rtol=1e-5, atol=1e-6
+    )
+    first = {key for key, curve in logger.curves.items() if curve[0][0] == 0}
+    assert "refinement/initial_share" in first
+    assert "refinement/own_class_share" not in first  # nothing was trained yet
+    assert len(logger.curves["refinement/own_class_share"]) == 2
+
+
+def test_sources_of_ones_own():
+    """The id of the data set that a sample comes from, with an unknown one, beside class labels for the loss."""
+    x, y = images().tensors
+    where = torch.arange(64) % 3 + 5 * (torch.arange(64) % 7 == 0)
+    train = DataLoader(TensorDataset(x, y, where), batch_size=16)
+    callback = refinement(sources=lambda batch: batch[2], num_sources=3, probe=Probe(source=list(train)))
+    fit(mlp(), callback, train=train, val=False)
+    ledger = callback.ledger["net.5"]
+    assert ledger.num_sources == 3
+    parts = ledger.weights()["weight"]
+    assert parts[:4].flatten(1).norm(dim=1).min() > 0.01  # "other", too
+    assert callback.result["net.5"].counts.tolist() == [int((where == k).sum()) for k in range(3)] + [
+        int((where > 2).sum())
+    ]
+    assert "refinement/own_class_share" not in callback.scalars
+
+
+def test_targets_out_of_range_are_other():
+    x, y = images().tensors
+    train = DataLoader(TensorDataset(x, torch.where(torch.arange(64) % 2 == 0, y, 3)), batch_size=16)
+    callback = refinement(num_sources=3, probe=Probe(source=list(loader(32))))
+    fit(mlp(), callback, train=train, val=False)
+    parts = callback.ledger["net.5"].weights()["weight"].flatten(1).norm(dim=1)
+    assert parts[1] == 0  # odd classes are all 3 now
+    assert parts[3] > 0.01
+    assert callback.result["net.5"].counts.tolist() == [8, 8, 8, 8]
+
+
+# Before the first step
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": lambda batch: batch[1], "num_sources": 101}, "101 sources.*at most 100.*Group them"),
+        ({"memory_limit": "1KB"}, r"ledgers would take .*net.5.*memory_limit.*1.*raise the limit|0.0 MB"),
+        ({"layers": "net.0"}, "`layers` names 'net.0'.*Flatten"),
+        ({"layers": "nothing"}, "nothing"),
+        ({"trace": True}, "no logger has a folder"),
+        ({"layers": "net.[15]", "samples": "net.0"}, "`samples` names 'net.0'.*Flatten"),
+    ],
+)
+def test_refused_before_the_first_step(options, message):
+    module = mlp()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, RepresentationRefinement(**options))
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_no_labels_are_refused_with_the_remedy():
+    class NoLabels(Module):
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).square().mean()
+
+    data = DataLoader(TensorDataset(images().tensors[0]), batch_size=16)
+    with pytest.raises(MisconfigurationException, match=r"class label.*target_fn=.*`sources=`"):
+        fit(NoLabels(mlp().net), RepresentationRefinement(), train=data, val=False)
+
+
+def test_layer_tied_to_an_embedding_is_refused():
+    module = mlp()
+    module.embedding = nn.Embedding(4, 8)
+    module.embedding.weight = module.net[5].weight
+    with pytest.raises(MisconfigurationException, match=r"net\.5.*Embedding"):
+        fit(module, RepresentationRefinement("net.5"))
+
+
+# Beside others
+
+
+def test_another_callback_before_ours_changes_nothing():
+    """Its calibration pass runs the model too, and its evaluation at the start opens our ledgers."""
+    alone, beside = refinement(probe=Probe(num_samples=32)), refinement(probe=Probe(num_samples=32))
+    fit(mlp(), alone)
+    fit(mlp(), ActivationEntropy(Probe(num_samples=32)), beside)
+    assert alone.scalars == beside.scalars
+    assert alone.initial == beside.initial
+    after = refinement(probe=Probe(num_samples=32))
+    fit(mlp(), after, ActivationEntropy(Probe(num_samples=32)))
+    assert alone.scalars == after.scalars
+    for layer, ledger in alone.ledger.items():
+        assert torch.equal(ledger.weights()["weight"], beside.ledger[layer].weights()["weight"])
+
+
+def test_fallback_says_so_once():
+    callback = RepresentationRefinement()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(with_optimizer(mlp(), lambda m: RMSprop(m.parameters(), lr=0.001)), callback)
+    said = [str(w.message) for w in caught if "RMSprop" in str(w.message)]
+    assert len(said) == 1
+    assert "net.5" in said[0]
+    assert "projection" in said[0]
+    assert callback.scalars["refinement/completeness_error"] < EXACT
+
+
+def test_iterable_dataset_says_once_that_samples_have_no_ids():
+    class Stream(IterableDataset):
+        def __len__(self):
+            return 64
+
+        def __iter__(self):
+            return iter(images())
+
+    callback = RepresentationRefinement()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(mlp(), callback, train=DataLoader(Stream(), batch_size=16))
+    assert sum("IterableDataset" in str(w.message) for w in caught) == 1
+    assert callback.samples == {}
+    assert callback.scalars["refinement/completeness_error"] < EXACT
+    assert math.isfinite(callback.scalars["refinement/own_class_share"])
+
+
+# After the fit
+
+
+def test_explain_and_validate_after_the_fit():
+    module, callback = mlp(), refinement(["net.3", "net.5"], phases=2)
+    trainer = fit(module, callback)
+    x = images(8, seed=5).tensors[0]
+    module.train()
+    found = callback.explain(module, x)
+    assert module.training
+    with torch.no_grad():
+        torch.testing.assert_close(found.outputs.float(), module(x))  # the last of the layers is the head
+    assert callback.explain(module, x, "net.3").outputs.shape == (8, 8)
+    with pytest.raises(ValueError, match=r"no ledger of layer 'net.1'.*net.3"):
+        callback.explain(module, x, "net.1")
+    parts = callback.ledger["net.5"].weights()["weight"].clone()
+    last = dict(callback.scalars)
+    trainer.validate(module, loader(32), verbose=False)
+    assert callback.scalars == pytest.approx(last, rel=1e-5, abs=1e-7)
+    assert torch.equal(callback.ledger["net.5"].weights()["weight"], parts)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_table_trace_and_figures_are_written(tmp_path):
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    callback = refinement(trace=True, influence_every_n_steps=2, samples=["net.*"], phases=2)
+    module = mlp()
+    with pytest.raises(MisconfigurationException, match="`samples`"):
+        fit(module, callback, logger=logger)  # the pattern names a Flatten, too
+    callback = refinement(trace=True, influence_every_n_steps=2, samples=["net.1", "net.3"], phases=2)
+    fit(mlp(), callback, logger=logger)
+    (table,) = tmp_path.rglob("samples.csv")
+    header, *rows = table.read_text().splitlines()
+    assert set(header.split(",")) >= {"sample_id", "target", "visits", "refinement/net.1", "refinement/net.5"}
+    assert len(rows) == 64
+    assert callback.samples["visits"].tolist() == [2] * 64
+    assert 0 <= callback.scalars["refinement/sample_gini/net.3"] < 1
+    (folder,) = [path for path in tmp_path.rglob("trace") if path.is_dir()]
+    found = load_trace(folder).influence(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
+    assert found.sample_ids.shape == (5, 3)
+    live = callback.influence(top_k=4)
+    assert live.sample_ids.shape[1] == 4
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (path,) = {path.parent for path in tmp_path.rglob("events.out*")}
+    tags = EventAccumulator(str(path)).Reload().Tags()
+    assert "refinement/sources" in tags["images"]
+    assert "refinement/top_samples/net.5" in tags["images"]
+    assert any(tag.startswith("refinement/top_samples/net.5") for tag in tags["tensors"])
+
+
+# Failures
+
+
+class Fails(pl.Callback):
+    def __init__(self, do):
+        self.do = do
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            self.do(trainer)
+
+
+def test_error_in_a_step_never_reaches_training():
+    plain = mlp()
+    fit(plain)
+    module, callback = mlp(), RepresentationRefinement()
+
+    def destroy(trainer):
+        callback._tracer.recorder.ledgers["net.5"]._parts = {}
+
+    with pytest.warns(UserWarning, match="layer 'net.5' in a training step"):
+        trainer = fit(module, callback, Fails(destroy))
+    assert trainer.global_step == 8
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, module.state_dict()[key])
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_hooks_go_after_an_exception():
+    def boom(trainer):
+        kept.append(trainer.optimizers[0])
+        assert trainer.optimizers[0]._optimizer_step_post_hooks
+        raise RuntimeError("boom")
+
+    kept, module, callback = [], mlp(), RepresentationRefinement()
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(module, callback, Fails(boom))
+    assert not kept[0]._optimizer_step_post_hooks
+    assert not any(m._forward_hooks for m in module.modules())
+    assert callback.ledger["net.5"].weights()["weight"][:-1].any()  # what was found is still there
+
+
+def test_second_fit_begins_anew():
+    callback = refinement()
+    fit(mlp(), callback)
+    first = callback.ledger["net.5"].weights()["weight"].clone()
+    fit(mlp(), callback)
+    torch.testing.assert_close(callback.ledger["net.5"].weights()["weight"], first)
