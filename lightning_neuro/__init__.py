@@ -6,10 +6,12 @@ from lightning_neuro.communities import NeuronModularity, activation_graph, dete
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
 from lightning_neuro.entropy.callback import ActivationEntropy
+from lightning_neuro.paths.callback import ConceptPaths
 from lightning_neuro.probe import Probe
 
 __all__ = [
     "ActivationEntropy",
+    "ConceptPaths",
     "MetricCallback",
     "NeuronCommunities",
     "NeuronEntropy",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import ActivationEntropy, MetricCallback, NeuronCommunities, Probe
+from lightning_neuro import ActivationEntropy, ConceptPaths, MetricCallback, NeuronCommunities, Probe
+from lightning_neuro.paths.halves import assign_turns, sample_keys
 from tests.models import fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
@@ -41,6 +42,7 @@ CALLBACKS: dict[str, Make] = {
     "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
     "entropy": ActivationEntropy,
     "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
+    "paths": ConceptPaths,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
@@ -72,6 +74,18 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("calibrate", "last"),
         ("miller_madow", "yes"),
     ],
+    "paths": [
+        ("mode", "gradient"),
+        ("mode", None),
+        *(("density", value) for value in (0, 1.5, -0.1, float("nan"), "small", True, None)),
+        *(("samples_per_class", value) for value in (0, 1.5, "8")),
+        ("ablation", "median"),
+        *(("refine_steps", value) for value in (-1, 2.5, True)),
+        *(("hierarchy", value) for value in ("animals", [0, [1, 0]], [[0.5]], [], 3)),
+        ("concept_fn", "colour"),
+        *(("flow", value) for value in ((1,), (1, 1), (0, "1"), 3)),
+        *(("nad_beta", value) for value in (0, float("inf"), "4")),
+    ],
 }
 
 # Measures that depend on the order of the samples, because a random shuffle of the rows enters: not additive.
@@ -97,6 +111,37 @@ def listed_probe(**options: Any) -> Probe:
     return Probe(source=list(loader(32)), **options)
 
 
+def feed_activations(metric: Any, net: Any, layer: str, batches: Any) -> None:
+    """What a metric is fed at a layer: the activations, and the labels."""
+    with torch.no_grad():
+        for x, y in batches:
+            metric.update(net[: int(layer[-1]) + 1](x), y)
+
+
+def feed_contributions(metric: Any, net: Any, layer: str, batches: Any) -> None:
+    """What `ConceptPaths` feeds: activation times gradient of the own logit, computed with the net cut in two."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    upper = net[int(layer[-1]) + 1 :]
+    activations = net[: int(layer[-1]) + 1](x).detach().requires_grad_()
+    logits = upper(activations)
+    (gradients,) = torch.autograd.grad(logits[torch.arange(len(y)), y].sum(), activations)
+    turns = assign_turns(sample_keys(x, len(x)), y, per_concept=32)
+    activations = activations.detach()
+    facts = {"turns": turns, "features": activations, "predictions": logits.argmax(1)}
+    metric.update(activations * gradients, y, **facts)
+
+
+FEEDS: dict[str, Callable[..., None]] = {"paths": feed_contributions}
+
+
+def feed(callback: MetricCallback, net: Any, layer: str, batches: Any) -> Metric:
+    """A layer's metric after it has seen what the callback would show it of some batches."""
+    metric = callback.metric_at(layer, torch.device("cpu"))
+    metric.reset()
+    FEEDS.get(callback.family, feed_activations)(metric, net, layer, batches)
+    return metric
+
+
 def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
     """What a callback must have logged last, from the trained MLP and nothing but tensors.
 
@@ -105,11 +150,7 @@ def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
     values: dict[str, float] = {}
     net = module.net.float().eval()
     for layer in HIDDEN:
-        metric = callback.metric_at(layer, torch.device("cpu"))
-        metric.reset()
-        with torch.no_grad():
-            for x, y in loader(32):
-                metric.update(net[: int(layer[-1]) + 1](x.float()), y)
+        metric = feed(callback, net, layer, [(x.float(), y) for x, y in loader(32)])
         for measure, value in callback.measures(metric.compute(), None).items():
             if torch.isfinite(torch.as_tensor(value)):
                 values[f"{callback.name}/{measure}/{layer}"] = float(value)

@@ -62,7 +62,9 @@ def facts(callback: MetricCallback, module: Any, trainer: pl.Trainer) -> Fact:
 def trained(make: Make, directory: Path) -> Fact:
     """Monitors listed before ours, an uneven sample set (31), a logger on rank 0."""
     module, callback, logger = mlp(), make(), MemoryLogger()
-    key = {"communities": "communities/modularity", "entropy": "entropy/dead_share"}.get(callback.name)
+    key = {"communities": "communities/modularity", "entropy": "entropy/dead_share", "paths": "paths/auroc"}.get(
+        callback.name
+    )
     monitor = key or f"{callback.name}/value"
     monitors = [
         EarlyStopping(monitor, mode="max", patience=100),
