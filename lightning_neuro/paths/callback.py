@@ -126,8 +126,8 @@ class ConceptPaths(MetricCallback):
         `hierarchy_correlation_features` the same by cosine of class-mean activations       -1 .. 1      (control)
         ================================ ================================================== ============ ============
 
-    Also figures (`paths/overlap`, `paths/flow`, `paths/reuse`, `paths/stability`), a histogram of in how many paths each
-    unit is (`paths/reuse/<layer>`), `callback.result[layer]`, a `PathResult`, `callback.evaluation`, a
+    Also figures (`paths/overlap`, `paths/flow`, `paths/reuse`, `paths/stability`), a histogram of in how many paths
+    each unit is (`paths/reuse/<layer>`), `callback.result[layer]`, a `PathResult`, `callback.evaluation`, a
     `PathEvaluation` with every concept's numbers, and `callback.to_networkx()`.
 
     Raises:

@@ -16,9 +16,9 @@ def paths_graph(paths: Mapping[str, Tensor]) -> "nx.DiGraph":
         paths: Layer -> bool (concepts, units), the layers in the order in which data pass them.
 
     Returns:
-        A directed graph. Nodes are (layer, unit), with the attributes `layer`, `unit`, `depth` (number of the layer) and
-        `concepts` (a tuple of the concepts whose path it is on). An edge joins units of neighbouring layers that share a
-        concept, with the attributes `concepts` and `weight`, their number.
+        A directed graph. Nodes are (layer, unit), with the attributes `layer`, `unit`, `depth` (number of the layer)
+        and `concepts` (a tuple of the concepts whose path it is on). An edge joins units of neighbouring layers that
+        share a concept, with the attributes `concepts` and `weight`, their number.
 
     Example:
         >>> import torch

@@ -207,7 +207,8 @@ def tree_kinship(tree: Sequence[Any], num_classes: int | None = None) -> Tensor:
         [nan, 1.0, 0.0]
     """
     parted: dict[tuple[int, int], int] = {}
-    leaves = _leaves(tree, 0, parted)
+    # A bare number is a leaf, and no tree.
+    leaves = [] if isinstance(tree, int) else _leaves(tree, 0, parted)
     if len(set(leaves)) < len(leaves) or not leaves:
         raise ValueError(f"hierarchy must hold each class once, but holds {sorted(leaves)}.")
     size = max(leaves) + 1

@@ -1,6 +1,7 @@
 """Figures of paths, cheap enough to be drawn at every evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 8
 MAX_TICKS = 20
+MAX_LINES = 128
 _FIRST, _BOTH, _SECOND, _NONE = "#0077bb", "#222222", "#ee7733", "#dddddd"
+_CHANCE = "#ffdd00"
 _LINES = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#bbbbbb", "#222222")
 
 
@@ -44,13 +47,11 @@ def plot_overlap(results: Mapping[str, PathResult]) -> "Figure":
         noise = result.self_overlap
         floor = "" if noise != noise else f", noise floor {noise:.2f}"
         panel.set_title(f"{name}, {result.num_units:,} units\noverlap {result.overlap:.2f}{floor}", fontsize=8, y=1.01)
-        if len(order) <= MAX_TICKS:
-            labels = [str(int(concept)) for concept in order]
-            panel.set_xticks(range(len(order)), labels, fontsize=7)
-            panel.set_yticks(range(len(order)), labels, fontsize=7)
-        else:
-            panel.set_xticks([])
-            panel.set_yticks([])
+        # Ticks are the dear part of a figure, and the order is the same in all panels.
+        labels = [str(int(concept)) for concept in order] if panel.get_subplotspec().is_first_col() else []
+        labels = labels if len(labels) <= MAX_TICKS else []
+        panel.set_yticks(range(len(labels)), labels, fontsize=7)
+        panel.set_xticks([])
         similarity = result.similarity[order][:, order].numpy()
         return panel.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
 
@@ -80,7 +81,7 @@ def plot_flow(results: Mapping[str, PathResult], pair: Sequence[int] | None = No
 
     In each column the units of the first path (blue), of both (black), of the second (orange) and of neither (grey), a
     height for each share; bands join the same share in neighbouring layers. Where black takes the place of blue and
-    orange, the two concepts go one way. A white line says how much black two random paths of their sizes would have.
+    orange, the two concepts go one way. A yellow line says how far the black would reach for two random paths of their sizes.
 
     Args:
         results: Layer -> result, in the order in which data pass the layers.
@@ -105,11 +106,14 @@ def plot_flow(results: Mapping[str, PathResult], pair: Sequence[int] | None = No
         sizes = [float(part.double().mean()) for part in (a & ~b, a & b, ~a & b, ~a & ~b)]
         tops = torch.tensor([0.0, *sizes]).cumsum(0).tolist()
         edges.append(tops)
-        for low, high, color in zip(tops, tops[1:], colors, strict=False):
+        for low, high, color in zip(tops[:-1], tops[1:], colors, strict=True):
             panel.fill_between([number - 0.18, number + 0.18], low, high, color=color, lw=0)
         chance = float(a.double().mean() * b.double().mean())
-        panel.plot([number - 0.18, number + 0.18], [tops[1] + chance] * 2, color="white", lw=1.2)
-    for number, (left, right) in enumerate(zip(edges, edges[1:], strict=False)):
+        if result.num_units <= MAX_LINES:  # each unit to be seen
+            lines = torch.arange(1, result.num_units).numpy() / result.num_units
+            panel.hlines(lines, number - 0.18, number + 0.18, color="white", lw=0.5)
+        panel.plot([number - 0.18, number + 0.18], [tops[1] + chance] * 2, color=_CHANCE, lw=2)
+    for number, (left, right) in enumerate(pairwise(edges)):
         for part, color in enumerate(colors[:3]):
             span = [number + 0.18, number + 0.82]
             low, high = [left[part], right[part]], [left[part + 1], right[part + 1]]
@@ -121,7 +125,7 @@ def plot_flow(results: Mapping[str, PathResult], pair: Sequence[int] | None = No
     panel.set_ylim(1, 0)
     panel.set_ylabel("share of the layer's units", fontsize=8)
     figure.text(0.5, 0.02, "layers, and their numbers of units", **_CENTRED)
-    legend = ((f"■ only {first}", _FIRST), ("■ both (white line: by chance)", _BOTH), (f"■ only {second}", _SECOND))
+    legend = ((f"■ only {first}", _FIRST), ("■ both (yellow line: by chance)", _BOTH), (f"■ only {second}", _SECOND))
     for place, (text, color) in zip((0.09, 0.3, 0.75), legend, strict=True):
         figure.text(place, 0.91, text, color=color, fontsize=8)
     return figure
@@ -212,12 +216,11 @@ def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: S
         figure.text(0.78, 0.84 - 0.085 * number, f"— {_short(layer, 22)}", color=color, fontsize=8)
     first, last = history[0][0], history[-1][0]
     panel.set_xlim(first - 0.5, max(last, first + 1) + 0.5)
-    panel.set_xticks([first, last] if last > first else [first], fontsize=7)
-    panel.ticklabel_format(axis="x", style="plain", useOffset=False)
+    ticks = sorted({first, last})
+    panel.set_xticks(ticks, [f"{step:,}" for step in ticks], fontsize=7)
     panel.set_ylim(-0.02, 1.02)
-    panel.set_yticks(
-        [0, 0.5, 1], ["0: as another's path", ".5", "1: noise floor"], fontsize=7, rotation=90, va="center"
-    )
+    panel.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
+    figure.text(0.78, 0.2, "1: noise floor\n0: another class's path", fontsize=7, color="0.3")
     panel.set_xlabel("training step", fontsize=8)
     return figure
 
