@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_neuro.paths.gates import GatedModel, still
@@ -27,7 +28,8 @@ def attribution_scores(
     the logits of the samples' own classes are summed, and each sample's part of the gradient is its own. The logit and
     not the loss, whose gradient vanishes on samples that the model is sure of.
 
-    The model runs in evaluation mode and is left as it was; the gradients of its parameters are not touched.
+    The model runs in evaluation mode and is left as it was; the gradients of its parameters are not touched. Samples
+    with NaN or infinite activations or logits are left out, with a warning.
 
     Args:
         model: Any model that returns logits, (N, classes), or a mapping or tuple that holds them.
@@ -58,12 +60,18 @@ def attribution_scores(
         seen = gated.watch(inputs, targets, gradients=ablation == "mean")
         explain_silent(gated)
     num_groups = int(groups.max()) + 1 if concepts is not None else seen.logits.shape[1]
+    everything = [*seen.contributions.values(), *seen.features.values()]
+    finite = torch.stack([values.isfinite().all(1) for values in everything]).all(0)
+    if not finite.all():
+        lost = int((~finite).sum())
+        rank_zero_warn(f"{lost} of {len(finite)} samples have NaN or infinite activations or logits and are left out.")
+    groups = groups.to(finite.device)[finite]
     scores = {}
     for site, contributions in seen.contributions.items():
-        sums, counts = group_sums(contributions, groups, num_groups)
+        sums, counts = group_sums(contributions[finite], groups, num_groups)
         if ablation == "mean":
-            mean = seen.features[site].double().mean(0)
-            sums = sums - mean * group_sums(seen.gradients[site], groups, num_groups)[0]
+            mean = seen.features[site][finite].double().mean(0)
+            sums = sums - mean * group_sums(seen.gradients[site][finite], groups, num_groups)[0]
         scores[site] = sums / counts[:, None]
     return scores
 
@@ -72,7 +80,7 @@ def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor,
     """Sum of the rows of each group.
 
     Args:
-        values: (N, units).
+        values: (N, units), finite.
         groups: (N,) whole numbers below `num_groups`; negative: in no group.
         num_groups: K.
 

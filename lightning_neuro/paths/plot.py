@@ -43,13 +43,16 @@ def plot_overlap(results: Mapping[str, PathResult]) -> "Figure":
     mean = torch.stack([result.similarity for result in results.values()]).nanmean(0) if results else torch.zeros(0, 0)
     order = concepts[_clustered(mean[concepts][:, concepts])] if len(concepts) else concepts
 
+    labelled: list[str] = []
+
     def draw(panel: "Axes", name: str, result: PathResult) -> Any:
         noise = result.self_overlap
         floor = "" if noise != noise else f", noise floor {noise:.2f}"
         panel.set_title(f"{name}, {result.num_units:,} units\noverlap {result.overlap:.2f}{floor}", fontsize=8, y=1.01)
         # Ticks are the dear part of a figure, and the order is the same in all panels.
-        labels = [str(int(concept)) for concept in order] if panel.get_subplotspec().is_first_col() else []
-        labels = labels if len(labels) <= MAX_TICKS else []
+        first = len(labelled) == 0 and len(order) <= MAX_TICKS
+        labels = [str(int(concept)) for concept in order] if first else []
+        labelled.append(name)
         panel.set_yticks(range(len(labels)), labels, fontsize=7)
         panel.set_xticks([])
         similarity = result.similarity[order][:, order].numpy()
@@ -81,7 +84,8 @@ def plot_flow(results: Mapping[str, PathResult], pair: Sequence[int] | None = No
 
     In each column the units of the first path (blue), of both (black), of the second (orange) and of neither (grey), a
     height for each share; bands join the same share in neighbouring layers. Where black takes the place of blue and
-    orange, the two concepts go one way. A yellow line says how far the black would reach for two random paths of their sizes.
+    orange, the two concepts go one way. A yellow line says how far the black would reach for two random paths of their
+    sizes.
 
     Args:
         results: Layer -> result, in the order in which data pass the layers.
