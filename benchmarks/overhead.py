@@ -29,18 +29,19 @@ EPOCH = 60_000
 
 def callbacks(name: str) -> list[Any]:
     """The callbacks of a variant, at their defaults."""
-    from lightning_neuro import ActivationEntropy, NeuronCommunities
+    from lightning_neuro import ActivationEntropy, ConceptPaths, NeuronCommunities
 
     methods: dict[str, Callable[[], Any]] = {
         "NeuronCommunities": NeuronCommunities,
         "ActivationEntropy": ActivationEntropy,
+        "ConceptPaths": ConceptPaths,
     }
     if name == "plain":
         return []
     return [make() for make in methods.values()] if name == "all" else [methods[name]()]
 
 
-VARIANTS = ("NeuronCommunities", "ActivationEntropy", "all")
+VARIANTS = ("NeuronCommunities", "ActivationEntropy", "ConceptPaths", "all")
 
 
 def fit(network: str, variant: str, samples: int, batch_size: int) -> dict[str, float]:

@@ -35,7 +35,6 @@ from lightning_neuro.paths import (
     path_similarity,
     refine_paths,
 )
-from lightning_neuro.paths.evaluation import turns_of
 from lightning_neuro.paths.measures import cosine, rank_correlation
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -96,10 +95,10 @@ def costs(net: nn.Module, train_data: TensorDataset, test_data: TensorDataset) -
     """A refresh against an epoch, and against mode "nad" on the same samples."""
     warnings.filterwarnings("ignore")
     probe = Probe(source=test_data, num_samples=320)
-    callback, bare = ConceptPaths(probe, on_error="raise"), ConceptPaths(probe, name="bare", on_error="raise")
+    callback = ConceptPaths(probe, on_error="raise")
     module = Classifier(copy.deepcopy(net))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(callbacks=[callback, bare], accelerator="cpu", **quiet)
+    trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", **quiet)
     # Attached by hand, so that evaluations can be timed one by one.
     trainer.validate(module, DataLoader(test_data, batch_size=500), verbose=False)
     trainer.state.fn = "validate"
@@ -113,10 +112,8 @@ def costs(net: nn.Module, train_data: TensorDataset, test_data: TensorDataset) -
     other = copy.deepcopy(net).train()
     optimizer = torch.optim.Adam(other.parameters(), 1e-3)
     used = some(test_data, 32)
-    refresh()
-    found, step = callback.result, 47
+    step = 47
     results = callback._results(trainer, module, ("bench", 0, next(numbers)))
-    assert results.keys() == path_layers(module).keys(), found
     seconds = interleaved(
         {
             "epoch": lambda: epoch(other, train_data, optimizer, batches=step),
@@ -128,21 +125,15 @@ def costs(net: nn.Module, train_data: TensorDataset, test_data: TensorDataset) -
     )
     whole = step * 128 / len(train_data)
     print("\nCost, 10 classes x 32 samples; median (range) of ratios of neighbours")
-    print(
-        f"a refresh (probe's pass, scores, masked passes, measures) / an epoch: {ratio(seconds, 'refresh', 'epoch', whole)}"
-    )
-    print(
-        f"the scores alone / an epoch:                                          {ratio(seconds, 'scores', 'epoch', whole)}"
-    )
-    print(
-        f"drawing the four figures / an epoch:                                  {ratio(seconds, 'figures', 'epoch', whole)}"
-    )
+    lines = {"a refresh (probe's pass, scores, masked passes, measures)": "refresh", "the scores alone": "scores"}
+    for text, action in (lines | {"drawing the four figures": "figures"}).items():
+        print(f"{text + ' / an epoch:':<72}{ratio(seconds, action, 'epoch', whole)}")
     seconds = interleaved(
         {"nad": lambda: NadPaths(net).fit(*used), "scores": lambda: attribution_scores(net, *used), "refresh": refresh},
         rounds=3,
     )
-    print(f"mode nad's masks / the default's scores and paths:                    {ratio(seconds, 'nad', 'scores')}")
-    print(f"mode nad's masks / a whole refresh of the default:                    {ratio(seconds, 'nad', 'refresh')}")
+    for text, action in {"the default's scores": "scores", "a whole refresh of the default": "refresh"}.items():
+        print(f"{f'mode nad: its masks / {text}:':<72}{ratio(seconds, 'nad', action)}")
 
 
 def loop(net: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -298,9 +289,8 @@ def findings(name: str, net: nn.Module, data: TensorDataset) -> None:
         tops = confusion_top3(confusion, similarity), confusion_top3(confusion, cosine(features[site]))
         print(f"{site:<10}{mask.shape[1]:>6}{between(similarity):>9.3f}{floor:>14.3f}{tops[0]:>15.3f}{tops[1]:>16.3f}")
     whole = confusion_top3(confusion, torch.stack(similarities).mean(0))
-    print(
-        f"all layers: {whole:.3f} by path; {confusion_top3(confusion, cosine(features[last])):.3f} by penultimate class means"
-    )
+    control = confusion_top3(confusion, cosine(features[last]))
+    print(f"all layers: {whole:.3f} by path; {control:.3f} by penultimate class means")
 
 
 def class_means(net: nn.Module, samples: Batch) -> dict[str, Tensor]:
@@ -331,7 +321,7 @@ def main() -> None:
     name, train_data, test_data = load_images()
     plain = train(small_cnn(train_data.tensors[0].shape[-1]), train_data, options.epochs)
     residual = train(small_resnet(), train_data, options.epochs)
-    print(f"{name}, {options.epochs} epochs; {turns_of(torch.zeros(1).long()).numel()} thread")
+    print(f"{name}, {options.epochs} epochs of training, one thread")
     costs(plain, train_data, test_data)
     samples = some(test_data, 16)
     print(

@@ -17,6 +17,7 @@ from torchmetrics.functional import accuracy
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy.callback import ActivationEntropy
+from lightning_neuro.paths.callback import ConceptPaths
 from lightning_neuro.probe import Probe
 
 
@@ -87,6 +88,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
     callbacks = [
         NeuronCommunities(probe, prog_bar="communities/modularity"),
         ActivationEntropy(probe, prog_bar="entropy/class_information"),
+        ConceptPaths(probe, prog_bar="paths/auroc"),
     ]
     path = Path(logdir)
     trainer = pl.Trainer(

@@ -47,6 +47,7 @@ def minimal_paths(
         was enough.
 
     Example:
+        >>> import torch
         >>> from lightning_neuro.paths import attribution_scores
         >>> net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
         >>> for layer in (net[0], net[2]):
