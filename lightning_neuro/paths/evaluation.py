@@ -210,35 +210,35 @@ def masked_table(
         ablate: Whether to run the network without the paths, too.
 
     Returns:
-        float64 (R, 7): path, concept of the sample, whether the whole network and the path answer with the concept, the
-        path's margin, whether the whole network and the one without the path are right.
+        float64 (R, 7) on the CPU: path, concept of the sample, whether the whole network and the path answer with the
+        concept, the path's margin, whether the whole network and the one without the path are right.
     """
     inputs, targets, concepts, clean = samples
     device = clean.device
-    targets, concepts, known = targets.to(device), concepts.to(device), known.to(device)
     masks = {site: mask.to(device) for site, mask in paths.items()}
+    targets, concepts, known, clean = targets.cpu(), concepts.cpu(), known.cpu(), clean.cpu()
     parts = []
-    pieces = [torch.split(part.to(device), ROWS_AT_ONCE) for part in shown]
-    for rows, path in zip(*pieces, strict=True):
-        some = take(inputs, rows, len(targets))
-        kept = gated.run(some, len(rows), {site: mask[path].float() for site, mask in masks.items()}, fill).double()
+    for rows, path in zip(*(torch.split(part, ROWS_AT_ONCE) for part in shown), strict=True):
+        some, on = take(inputs, rows, len(targets)), path.to(device)
+        gates = {site: mask[on].float() for site, mask in masks.items()}
+        kept = gated.run(some, len(rows), gates, fill).cpu().double()
         answer, own = kept.argmax(1), known[path]
         inside = kept.masked_fill(~own, float("-inf")).logsumexp(1)
         outside = kept.masked_fill(own, float("-inf")).logsumexp(1)
         right = clean[rows].argmax(1) == targets[rows]
         right_without = torch.full_like(inside, float("nan"))
         if ablate:
-            gates = {site: (~mask)[path].float() for site, mask in masks.items()}
-            right_without = gated.run(some, len(rows), gates, fill).argmax(1) == targets[rows]
+            gates = {site: 1 - gate for site, gate in gates.items()}
+            right_without = gated.run(some, len(rows), gates, fill).argmax(1).cpu() == targets[rows]
         whole = own.gather(1, clean[rows].argmax(1)[:, None]).flatten()
         columns = [path, concepts[rows], whole, own.gather(1, answer[:, None]).flatten(), inside - outside, right]
         parts.append(torch.stack([column.double() for column in [*columns, right_without]], dim=1))
-    return torch.cat(parts) if parts else torch.zeros(0, 7, dtype=torch.float64, device=device)
+    return torch.cat(parts) if parts else torch.zeros(0, 7, dtype=torch.float64)
 
 
 def summarise(table: Tensor, num_concepts: int) -> PathEvaluation:
     """Rates of the table's rows; rows whose margin or clean logits are not finite are left out."""
-    table = table.cpu()[table[:, MARGIN].isnan().logical_not().cpu()]
+    table = table[~table[:, MARGIN].isnan()]
     path, concept = table[:, PATH].long(), table[:, CONCEPT].long()
     own = path == concept
 

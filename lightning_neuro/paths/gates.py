@@ -84,7 +84,7 @@ class GatedModel:
             axes = self._axes[call]
             shape = output.shape[axes[0]], output.shape[axes[1]]
             gates[call] = output.new_ones(shape).requires_grad_()
-            features[call] = unit_means(output.detach(), axes)
+            features[call] = _countable(unit_means(output.detach(), axes))
             output = output * broadcast(gates[call], output, axes)
             if gradients:
                 shifts[call] = output.new_zeros(shape).requires_grad_()
@@ -93,6 +93,7 @@ class GatedModel:
 
         with torch.enable_grad():
             logits, calls = self._learning(inputs, len(targets), act)
+            targets = targets.to(logits.device)
             check_targets(targets, logits.shape[1])
             if not logits.requires_grad:
                 raise ValueError("The logits depend on none of the layers: " + ", ".join(self.layers))
@@ -103,12 +104,12 @@ class GatedModel:
         undefined = torch.where(sound, 0.0, float("nan"))[:, None]
         # A layer that the logits do not depend on (an auxiliary head) has no effect on them.
         effects = [
-            (torch.zeros_like(gate) if effect is None else effect) + undefined
+            _countable((torch.zeros_like(gate) if effect is None else effect) + undefined)
             for gate, effect in zip(wanted, found, strict=True)
         ]
         names = [_site(call, calls) for call in gates]
         return Watched(
-            logits.detach(),
+            _countable(logits.detach()),
             dict(zip(names, effects[: len(names)], strict=True)),
             dict(zip(names, effects[len(names) :], strict=False)),
             dict(zip(names, features.values(), strict=True)),
@@ -119,7 +120,7 @@ class GatedModel:
         means: dict[Call, Tensor] = {}
 
         def act(call: Call, output: Tensor) -> Tensor:
-            means[call] = unit_means(output, self._axes[call]).double().mean(0)
+            means[call] = unit_means(output, self._axes[call]).mean(0)
             return output
 
         logits, calls = self._learning(inputs, num_samples, act)
@@ -198,6 +199,11 @@ class GatedModel:
         """Layers that did not run in the last learning pass, or cannot be gated."""
         ran = {site.split(".call")[0] for site in self.axes} | set(self.axes)
         return [name for name in self.layers if name not in ran]
+
+
+def _countable(tensor: Tensor) -> Tensor:
+    """On a device that has float64, in which sums are taken."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _site(call: Call, calls: Mapping[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_neuro.paths.nad2020 import NadPaths, learn_gates
 from lightning_neuro.paths.refinement import refine, starting_gates
 from lightning_neuro.paths.result import PathResult
-from lightning_neuro.paths.shown import Shown, agreed
+from lightning_neuro.paths.shown import Shown, agreed, sum_over_ranks
 
 START_DENSITY = 0.3
 
@@ -47,7 +48,9 @@ def learned_gates(
             gates |= {layer: before[layer][half] for layer in gates if layer in before}
             weights = 1 / shown.choice.counts[half].clamp(min=1)
             samples = inputs, targets, concepts, turns
-            gates = refine(shown.gated, samples, gates, shown.known(), weights, steps=steps, add=shown.adder(trainer))
+            gates = refine(
+                shown.gated, samples, gates, shown.known(), weights, steps=steps, add=partial(sum_over_ranks, trainer)
+            )
             missing = shown.choice.counts[half] == 0
             gates = {
                 layer: logits.masked_fill(missing.to(logits.device)[:, None], -1.0) for layer, logits in gates.items()

@@ -22,7 +22,7 @@ BETA = 0.5
 STEP = 0.1
 _TINY = 1e-6
 
-Add = Callable[[Tensor], Tensor]
+Add = Callable[[Callable[[], Tensor]], Tensor]
 Gates = dict[str, Tensor]
 
 
@@ -100,7 +100,7 @@ def refine(
     *,
     steps: int,
     beta: float = BETA,
-    add: Add = lambda local: local,
+    add: Add = lambda compute: compute(),
 ) -> Gates:
     """Go down the gradient, in steps of fixed length for each concept and layer. The model is still, its axes known.
 
@@ -112,40 +112,49 @@ def refine(
         weights: (concepts,) one over the number of samples of each concept on all ranks.
         steps: How many.
         beta: Weight of sparseness.
-        add: Adds a tensor up over ranks; called by all of them the same number of times.
+        add: Adds what each rank computes; called by all of them the same number of times.
     """
     inputs, _, concepts, turns = samples
     device, num_samples = concepts.device, len(concepts)
-    gates = {site: logits.to(device, torch.float32) for site, logits in gates.items()}
+    gates = {site: logits.nan_to_num(nan=0.0).to(device, torch.float32) for site, logits in gates.items()}
     known, weights = known.to(device), weights.to(device, torch.float32)
     clean: Gates = {}
     answers = _answers(gated.run(inputs, num_samples, {}, outputs=clean), known)
-    squares = {site: unit_means(output.square(), gated.axes[site]) for site, output in clean.items()}
-    scale = {site: add((square * weights[concepts, None]).sum(0)) for site, square in squares.items()}
     both = take(inputs, torch.arange(num_samples, device=device).repeat(2), num_samples)
-    for number in range(steps):
+
+    def square(site: str) -> Tensor:
+        per_sample = unit_means(clean[site].square(), gated.axes[site])
+        return (per_sample * weights[concepts, None]).sum(0) / len(known)
+
+    scale = {site: add(lambda site=site: square(site)) for site in clean}  # type: ignore[misc]
+
+    def loss(opened: Gates, number: int) -> Tensor:
         other = _others(concepts, turns + number, len(known))
         through = torch.cat([concepts, other])
         wanted = torch.cat([answers.new_ones(num_samples), answers.gather(1, other[:, None]).flatten()])
+        masked: Gates = {}
+        gated_logits = gated.run(both, 2 * num_samples, {s: on[through] for s, on in opened.items()}, outputs=masked)
+        found = _answers(gated_logits, known).gather(1, through[:, None]).flatten().clamp(_TINY, 1 - _TINY)
+        total = (binary_cross_entropy(found, wanted, reduction="none") * weights[through]).sum()
+        for site, output in masked.items():
+            difference = output.narrow(gated.axes[site][0], 0, num_samples) - clean[site]
+            error = unit_means(difference.square(), gated.axes[site]) / scale[site].clamp(min=1e-30)
+            error = torch.where(scale[site] > 0, error, 0.0).mean(1)
+            total = total + (error * weights[concepts]).sum() / len(masked)
+        return total
+
+    def slopes(number: int) -> Tensor:
         with torch.enable_grad():
             leaves = {site: logits.clone().requires_grad_() for site, logits in gates.items()}
-            opened = {site: leaf.sigmoid()[through] for site, leaf in leaves.items()}
-            masked: Gates = {}
-            found = _answers(gated.run(both, 2 * num_samples, opened, outputs=masked), known)
-            found = found.gather(1, through[:, None]).flatten().clamp(_TINY, 1 - _TINY)
-            loss = (binary_cross_entropy(found, wanted, reduction="none") * weights[through]).sum()
-            for site, output in masked.items():
-                axes = gated.axes[site]
-                difference = output.narrow(axes[0], 0, num_samples) - clean[site]
-                error = unit_means(difference.square(), axes) / scale[site].clamp(min=1e-30)
-                error = torch.where(scale[site] > 0, error, 0.0).mean(1)
-                loss = loss + len(known) * (error * weights[concepts]).sum() / len(leaves)
-            slopes = torch.autograd.grad(loss, list(leaves.values()))
-        sizes = [slope.numel() for slope in slopes]
-        totals = torch.split(add(torch.cat([slope.flatten() for slope in slopes])), sizes)
-        for (site, logits), total in zip(list(gates.items()), totals, strict=True):
+            total = loss({site: leaf.sigmoid() for site, leaf in leaves.items()}, number)
+            return torch.cat([slope.flatten() for slope in torch.autograd.grad(total, list(leaves.values()))])
+
+    for number in range(steps):
+        together = add(lambda number=number: slopes(number))  # type: ignore[misc]
+        parts = torch.split(together, [logits.numel() for logits in gates.values()])
+        for (site, logits), part in zip(list(gates.items()), parts, strict=True):
             on = logits.sigmoid()
-            slope = total.reshape(logits.shape) + beta * 2 * on * on * (1 - on) / logits.shape[1]
+            slope = part.reshape(logits.shape) + beta * 2 * on * on * (1 - on) / logits.shape[1]
             gates[site] = logits - STEP * slope / slope.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return gates
 

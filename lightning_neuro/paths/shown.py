@@ -121,18 +121,14 @@ class Shown:
         known, defined = self.known(), defined_in(paths)
 
         def own() -> Tensor:
-            tables = [torch.zeros(0, 7, dtype=torch.float64, device=self.choice.turns.device)]
+            tables = [torch.zeros(0, 7, dtype=torch.float64)]
             for inputs, targets, concepts, turns, logits in self.of_half(half):
                 shown = pairs(concepts, turns // 2, defined, others)
                 samples = inputs, targets, concepts, logits
-                tables.append(masked_table(self.gated, samples, shown, paths, known, fill, ablate=ablate).cpu())
+                tables.append(masked_table(self.gated, samples, shown, paths, known, fill, ablate=ablate))
             return torch.cat(tables)
 
         return torch.cat(_of_all_ranks(trainer, agreed(trainer, own)))
-
-    def adder(self, trainer: "pl.Trainer") -> Callable[[Tensor], Tensor]:
-        """Adds a tensor up over ranks."""
-        return lambda local: local if trainer.world_size == 1 else torch.stack(gather_all_tensors(local)).sum(0)
 
 
 def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
@@ -145,6 +141,12 @@ def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
     if on_any_rank(trainer, error is not None):
         raise error or RuntimeError("it failed on another rank")
     return value
+
+
+def sum_over_ranks(trainer: "pl.Trainer", compute: Callable[[], Tensor]) -> Tensor:
+    """The sum of what the ranks compute, or an error on all of them."""
+    local = agreed(trainer, compute)
+    return local if trainer.world_size == 1 else torch.stack(gather_all_tensors(local)).sum(0)
 
 
 def _of_all_ranks(trainer: "pl.Trainer", own: Tensor) -> list[Tensor]:

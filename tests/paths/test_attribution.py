@@ -286,3 +286,21 @@ def test_samples_with_infinite_logits_are_left_out_and_told() -> None:
         scores = attribution_scores(net, x, y, ablation="mean")
     for name, values in scores.items():
         torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-8)
+
+
+def test_one_infinite_logit_of_another_class_is_enough() -> None:
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = convnet()
+
+        def forward(self, x: Tensor) -> Tensor:
+            infinite = torch.zeros(len(x), 5)
+            infinite[3, 1] = float("inf")  # class 3's own logit and its gradient are finite
+            return self.net(x) + infinite
+
+    (x, y), net = data(), Overflows().eval()
+    with pytest.warns(UserWarning, match="1 of 40 samples"):
+        scores = attribution_scores(net, x, y, "net.8")["net.8"]
+    kept = torch.arange(40) != 3
+    torch.testing.assert_close(scores, attribution_scores(net.net, x[kept], y[kept], "8")["8"], rtol=1e-5, atol=1e-8)
