@@ -153,3 +153,16 @@ def test_refinement_keeps_planted_paths() -> None:
     for gates in refine_paths(net, x, y, scores, steps=10, density=0.25).values():
         assert ((gates > 0) <= (attribution_scores(net, x, y)["1"] > 0)).all()
         assert (gates > 0).any(1)[1:].all()
+
+
+def test_in_place_activations_change_nothing_for_learned_paths() -> None:
+    x, y = data(24, 4)
+    layers = ["0", "4", "7"]
+    found = []
+    for inplace in (False, True):
+        net = convnet(inplace)
+        scores = attribution_scores(net, x, y, layers)
+        found.append((NadPaths(net, layers, passes=2).fit(x, y).gates, refine_paths(net, x, y, scores, steps=3)))
+    for plain, inplace in zip(*found, strict=True):
+        for name, gates in plain.items():
+            torch.testing.assert_close(inplace[name], gates, equal_nan=True)
