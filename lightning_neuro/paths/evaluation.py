@@ -17,7 +17,8 @@ from lightning_neuro.paths.gates import GatedModel, still
 from lightning_neuro.paths.measures import auroc
 from lightning_neuro.paths.sites import Layers, check_targets, path_layers, take
 
-ROWS_AT_ONCE = 512
+# Twice as fast on a CPU as four times as many.
+ROWS_AT_ONCE = 128
 # Columns of the table of masked passes: a row is one sample, shown to one concept's path.
 PATH, CONCEPT, CLEAN, ANSWERS, MARGIN, RIGHT, RIGHT_WITHOUT = range(7)
 

@@ -179,9 +179,11 @@ def test_shared_modules_and_tokens_and_time_are_masked_at_their_own_place() -> N
         for label in range(4):
             layer.weight.copy_(weight * mask[label][:, None])
             layer.bias.copy_(bias * mask[label])
-            assert found_tokens.tpr[label] == pytest.approx(
-                float((net(x).argmax(1) == label)[y == label].float().mean())
-            )
+            kept, own = net(x).double(), y == label
+            margins = kept[:, label] - kept[:, [other for other in range(4) if other != label]].logsumexp(1)
+            higher = (margins[own][:, None] > margins[~own][None]).double().mean()
+            assert found_tokens.auroc[label] == pytest.approx(float(higher))
+            assert found_tokens.tpr[label] == pytest.approx(float((kept.argmax(1) == label)[own].float().mean()))
 
     words, series = Words(), torch.randn(6, 20, 3)
     keep = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) > 0.5
