@@ -148,7 +148,8 @@ def loop(net: nn.Module, images: Tensor, labels: Tensor) -> float:
         own = images[labels == label]
         alone = attribution_scores(net, own, torch.full((len(own),), label))
         worst = max(worst, *(float((alone[site][label] - scores[site][label]).abs().max()) for site in scores))
-        single = {site: mask[label : label + 1] for site, mask in paths.items()}
+        # One path, and none for all other classes together.
+        single = {site: torch.stack([mask[label], torch.zeros_like(mask[label])]) for site, mask in paths.items()}
         masked = evaluate_paths(net, images, labels, single, concepts=(labels != label).long())
         worst = max(
             worst, abs(float(masked.tpr[0] - batched.tpr[label])), abs(float(masked.fpr[0] - batched.fpr[label]))

@@ -115,6 +115,8 @@ def evaluate_paths(
         check_targets(targets, logits.shape[1])
         explain_silent(gated)
         _check_paths(paths, means)
+        if int(concepts.max()) >= num_concepts:
+            raise ValueError(f"concepts reach to {int(concepts.max())}, but paths have {num_concepts} rows.")
         known = class_table(concepts, targets, num_concepts, logits.shape[1])
         turns = turns_of(concepts)
         rows, shown = pairs(concepts, turns, defined_in(paths), others)

@@ -189,6 +189,23 @@ def test_units_of_tokens_lie_on_the_last_dimension() -> None:
     torch.testing.assert_close(scores[name], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_units_of_feature_maps_lie_on_the_last_dimension_behind_a_linear_layer() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.relu, self.head = nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.relu(self.linear(x.movedim(1, 3))).mean((1, 2)))
+
+    net, (x, y) = Last(), data()
+    scores = attribution_scores(net, x, y, "relu")["relu"]
+    hidden = net.relu(net.linear(x.movedim(1, 3))).mean((1, 2)).detach()
+    expected = class_mean(hidden * net.head.weight[y].detach(), y, 5)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_recurrent_layers_have_the_time_in_front() -> None:
     torch.manual_seed(0)
     net, x, y = Words(), torch.randn(6, 20, 3), torch.arange(20) % 5

@@ -201,6 +201,8 @@ def test_wrong_paths_are_explained_and_nothing_is_left() -> None:
         evaluate_paths(net, x, y, {"8": torch.ones(4, 3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="paths have a layer '8'"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 12, dtype=torch.bool)}, layers="5")
+    with pytest.raises(ValueError, match="concepts reach to 3, but paths have 2 rows"):
+        evaluate_paths(net, x, y, {"8": torch.ones(2, 12, dtype=torch.bool)})
     with pytest.raises(ValueError, match="ablation"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 12, dtype=torch.bool)}, ablation="none")
     assert hooks_of(net) == [] and net.training and torch.nn.modules.module._global_forward_hooks == {}
