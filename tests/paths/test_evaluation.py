@@ -122,6 +122,10 @@ def test_others_are_shown_evenly() -> None:
     counts = Counter((int(concepts[row]), int(path)) for row, path in zip(rows, shown, strict=True))
     assert {pair: count for pair, count in counts.items() if pair[0] == pair[1]} == {(c, c): 12 for c in range(5)}
     assert {count for pair, count in counts.items() if pair[0] != pair[1]} == {6} and len(counts) == 25
+    few = torch.arange(5).repeat(2)  # two samples of each class see all four others between them
+    rows, shown = pairs(few, turns_of(few), torch.ones(5, dtype=torch.bool), 2)
+    foreign = {(int(few[row]), int(path)) for row, path in zip(rows, shown, strict=True) if few[row] != path}
+    assert len(foreign) == 20
     everything, _ = pairs(concepts, turns_of(concepts), torch.ones(5, dtype=torch.bool), None)
     assert len(everything) == 300
 
