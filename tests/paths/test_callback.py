@@ -258,3 +258,16 @@ def test_modes_that_exclude_each_other_are_refused() -> None:
     for options in ({"refine_steps": 3}, {"concept_fn": len}):
         with pytest.raises(MisconfigurationException, match="mode='nad'"):
             ConceptPaths(mode="nad", **options)  # type: ignore[arg-type]
+
+
+def test_the_samples_are_chosen_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_neuro.paths import callback as module
+
+    choices: list[Any] = []
+    choose = module.choose
+    monkeypatch.setattr(module, "choose", lambda *args: choices.append(choose(*args)) or choices[-1])
+    callback = ConceptPaths(samples_per_class=5, on_error="raise")
+    watch(callback)
+    assert len(choices) == 1
+    assert torch.equal(choices[0].counts, callback.result["net.2"].counts)
+    assert len(choices[0].members) == 20 and choices[0].num_concepts == 4

@@ -36,6 +36,9 @@ def test_nad_goes_down_the_papers_objective(beta: float) -> None:
     net = small()
     generator = torch.Generator().manual_seed(3)
     x, y = torch.randn(12, 3, generator=generator).double(), torch.arange(12) % 2
+    net[4].bias.data[1] += (net(x)[:, 0] - net(x)[:, 1]).median().detach()  # so that it takes some for each class
+    right = net(x).argmax(1) == y
+    assert any(0 < int(right[rows].sum()) < 4 for label in (0, 1) for rows in (y == label).nonzero().flatten().split(4))
     found = NadPaths(net, beta=beta, passes=3, batch_size=4, step=0.1, seed=7).fit(x, y)
     draws = torch.Generator().manual_seed(7)
     for label in (0, 1):
@@ -166,3 +169,36 @@ def test_in_place_activations_change_nothing_for_learned_paths() -> None:
     for plain, inplace in zip(*found, strict=True):
         for name, gates in plain.items():
             torch.testing.assert_close(inplace[name], gates, equal_nan=True)
+
+
+def test_refinement_goes_down_its_objective() -> None:
+    net = small()
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(10, 3, generator=generator).double(), torch.arange(10) % 2
+    scores = attribution_scores(net, x, y)
+    found = refine_paths(net, x, y, scores, steps=3, beta=0.7)
+    gates = [starting_gates(scores, 0.3)[name].double() for name in ("1", "3")]
+    with torch.no_grad():
+        clean1 = net[1](net[0](x))
+        clean2 = net[3](net[2](clean1))
+        clean = net[4](clean2).softmax(1)
+    for _ in range(3):
+        leaves = [gate.clone().requires_grad_() for gate in gates]
+        total = torch.tensor(0.0).double()
+        for label in (0, 1):  # two classes: the other one never changes
+            own, other = y == label, y != label
+            z1 = net[1](net[0](x)) * leaves[0][label].sigmoid()
+            z2 = net[3](net[2](z1)) * leaves[1][label].sigmoid()
+            p = net[4](z2).softmax(1)[:, label]
+            total = total - p[own].log().mean()
+            q = clean[other, label]
+            total = total - (q * p[other].log() + (1 - q) * (1 - p[other]).log()).sum() / 5
+            for masked, whole in ((z1, clean1), (z2, clean2)):
+                square, error = whole.square().mean(0), (masked - whole)[own].square().mean(0)
+                relative = torch.where(square > 0, error / square.clamp(min=1e-30), 0.0)
+                total = total + relative.mean() / 2
+        total = total + 0.7 * sum(leaf.sigmoid().square().mean(1).sum() for leaf in leaves)
+        slopes = torch.autograd.grad(total, leaves)
+        gates = [g - 0.1 * s / s.norm(dim=1, keepdim=True) for g, s in zip(gates, slopes, strict=True)]
+    for name, expected in zip(("1", "3"), gates, strict=True):
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-4)
