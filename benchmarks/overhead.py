@@ -32,6 +32,7 @@ def callbacks(name: str) -> list[Any]:
     from lightning_neuro import (
         ActivationEntropy,
         ActivationTopology,
+        ConceptPaths,
         NeuronCommunities,
         ObserverProbes,
         RepresentationRefinement,
@@ -43,6 +44,7 @@ def callbacks(name: str) -> list[Any]:
         "RepresentationRefinement": RepresentationRefinement,
         "ObserverProbes": ObserverProbes,
         "ActivationTopology": ActivationTopology,
+        "ConceptPaths": ConceptPaths,
     }
     if name == "plain":
         return []
@@ -55,6 +57,7 @@ VARIANTS = (
     "RepresentationRefinement",
     "ObserverProbes",
     "ActivationTopology",
+    "ConceptPaths",
     "all",
 )
 

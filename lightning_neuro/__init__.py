@@ -8,6 +8,7 @@ from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
 from lightning_neuro.entropy.callback import ActivationEntropy
 from lightning_neuro.observers import LinearObserver
 from lightning_neuro.observers.callback import ObserverProbes
+from lightning_neuro.paths.callback import ConceptPaths
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
 from lightning_neuro.topology.callback import ActivationTopology
@@ -15,6 +16,7 @@ from lightning_neuro.topology.callback import ActivationTopology
 __all__ = [
     "ActivationEntropy",
     "ActivationTopology",
+    "ConceptPaths",
     "LinearObserver",
     "MetricCallback",
     "NeuronCommunities",

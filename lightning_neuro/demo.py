@@ -18,6 +18,7 @@ from lightning_neuro.callback import MetricCallback
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy.callback import ActivationEntropy
 from lightning_neuro.observers.callback import ObserverProbes
+from lightning_neuro.paths.callback import ConceptPaths
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
 from lightning_neuro.topology.callback import ActivationTopology
@@ -93,6 +94,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
         RepresentationRefinement(["fc1", "fc2"], probe, influence_every_n_steps=20),
         ObserverProbes(probe),
         ActivationTopology(probe, prog_bar="topology/purity"),
+        ConceptPaths(probe, prog_bar="paths/auroc"),
     ]
     path = Path(logdir)
     trainer = pl.Trainer(
