@@ -79,6 +79,7 @@ class StepRecorder:
         self.taps = GradientTaps(layers, self)
         self.elementwise = False
         self.mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self.world_size = 1
         self._batch: TrainBatch | None = None
         self._sources: Sources | None = None
         self._handles: list[RemovableHandle] = []
@@ -145,6 +146,8 @@ class StepRecorder:
             if id(weight) in rates and weight.grad is not None:
                 # Clipping and unscaling are alike for all layers, so a ledger's layer tells them for the others.
                 factor = torch.ones((), device=weight.device) if scale is None else scale
+                # A sample's gradient holds the mean over its rank's samples; the optimiser's, that over the ranks.
+                factor = factor / self.world_size
                 for observer in self.observers:
                     try:
                         observer.commit(layer, rates[id(weight)] * factor)

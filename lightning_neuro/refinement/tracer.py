@@ -102,6 +102,7 @@ class Tracer:
         self._take_up(kept, rank=trainer.global_rank)
         recorder.ledgers = dict(self.ledgers)
         recorder.elementwise = may_change_elements(trainer, trainer.lightning_module)
+        recorder.world_size = trainer.world_size
         if trainer.world_size > 1:
             recorder.mean_over_ranks = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
         recorder.attach(trainer.optimizers)
