@@ -159,7 +159,7 @@ class StepRecorder:
             if id(weight) in rates and weight.grad is not None:
                 # Clipping and unscaling are alike for all layers, so a ledger's layer tells them for the others.
                 factor = torch.ones((), device=weight.device) if scale is None else scale
-                # The gradient that was used is the mean of those of the ranks.
+                # A sample's gradient holds the mean over its rank's samples; the optimiser's, that over the ranks.
                 factor = factor / self.world_size
                 for observer in self.observers:
                     try:

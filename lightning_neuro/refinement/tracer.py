@@ -108,8 +108,8 @@ class Tracer:
         self._take_up(kept, rank=trainer.global_rank)
         recorder.ledgers = dict(self.ledgers)
         recorder.elementwise = may_change_elements(trainer, trainer.lightning_module)
+        recorder.world_size = trainer.world_size
         if trainer.world_size > 1:
-            recorder.world_size = trainer.world_size
             recorder.mean_over_ranks = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")
         recorder.attach(trainer.optimizers)
         self._open_trace(trainer, recorder, kept)

@@ -90,6 +90,17 @@ def test_rate_holds_the_clipping_that_a_ledger_found():
     recorder.remove()
 
 
+def test_rate_is_of_a_sample_among_those_of_all_ranks():
+    net, diary = two(), Diary()
+    recorder, (optimizer,), _ = recorded(net, [diary])
+    recorder.world_size = 2
+    backward(recorder, net)
+    diary.pages.clear()
+    optimizer.step()
+    assert diary.pages == [("commit", "0", 0.125), ("commit", "1", 0.125)]
+    recorder.remove()
+
+
 def test_each_optimiser_commits_its_own_layers_at_its_rate():
     net, diary = two(), Diary()
     optimizers = [SGD(net[0].parameters(), lr=0.5), Adam(net[1].parameters(), lr=0.125)]
