@@ -15,6 +15,7 @@ from lightning_neuro.arguments import check_count
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Event, Probe, ProbeBatch
+from lightning_neuro.ranks import on_any_rank
 from lightning_neuro.refinement.explanation import RefinementExplanation
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.ledger import RefinementLedger
@@ -205,8 +206,8 @@ class RepresentationRefinement(MetricCallback):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers and hook them, before a compiled model's first run."""
-        super().on_fit_start(trainer, pl_module)
         if not why_off(trainer):
+            self.probe.attach(pl_module, self, needs_layers=False)
             self._tracer.attach(trainer, pl_module)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -220,9 +221,16 @@ class RepresentationRefinement(MetricCallback):
     ) -> None:
         """Say whose samples the coming backward passes are of."""
         if self.ledger and not why_off(trainer):
-            with self._guard("the batch"):
+            try:
                 targets = class_labels((self.probe.target_fn or default_target)(batch))
-                self._tracer.begin(trainer, batch, targets, self._rows(batch, targets))
+                if targets is None and self.sources == "class":
+                    self._warn_once("unlabelled", f"{self.name}: a training batch has no class labels: 'other'.")
+                rows = self._rows(batch, targets).to(pl_module.device)
+                self._tracer.begin(trainer, batch, targets, rows)
+            except Exception as error:
+                if isinstance(error, MisconfigurationException) and trainer.global_step == 0:
+                    raise
+                self._report("a training batch", error)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -243,9 +251,10 @@ class RepresentationRefinement(MetricCallback):
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hook the layers for a `trainer.validate` after a fit."""
-        super().on_validation_start(trainer, pl_module)
-        if trainer.state.fn == "validate" and self.ledger and not why_off(trainer):
-            self._tracer.look_only(pl_module)
+        if trainer.state.fn == "validate" and not why_off(trainer):
+            self.probe.attach(pl_module, self, needs_layers=False)
+            if self.ledger:
+                self._tracer.look_only(pl_module)
 
     def on_save_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
@@ -316,6 +325,8 @@ class RepresentationRefinement(MetricCallback):
         """Take in one batch of the probe's pass, as the layers' inputs and outputs."""
         if self.needs_labels and batch.targets is None:
             super().observe(batch)
+        broken = {} if self._tracer.recorder is None else self._tracer.recorder.broken
+        self._failed |= {layer: error for layer, error in broken.items() if layer not in self._failed}
         for layer in self.ledger:
             try:
                 for inputs, outputs in self._recorded().get(layer, ()):
@@ -351,6 +362,10 @@ class RepresentationRefinement(MetricCallback):
             results = super()._results(trainer, pl_module, event)
         finally:
             self._record(False)
+        for layer in self.ledger.keys() - results.keys() - self._failed.keys():
+            self._warn_once(
+                layer, f"{self.name}: layer '{layer}' did not run in the probe's pass, so nothing is told of it."
+            )
         if trainer.state.fn == "fit" and self._tracer.watch is not None:
             self._table = self._tracer.watch.over_ranks(trainer)
         return results
@@ -364,10 +379,13 @@ class RepresentationRefinement(MetricCallback):
         return measured
 
     def _log_pictures(self, trainer: "pl.Trainer") -> None:
-        super()._log_pictures(trainer)
         watch = self._tracer.watch
-        figures = {} if watch is None else watch.draw_influence(trainer)
-        logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": figure for tag, figure in figures.items()})
+        # First what the ranks do together: the rest may fail on one of them.
+        top = None if watch is None else watch.influence(trainer)
+        super()._log_pictures(trainer)
+        if watch is not None:
+            figures = watch.draw_influence(trainer, top)
+            logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": figure for tag, figure in figures.items()})
 
     def _refresh_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Score the coming samples against how the network sees the probe's first samples now."""
@@ -375,17 +393,24 @@ class RepresentationRefinement(MetricCallback):
         assert watch is not None and watch.head is not None
         layer = watch.head[0]
 
+        seen: list[tuple[Tensor, Any, Tensor | None]] = []
+
         def look(batch: ProbeBatch) -> None:
-            inputs = self._recorded()[layer][0][0][:NUM_INPUTS]
             targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
-            watch.refresh(trainer, inputs, batch.inputs[:NUM_INPUTS], targets)
+            seen.append((self._recorded()[layer][0][0][:NUM_INPUTS], batch.inputs[:NUM_INPUTS], targets))
 
         self._record(True)
+        error: Exception | None = None
         try:
-            with self._guard("the influence of training samples"):
-                self.probe.run(trainer, pl_module, look, max_batches=1)
+            self.probe.run(trainer, pl_module, look, max_batches=1)
+        except Exception as failure:
+            error = failure
         finally:
             self._record(False)
+        if on_any_rank(trainer, error is not None):
+            self._report("the influence of training samples", error)
+        else:
+            watch.refresh(trainer, seen[0] if seen else None)
 
     def _layer_failed(self, layer: str, error: Exception) -> None:
         self._report(f"layer '{layer}' in a training step", error)

@@ -12,8 +12,17 @@ from torch.utils.hooks import RemovableHandle
 from lightning_neuro.layers import LINEAR_OR_CONV, named_layers, resolve_layers
 from lightning_neuro.refinement.batch import Observer, TrainBatch
 from lightning_neuro.refinement.ledger import RefinementLedger
-from lightning_neuro.refinement.operators import OPERATORS, Operator, Sources, samples_first, why_unsupported
+from lightning_neuro.refinement.operators import (
+    OPERATORS,
+    Operator,
+    Sources,
+    parameters_of,
+    samples_first,
+    why_unsupported,
+)
 from lightning_neuro.refinement.taps import GradientTaps
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def find_layers(
@@ -31,7 +40,7 @@ def find_layers(
     """
     layers = named_layers(model)
     if patterns is None:
-        heads = [name for name, module in layers.items() if isinstance(module, LINEAR_OR_CONV)]
+        heads = [name for name, module in layers.items() if isinstance(module, LINEAR_OR_CONV) and _is_trained(module)]
         if not heads:
             raise MisconfigurationException(
                 f"{type(model).__name__} has no linear or convolution layer whose refinement could be traced. Name the"
@@ -53,6 +62,10 @@ def find_layers(
     return chosen
 
 
+def _is_trained(module: nn.Module) -> bool:
+    return not why_unsupported(module) and any(parameter.requires_grad for parameter in module.parameters())
+
+
 def _shares_weight(other: nn.Module, module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and other._parameters.get("weight") is weight
@@ -60,12 +73,14 @@ def _shares_weight(other: nn.Module, module: nn.Module) -> bool:
 
 def _why_not_with(owners: Sequence[nn.Module]) -> str:
     """Why a weight cannot be traced that these modules share, or an empty string."""
-    foreign = next((type(owner).__name__ for owner in owners if not isinstance(owner, OPERATORS)), "")
-    return (
-        f"it shares its weight with a module of type {foreign}, whose part in the gradient is not seen"
-        if foreign
-        else ""
-    )
+    for owner in owners:
+        if not isinstance(owner, OPERATORS):
+            return f"it shares its weight with a module of type {type(owner).__name__}, which cannot be followed"
+        if any(getattr(owner, name, None) != getattr(owners[0], name, None) for name in _GEOMETRY):
+            return "it shares its weight with a layer of another stride, padding or dilation"
+        if owner.bias is not owners[0].bias:
+            return "it shares its weight with a layer that has a bias of its own"
+    return ""
 
 
 class StepRecorder:
@@ -93,12 +108,25 @@ class StepRecorder:
         self.elementwise = False
         self.mean_over_ranks: Callable[[Tensor], Tensor] | None = None
         self.world_size = 1
+        self.broken: dict[str, Exception] = {}
         self._batch: TrainBatch | None = None
         self._sources: Sources | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Follow the optimisers' steps; what they hold of the time before belongs to the initial weights."""
+        """Follow the optimisers' steps; what they hold of the time before belongs to the initial weights.
+
+        Raises:
+            MisconfigurationException: If two optimisers move the same traced layer.
+        """
+        optimizers = list(optimizers)
+        for layer, ledger in self.ledgers.items():
+            mine = {id(parameter) for parameter in parameters_of(ledger.module).values()}
+            if sum(bool(mine & _learning_rates(optimizer).keys()) for optimizer in optimizers) > 1:
+                raise MisconfigurationException(
+                    f"`layers` names '{layer}', which two optimizers move; what each of them did cannot be told apart."
+                    " Leave this layer out."
+                )
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._stepped))
             for ledger in self.ledgers.values():
@@ -145,15 +173,24 @@ class StepRecorder:
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rates = _learning_rates(optimizer)
+        # A fused optimiser under a gradient scaler skips the step inside its kernel; here alone the device is asked.
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None and bool(found_inf):
+            for layer in self.layers:
+                self.drop(layer)
+            return
         scale: Tensor | None = None
-        for layer, ledger in list(self.ledgers.items()):
+        for layer, ledger in self.ledgers.items():
             try:
+                if layer in self.broken:
+                    ledger.join(self.mean_over_ranks)
+                    continue
                 own = ledger.step(optimizer, elementwise=self.elementwise, mean_over_ranks=self.mean_over_ranks)
             except Exception as error:
-                del self.ledgers[layer]
+                self.broken[layer] = error
                 self.report(layer, error)
                 continue
-            scale = own if own is not None else scale
+            if own is not None:  # 0 where its gradient was 0, and tells nothing
+                scale = torch.where(own != 0, own, torch.ones_like(own) if scale is None else scale)
         for layer, owners in self.layers.items():
             weight = owners[0].weight
             if id(weight) in rates and weight.grad is not None:

@@ -1,6 +1,6 @@
 """Whose samples are in a batch: classes, or whatever the user derives from it, as rows of the ledgers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_neuro.arguments import check_count
 from lightning_neuro.probe import Probe
-from lightning_neuro.samples import batch_length, default_input, describe
+from lightning_neuro.samples import describe
 
 Sourcing = str | Callable[[Any], Any]
 
@@ -40,7 +40,17 @@ def rows_of(batch: Any, targets: Tensor | None, sources: Sourcing, num_sources: 
     """Each sample's row in the ledgers, (N,); the last, "other", for those with no source of their own."""
     rows = sources(batch) if callable(sources) else targets
     if rows is None:
-        return torch.full((batch_length(default_input(batch)) or 1,), num_sources)
+        return torch.full((_length(batch) or 1,), num_sources)
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
         raise ValueError(f"`sources` must return (N,) whole numbers; it returned {describe(rows)}.")
+    rows = rows.long()
     return torch.where((rows >= 0) & (rows < num_sources), rows, num_sources)
+
+
+def _length(batch: Any) -> int | None:
+    """The first dimension of the first tensor in a batch of any kind."""
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return next((length for part in batch if (length := _length(part)) is not None), None)
+    return batch.shape[0] if isinstance(batch, Tensor) and batch.ndim else None

@@ -71,7 +71,8 @@ class Tracer:
 
     def attach(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers and hook them, before a compiled model's first run."""
-        self.saved, self.ledgers = self.saved or self.state_dict(), {}
+        # Without a checkpoint, each rank goes on with what it has itself.
+        self.saved, self.ledgers = self.saved or self.state_dict() | {"own": True}, {}
         self.opened = False
         self.close()
         layers = find_layers(pl_module, self.options.layers, "layers")
@@ -97,7 +98,7 @@ class Tracer:
                 f"There are {num_sources} sources, and the ledgers hold a copy of each layer's weights for each: at"
                 f" most {MAX_SOURCES}. Group them, for example `sources=lambda batch: batch[1] // 10, num_sources=...`."
             )
-        kept, self.saved = self.saved, {}
+        kept = self.saved
         num_phases, self.boundaries = plan_phases(trainer, self.options.phases)
         self.ledgers = {
             layer: RefinementLedger(recorder.layers[layer][0], num_sources=num_sources, num_phases=num_phases)
@@ -105,8 +106,9 @@ class Tracer:
         }
         told = check_memory({layer: ledger.bytes for layer, ledger in self.ledgers.items()}, self.options.memory_limit)
         rank_zero_info(f"{self.name}: ledgers of {told}.")
-        self._take_up(kept, rank=trainer.global_rank)
+        self._take_up(kept, trainer)
         recorder.ledgers = dict(self.ledgers)
+        self.saved = {}
         recorder.elementwise = may_change_elements(trainer, trainer.lightning_module)
         recorder.world_size = trainer.world_size
         if trainer.world_size > 1:
@@ -116,15 +118,25 @@ class Tracer:
         if self.options.step_scores:
             self._open_step_scores(trainer, recorder, kept)
 
-    def _take_up(self, kept: Mapping[str, Any], *, rank: int) -> None:
+    def _take_up(self, kept: Mapping[str, Any], trainer: "pl.Trainer") -> None:
         if not kept["ledgers"]:
             return
+        phases = 0
         for layer, ledger in self.ledgers.items():
             if layer in kept["ledgers"]:
-                ledger.load_state_dict(kept["ledgers"][layer])
-        self.boundaries = list(kept["boundaries"])
-        # The saved table is of all ranks: one of them goes on with it, or it would count more than once.
-        if self.watch is not None and rank == 0:
+                try:
+                    ledger.load_state_dict(kept["ledgers"][layer])
+                except ValueError as error:
+                    raise MisconfigurationException(
+                        f"The checkpoint's ledger of layer '{layer}' does not fit `sources`, `num_sources` or `phases`:"
+                        f" {error} Give the callback the arguments that it was saved with."
+                    ) from error
+                phases = max(phases, len(kept["ledgers"][layer]["snapshots"]))
+        # What is planned now, after where training is; the phases that are over stay as they were.
+        ahead = [boundary for boundary in self.boundaries if boundary > trainer.global_step]
+        self.boundaries = ahead[: max(0, len(self.boundaries) - phases)]
+        # A checkpoint's table is of all ranks: one of them goes on with it, or it would count more than once.
+        if self.watch is not None and (kept.get("own") or trainer.global_rank == 0):
             self.watch.load_state_dict(kept["watch"])
 
     def _open_trace(self, trainer: "pl.Trainer", recorder: StepRecorder, kept: Mapping[str, Any]) -> None:
@@ -218,10 +230,11 @@ class Tracer:
 
     def finish(self, trainer: "pl.Trainer", device: torch.device) -> None:
         """Training ended as planned: write what is to be kept; every rank must ask."""
-        if self.writer is not None:
-            self.writer.close()
+        # What the ranks do together comes first: the disk may fail on one of them.
         if self.watch is not None and self.options.samples:
             self.watch.finish(trainer, self.name, device)
+        if self.writer is not None:
+            self.writer.close()
 
     def close(self) -> None:
         """Take all hooks off and leave the data loader as it was; the ledgers stay."""
