@@ -11,11 +11,12 @@ in evaluation mode. Memory is the growth of the process's peak, each variant in 
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,13 +116,14 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def peak(name: str, variant: str, threads: int) -> float:
-    """Growth of the peak memory in three steps, in MiB."""
+    """Peak memory of a process of three steps, in MiB; Linux only."""
     torch.set_num_threads(threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = stepper(name, variant)
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    # Not `resource.getrusage`: a process takes its parent's peak over.
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else float("nan")
 
 
 def main() -> None:

@@ -306,8 +306,8 @@ class RefinementLedger:
                 raise ValueError(f"The saved ledger has a {name} of shape {seen}, but {tuple(parts.shape)} is needed.")
         if len(state["snapshots"]) >= self.num_phases:
             raise ValueError(
-                f"The saved ledger is in phase {len(state['snapshots']) + 1} of training, but only {self.num_phases} are"
-                " planned."
+                f"The saved ledger is in phase {len(state['snapshots']) + 1} of training, but only"
+                f" {self.num_phases} are planned."
             )
         self.inexact = state["inexact"]
         for name in _STATE:

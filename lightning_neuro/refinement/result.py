@@ -96,8 +96,8 @@ class RefinementResult:
         if self.inexact:
             notes["inexact"] = (
                 f"{self.inexact}. Each step's change of the weights is credited to the sources of its samples in"
-                " proportion to the projection of their gradients. There is no completeness error: it would be 0 whatever"
-                " the shares are."
+                " proportion to the projection of their gradients. There is no completeness error: it would be 0"
+                " whatever the shares are."
             )
         if self.completeness_error > TOLERANCE:
             notes["incomplete"] = (

@@ -201,6 +201,6 @@ def test_layers_that_cannot_be_traced():
     tied.head.weight = tied.embedding.weight
     with pytest.raises(
         MisconfigurationException,
-        match="'head', .* shares its weight with a module of type Embedding",
+        match=r"'head', .* shares its weight with a module of type Embedding",
     ):
         find_layers(tied, "head")
