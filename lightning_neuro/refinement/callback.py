@@ -11,7 +11,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import logging
-from lightning_neuro.arguments import check_count
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Event, Probe, ProbeBatch
@@ -21,13 +20,13 @@ from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
 from lightning_neuro.refinement.pfahler2021 import StepScores
-from lightning_neuro.refinement.plan import check_patterns, check_phases, parse_bytes
+from lightning_neuro.refinement.plan import check_patterns, check_phases, check_sample_options, parse_bytes
 from lightning_neuro.refinement.plot import plot_refinement
 from lightning_neuro.refinement.result import RefinementResult
 from lightning_neuro.refinement.samples import Arrays, SampleTable
 from lightning_neuro.refinement.sources import check_sources, count_classes, rows_of
 from lightning_neuro.refinement.tracer import Options, Tracer
-from lightning_neuro.refinement.watch import NUM_INPUTS, SampleWatch
+from lightning_neuro.refinement.watch import SampleWatch
 from lightning_neuro.samples import class_labels, default_target
 
 if TYPE_CHECKING:
@@ -45,13 +44,12 @@ class RepresentationRefinement(MetricCallback):
 
         output = initial part + sum over classes and phases of training of their contributions
 
-    holds to rounding, with ordinary batches and constant memory. `completeness_error` is its measured error: nothing is
-    copied from the weights, so a small value proves the others.
+    holds to rounding, with ordinary batches and constant memory. `completeness_error` is its measured error; nothing is
+    copied from the weights. It proves the total; `untraced_share` tells of what gradient no sample was seen.
 
     How to read it: the refinement p of a sample is all that training added to the layer's output on it; the share of a
-    class is <c, p> / |p|^2, c being what its samples contributed. The shares sum to 1; a class that works against what
-    came out has a negative one, so another may have more than 1. It says who made the output, not what would be if
-    these samples had been left out.
+    class is sum <c, p> / sum |p|^2, c being what its samples contributed. Shares sum to 1; a class that works against
+    what came out has a negative one. It says who made the output, not what would be without these samples.
 
     Args:
         layers: Names or globs of linear and convolution layers; default: the classifier head (the last of them). Each
@@ -161,12 +159,7 @@ class RepresentationRefinement(MetricCallback):
             raise MisconfigurationException(f"`mode` must be one of {', '.join(map(repr, MODES))}; got {mode!r}.")
         check_phases(phases)
         check_sources(sources, num_sources)
-        if influence_every_n_steps is not None:
-            check_count("influence_every_n_steps", influence_every_n_steps)
-        if not isinstance(sample_id, (str, int, type(None))) or isinstance(sample_id, bool):
-            raise MisconfigurationException(f"`sample_id` must be a key or position in the batch; got {sample_id!r}.")
-        if not isinstance(trace, (bool, str, Path)):
-            raise MisconfigurationException(f"`trace` must be True, False or a folder; got {trace!r}.")
+        check_sample_options(influence_every_n_steps, sample_id, trace)
         self.layers = check_patterns("layers", layers)
         self.sources = sources
         self.num_sources = num_sources
@@ -288,16 +281,7 @@ class RepresentationRefinement(MetricCallback):
     def influence(
         self, top_k: int = 10, direction: str | Tensor = "refinement", *, targets: Tensor | None = None
     ) -> Influence | None:
-        """The training samples of this rank that moved the probe's first samples most, so far.
-
-        Args:
-            top_k: How many for each of the probe's samples.
-            direction: See `LiveInfluence.scores`.
-            targets: The samples' classes, for the direction "contrast".
-
-        Returns:
-            Sample ids, scores and classes; None before there are any.
-        """
+        """The training samples of this rank that moved the probe's first samples most; see `LiveInfluence.top`."""
         live = None if self._tracer.watch is None else self._tracer.watch.live
         return None if live is None else live.top(top_k, direction, targets=targets)
 
@@ -327,9 +311,12 @@ class RepresentationRefinement(MetricCallback):
             super().observe(batch)
         broken = {} if self._tracer.recorder is None else self._tracer.recorder.broken
         self._failed |= {layer: error for layer, error in broken.items() if layer not in self._failed}
+        recorded = {} if self._tracer.recorder is None else self._tracer.recorder.taps.recorded
         for layer in self.ledger:
+            if layer not in recorded:
+                self._warn_once(layer, f"{self.name}: layer '{layer}' did not run: nothing is told of it.")
             try:
-                for inputs, outputs in self._recorded().get(layer, ()):
+                for inputs, outputs in recorded.get(layer, ()):
                     metric: Any = self.metric_at(layer, outputs.device)
                     metric.update(inputs, outputs, self._rows(batch.batch, batch.targets))
             except Exception as error:
@@ -342,9 +329,6 @@ class RepresentationRefinement(MetricCallback):
         recorder = self._tracer.recorder
         if recorder is not None:
             recorder.taps.record(lambda: self.probe.num_looks if on else None)
-
-    def _recorded(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        return {} if self._tracer.recorder is None else self._tracer.recorder.taps.recorded
 
     def metric_at(self, layer: str, device: torch.device) -> Metric:
         """The summary of one layer's ledger."""
@@ -362,10 +346,6 @@ class RepresentationRefinement(MetricCallback):
             results = super()._results(trainer, pl_module, event)
         finally:
             self._record(False)
-        for layer in self.ledger.keys() - results.keys() - self._failed.keys():
-            self._warn_once(
-                layer, f"{self.name}: layer '{layer}' did not run in the probe's pass, so nothing is told of it."
-            )
         if trainer.state.fn == "fit" and self._tracer.watch is not None:
             self._table = self._tracer.watch.over_ranks(trainer)
         return results
@@ -389,20 +369,12 @@ class RepresentationRefinement(MetricCallback):
 
     def _refresh_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Score the coming samples against how the network sees the probe's first samples now."""
-        watch = self._tracer.watch
-        assert watch is not None and watch.head is not None
-        layer = watch.head[0]
-
-        seen: list[tuple[Tensor, Any, Tensor | None]] = []
-
-        def look(batch: ProbeBatch) -> None:
-            targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
-            seen.append((self._recorded()[layer][0][0][:NUM_INPUTS], batch.inputs[:NUM_INPUTS], targets))
-
+        watch, recorder = self._tracer.watch, self._tracer.recorder
+        assert watch is not None and recorder is not None
         self._record(True)
         error: Exception | None = None
         try:
-            self.probe.run(trainer, pl_module, look, max_batches=1)
+            watch.look(trainer, pl_module, self.probe, recorder.taps)
         except Exception as failure:
             error = failure
         finally:
@@ -410,7 +382,7 @@ class RepresentationRefinement(MetricCallback):
         if on_any_rank(trainer, error is not None):
             self._report("the influence of training samples", error)
         else:
-            watch.refresh(trainer, seen[0] if seen else None)
+            watch.refresh(trainer)
 
     def _layer_failed(self, layer: str, error: Exception) -> None:
         self._report(f"layer '{layer}' in a training step", error)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,6 +33,16 @@ def check_patterns(name: str, given: Any) -> str | tuple[str, ...] | None:
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise MisconfigurationException(f"`{name}` must be a name or glob, or several; got {given!r}.")
     return patterns
+
+
+def check_sample_options(influence_every_n_steps: Any, sample_id: Any, trace: Any) -> None:
+    """Refuse what does not say how to follow single samples."""
+    if influence_every_n_steps is not None:
+        check_count("influence_every_n_steps", influence_every_n_steps)
+    if not isinstance(sample_id, (str, int, type(None))) or isinstance(sample_id, bool):
+        raise MisconfigurationException(f"`sample_id` must be a key or position in the batch; got {sample_id!r}.")
+    if not isinstance(trace, (bool, str, Path)):
+        raise MisconfigurationException(f"`trace` must be True, False or a folder; got {trace!r}.")
 
 
 def plan_phases(trainer: "pl.Trainer", phases: int | Sequence[int]) -> tuple[int, list[int]]:

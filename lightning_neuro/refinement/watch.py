@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from lightning_neuro import logging
 from lightning_neuro.isolation import isolated_random_state
+from lightning_neuro.probe import Probe, ProbeBatch
 from lightning_neuro.refinement.batch import TrainBatch
 from lightning_neuro.refinement.influence import Influence, LiveInfluence
 from lightning_neuro.refinement.plan import megabytes
 from lightning_neuro.refinement.sample_ids import SampleIds
 from lightning_neuro.refinement.sample_plot import plot_influence, plot_top_samples
 from lightning_neuro.refinement.samples import SampleTable, gini, top_rows, write_csv
+from lightning_neuro.refinement.taps import GradientTaps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +58,7 @@ class SampleWatch:
         self.live: LiveInfluence | None = None
         self.probe_inputs: Any = None
         self.probe_targets: Tensor | None = None
+        self._seen: tuple[Tensor, Any, Tensor | None] | None = None
         self._saved: Mapping[str, Any] = {}
 
     def batch(self, trainer: "pl.Trainer", batch: Any, targets: Tensor | None) -> TrainBatch:
@@ -106,15 +109,21 @@ class SampleWatch:
         for part in self._parts:
             part.drop(layer)
 
-    def refresh(self, trainer: "pl.Trainer", seen: tuple[Tensor, Any, Tensor | None] | None) -> None:
-        """Score against the probe's samples as rank 0 has seen them; every rank must ask.
+    def look(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe: Probe, taps: GradientTaps) -> None:
+        """See how the network sees the probe's first samples now."""
+        assert self.head is not None
+        layer = self.head[0]
+        self._seen = None
 
-        Args:
-            trainer: The trainer.
-            seen: The layer's inputs, the model's inputs and the classes; None where this rank has no sample.
-        """
-        if trainer.world_size > 1:
-            seen = trainer.strategy.broadcast(seen)
+        def keep(batch: ProbeBatch) -> None:
+            targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
+            self._seen = (taps.recorded[layer][0][0][:NUM_INPUTS], batch.inputs[:NUM_INPUTS], targets)
+
+        probe.run(trainer, pl_module, keep, max_batches=1)
+
+    def refresh(self, trainer: "pl.Trainer") -> None:
+        """Score against the samples that rank 0 has seen; every rank must ask, after it looked."""
+        seen = trainer.strategy.broadcast(self._seen) if trainer.world_size > 1 else self._seen
         if seen is not None and self.live is not None:
             layer_inputs, self.probe_inputs, self.probe_targets = seen
             self.live.refresh(layer_inputs)
