@@ -130,7 +130,7 @@ class FailingForward(Module):
 
 @pytest.mark.parametrize("after", [0, 5])
 def test_a_pass_that_fails_warns_once_and_leaves_the_run_alone(make: Make, after: int) -> None:
-    callback, module = make(), FailingForward(after)
+    callback, module = make(Probe(layers=HIDDEN)), FailingForward(after)
     weights, messages = train(callback, module)
     plain, _ = train(None, Module(mlp().net))
     assert_same_weights(weights, plain)
@@ -140,7 +140,7 @@ def test_a_pass_that_fails_warns_once_and_leaves_the_run_alone(make: Make, after
 
 
 def test_nan_activations_log_nothing_undefined_and_warn(make: Make, name: str) -> None:
-    callback = make()
+    callback = make(Probe(layers=HIDDEN))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(FailingForward(5, nan=True), callback, train=loader(), max_epochs=3)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import CALLBACKS, Make, hooks_of
+from tests.contract.callbacks import CALLBACKS, HIDDEN, Make, hooks_of
 from tests.models import MemoryLogger, Module, images, loader, mlp
 
 Fact = dict[str, Any]
@@ -129,7 +129,7 @@ def failing_samples(make: Make, directory: Path) -> Fact:
 
 
 def failing_pass(make: Make, directory: Path) -> Fact:
-    return told(FailsOnRankOne(mlp().net), make())
+    return told(FailsOnRankOne(mlp().net), make(Probe(layers=HIDDEN)))
 
 
 def told(module: Module, callback: MetricCallback) -> Fact:
