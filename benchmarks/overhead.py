@@ -29,18 +29,37 @@ EPOCH = 60_000
 
 def callbacks(name: str) -> list[Any]:
     """The callbacks of a variant, at their defaults."""
-    from lightning_neuro import ActivationEntropy, NeuronCommunities
+    from lightning_neuro import (
+        ActivationEntropy,
+        ActivationTopology,
+        ConceptPaths,
+        NeuronCommunities,
+        ObserverProbes,
+        RepresentationRefinement,
+    )
 
     methods: dict[str, Callable[[], Any]] = {
         "NeuronCommunities": NeuronCommunities,
         "ActivationEntropy": ActivationEntropy,
+        "RepresentationRefinement": RepresentationRefinement,
+        "ObserverProbes": ObserverProbes,
+        "ActivationTopology": ActivationTopology,
+        "ConceptPaths": ConceptPaths,
     }
     if name == "plain":
         return []
     return [make() for make in methods.values()] if name == "all" else [methods[name]()]
 
 
-VARIANTS = ("NeuronCommunities", "ActivationEntropy", "all")
+VARIANTS = (
+    "NeuronCommunities",
+    "ActivationEntropy",
+    "RepresentationRefinement",
+    "ObserverProbes",
+    "ActivationTopology",
+    "ConceptPaths",
+    "all",
+)
 
 
 def fit(network: str, variant: str, samples: int, batch_size: int) -> dict[str, float]:

@@ -6,15 +6,23 @@ from lightning_neuro.communities import NeuronModularity, activation_graph, dete
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
 from lightning_neuro.entropy.callback import ActivationEntropy
+from lightning_neuro.observers import LinearObserver
+from lightning_neuro.observers.callback import ObserverProbes
+from lightning_neuro.paths.callback import ConceptPaths
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
+from lightning_neuro.topology.callback import ActivationTopology
 
 __all__ = [
     "ActivationEntropy",
+    "ActivationTopology",
+    "ConceptPaths",
+    "LinearObserver",
     "MetricCallback",
     "NeuronCommunities",
     "NeuronEntropy",
     "NeuronModularity",
+    "ObserverProbes",
     "Probe",
     "RepresentationRefinement",
     "__version__",

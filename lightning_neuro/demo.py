@@ -17,7 +17,11 @@ from torchmetrics.functional import accuracy
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy.callback import ActivationEntropy
+from lightning_neuro.observers.callback import ObserverProbes
+from lightning_neuro.paths.callback import ConceptPaths
 from lightning_neuro.probe import Probe
+from lightning_neuro.refinement.callback import RepresentationRefinement
+from lightning_neuro.topology.callback import ActivationTopology
 
 
 class DigitsNet(pl.LightningModule):
@@ -87,6 +91,10 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
     callbacks = [
         NeuronCommunities(probe, prog_bar="communities/modularity"),
         ActivationEntropy(probe, prog_bar="entropy/class_information"),
+        RepresentationRefinement(["fc1", "fc2"], probe, influence_every_n_steps=20),
+        ObserverProbes(probe),
+        ActivationTopology(probe, prog_bar="topology/purity"),
+        ConceptPaths(probe, prog_bar="paths/auroc"),
     ]
     path = Path(logdir)
     trainer = pl.Trainer(
@@ -105,14 +113,14 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
 
 def _print_summary(callbacks: Sequence[MetricCallback], trainer: "pl.Trainer", logdir: str) -> None:
     accuracy_reached = float(trainer.callback_metrics["val/accuracy"])
-    layer = list(callbacks[0].result)[-1]
     print(f"\nValidation accuracy {accuracy_reached:.3f} after {trainer.current_epoch} epochs.")
-    print(f"What the callbacks say of {layer}, the last hidden layer:\n")
-    print(f"{'metric':<36}{'untrained':>10}{'trained':>10}  what it says")
+    print("What the callbacks say of the last layer that each looks at:\n")
+    print(f"{'metric':<40}{'untrained':>10}{'trained':>10}  what it says")
     for callback in callbacks:
+        layer = list(callback.result)[-1]
         for measure, meaning in callback.meanings.items():
             key = f"{callback.name}/{measure}/{layer}"
-            print(f"{key:<36}{_number(callback.initial.get(key))}{_number(callback.scalars.get(key))}  {meaning}")
+            print(f"{key:<40}{_number(callback.initial.get(key))}{_number(callback.scalars.get(key))}  {meaning}")
     print(f"\nSee the curves and figures of every layer:\n\n    {_tensorboard_command()} --logdir {logdir}\n")
 
 

@@ -107,6 +107,24 @@ def log_histogram(trainer: "pl.Trainer", tag: str, values: Tensor) -> None:
             writer.add_histogram(tag, values.detach().cpu().numpy(), logging_step(trainer), bins=50)
 
 
+def log_embedding(
+    trainer: "pl.Trainer",
+    tag: str,
+    points: Tensor,
+    labels: Sequence[object] | None = None,
+    images: Tensor | None = None,
+) -> None:
+    """Write points for TensorBoard's projector, with (N, 3, height, width) images in 0 .. 1 if each has one."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        writer = _writer(logger)
+        if writer is not None:
+            metadata = None if labels is None else list(labels)
+            label_img = images if images is not None and len(images) == len(points) else None
+            writer.add_embedding(points.float(), metadata, label_img, logging_step(trainer), tag)
+
+
 def log_text(trainer: "pl.Trainer", tag: str, text: str) -> None:
     """Write Markdown to the loggers that hold text."""
     if not trainer.is_global_zero:

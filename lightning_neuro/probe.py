@@ -172,9 +172,9 @@ class Probe:
             mine[name] == theirs[name] if isinstance(mine[name], plain) else mine[name] is theirs[name] for name in mine
         )
 
-    def attach(self, pl_module: "pl.LightningModule", observer: Observer) -> None:
-        """Find the layers and enlist an observer; the first observer's call prepares the probe for this model."""
-        if not self._observers:
+    def attach(self, pl_module: "pl.LightningModule", observer: Observer, *, needs_layers: bool = True) -> None:
+        """Find the layers and enlist an observer; default layers only for one that needs any."""
+        if not self._modules and (needs_layers or self.layers is not None):
             self._modules = resolve_layers(pl_module, self.layers)
         if observer not in self._observers:
             self._observers.append(observer)

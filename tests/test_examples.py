@@ -28,7 +28,12 @@ def test_demo_ends_with_a_table_of_every_metric_and_the_command_to_look(tmp_path
     logdir = tmp_path / "runs" / "demo"
     main(["demo", "--logdir", str(logdir), "--epochs", "2"])
     printed = capsys.readouterr().out
-    for key in ("communities/modularity/relu3", "communities/modularity_null/relu3", "entropy/class_information/relu3"):
+    for key in (
+        "communities/modularity/relu3",
+        "communities/modularity_null/relu3",
+        "entropy/class_information/relu3",
+        "observers/balanced_accuracy/relu3",
+    ):
         line = next(line for line in printed.splitlines() if line.startswith(key))
         untrained, trained = map(float, re.findall(r"-?\d+\.\d{3}", line)[:2])
         assert untrained != trained
@@ -42,6 +47,24 @@ def test_early_stopping_stops_on_modularity():
     untrained = re.search(r"Untrained it was (\S+)\.", printed).group(1)
     assert 4 <= int(epochs) < 50
     assert float(best) > float(untrained)
+
+
+def test_training_stops_when_the_network_knows_the_mark():
+    printed = run(str(ROOT / "examples/shortcut.py"), cwd=ROOT)
+    epochs = int(re.search(r"Stopped after (\d+) epochs", printed).group(1))
+    end, start = map(float, re.search(r"mark: balanced accuracy (\S+), before training (\S+),", printed).groups())
+    assert 1 < epochs < 30
+    assert start < 0.75 < 0.85 <= end
+    assert re.search(r"hole: balanced accuracy 0\.\d{3}, before", printed)
+
+
+def test_observers_of_text_run_on_the_excerpt(monkeypatch):
+    monkeypatch.delenv("LIGHTNING_NEURO_DATA", raising=False)
+    printed = run(str(ROOT / "examples/text_observers.py"), "--max-epochs=3", cwd=ROOT)
+    assert "140 commands; accuracy" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("playlist "))
+    scores = list(map(float, re.findall(r"\d\.\d{3}", row)))
+    assert len(scores) == 6 and max(scores) > 0.75
 
 
 def test_lightning_cli_adds_two_callbacks(tmp_path):

@@ -13,23 +13,27 @@ from torchmetrics import Metric
 from lightning_neuro import logging
 from lightning_neuro.arguments import check_count
 from lightning_neuro.callback import MetricCallback
-from lightning_neuro.capture import uncompiled
-from lightning_neuro.isolation import evaluation_mode, why_off
+from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Event, Probe, ProbeBatch
+from lightning_neuro.ranks import on_any_rank
 from lightning_neuro.refinement.explanation import RefinementExplanation
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
-from lightning_neuro.refinement.plan import check_phases, parse_bytes
+from lightning_neuro.refinement.pfahler2021 import StepScores
+from lightning_neuro.refinement.plan import check_patterns, check_phases, parse_bytes
 from lightning_neuro.refinement.plot import plot_refinement
 from lightning_neuro.refinement.result import RefinementResult
 from lightning_neuro.refinement.samples import Arrays, SampleTable
+from lightning_neuro.refinement.sources import check_sources, count_classes, rows_of
 from lightning_neuro.refinement.tracer import Options, Tracer
 from lightning_neuro.refinement.watch import NUM_INPUTS, SampleWatch
-from lightning_neuro.samples import batch_length, class_labels, default_input, default_target, describe
+from lightning_neuro.samples import class_labels, default_target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MODES = ("exact", "pfahler2021")
 
 
 class RepresentationRefinement(MetricCallback):
@@ -54,10 +58,22 @@ class RepresentationRefinement(MetricCallback):
             costs the weight gradient once more per step, and memory for (classes + 2) copies of its weights in double
             precision, twice with momentum or Adam.
         probe: The samples that are explained, and when; see `Probe`. Its `layers` do not matter here.
+        mode: `"exact"`, or `"pfahler2021"` to keep, beside the ledgers, every step's change of the weights, for the
+            scores of the paper (`step_scores`): for small runs.
         phases: Number of equal parts of the planned training, or the optimiser steps after which a phase ends.
         sources: `"class"`, or a function of the batch that returns a whole number for each sample, (N,), such as the
             id of the data set it comes from; numbers outside 0 .. num_sources - 1 count as "other".
         num_sources: How many there are; default for classes: those of the probe's samples. At most 100.
+        samples: Whether to cumulate for each training sample the length of its own updates, r_i = lr x |its gradient|:
+            of the traced layers (True), of these (names or globs, `"*"` for all it can be had for), or not (False).
+            Large values belong to samples that keep pulling at the network: hard, rare or mislabelled ones.
+        sample_id: Key or position of the batch's field that holds each sample's id; default: its place in the dataset,
+            found by itself for map-style datasets, whatever the sampler and the number of workers.
+        influence_every_n_steps: Score, against the probe's first 16 samples, which training samples moved their
+            output at the last of the layers; so many steps go between two looks at them.
+        trace: Whether to keep the factors of every sample's update on disk, beside the logs or in this folder, for
+            `lightning_neuro.refinement.load_trace`.
+        trace_limit: What the trace may take on disk.
         memory_limit: What the ledgers may take, such as `"500MB"`; above it the fit does not start.
         name: First part of the keys, instead of `refinement`.
         prog_bar: Keys or globs of keys to show in the progress bar.
@@ -75,10 +91,13 @@ class RepresentationRefinement(MetricCallback):
         `own_class_share`        share of a sample's own class in its refinement            any          higher
         `own_class_share_null`   the same for labels shuffled over the samples              any          (reference)
         `initial_share`          share of the initial weights in the output                 any          neither
+        `sample_gini`            how unevenly the samples refine the layer (0: all alike)   0 .. 1       neither
         ======================== ========================================================== ============ ============
 
-    The shares exist from the first evaluation after a training step on. Also a figure (`refinement/sources`: class by
-    class and class by phase) and a histogram (`refinement/class_share/<layer>`).
+    The shares and `sample_gini` exist from the first evaluation after a training step on. Also a figure (`sources`),
+    a histogram (`class_share/<layer>`), with live influence the probe's samples beside the training samples that moved
+    them most (`influence/<layer>`), and at the end of the fit the 20 samples that refined each layer most, as images
+    and as a table (`top_samples/<layer>`), and the whole table in a file `samples.csv`.
 
     Exact for SGD (momentum, Nesterov, dampening, decay), Adam and AdamW (amsgrad too), parameter groups, schedules,
     accumulation, clipping, mixed precision, several optimisers, frozen and shared layers, DDP. Under another optimiser
@@ -87,6 +106,7 @@ class RepresentationRefinement(MetricCallback):
 
     Attributes:
         ledger: Layer -> `RefinementLedger`, whose `explain(layer_inputs)` divides the layer's output on any input.
+        samples: The table of the training samples.
 
     Raises:
         MisconfigurationException: For a wrong argument, at construction; for a layer that cannot be traced, no class
@@ -121,6 +141,7 @@ class RepresentationRefinement(MetricCallback):
         layers: str | Sequence[str] | None = None,
         probe: Probe | None = None,
         *,
+        mode: str = "exact",
         phases: int | Sequence[int] = 10,
         sources: str | Callable[[Any], Any] = "class",
         num_sources: int | None = None,
@@ -136,20 +157,17 @@ class RepresentationRefinement(MetricCallback):
     ) -> None:
         if isinstance(layers, Probe):
             raise MisconfigurationException("`layers` comes before `probe` here: RepresentationRefinement(probe=...).")
+        if mode not in MODES:
+            raise MisconfigurationException(f"`mode` must be one of {', '.join(map(repr, MODES))}; got {mode!r}.")
         check_phases(phases)
-        if sources != "class" and not callable(sources):
-            raise MisconfigurationException(f"`sources` must be 'class' or a function of the batch; got {sources!r}.")
-        if num_sources is not None:
-            check_count("num_sources", num_sources)
-        elif sources != "class":
-            raise MisconfigurationException("`sources` is a function, so say with `num_sources` how many there are.")
+        check_sources(sources, num_sources)
         if influence_every_n_steps is not None:
             check_count("influence_every_n_steps", influence_every_n_steps)
         if not isinstance(sample_id, (str, int, type(None))) or isinstance(sample_id, bool):
             raise MisconfigurationException(f"`sample_id` must be a key or position in the batch; got {sample_id!r}.")
         if not isinstance(trace, (bool, str, Path)):
             raise MisconfigurationException(f"`trace` must be True, False or a folder; got {trace!r}.")
-        self.layers = _patterns("layers", layers)
+        self.layers = check_patterns("layers", layers)
         self.sources = sources
         self.num_sources = num_sources
         self.influence_every_n_steps = influence_every_n_steps
@@ -157,8 +175,9 @@ class RepresentationRefinement(MetricCallback):
         options = Options(
             layers=self.layers,
             phases=phases,
-            samples=samples if isinstance(samples, bool) else _patterns("samples", samples) or False,
+            samples=samples if isinstance(samples, bool) else check_patterns("samples", samples) or False,
             sample_id=sample_id,
+            step_scores=mode == "pfahler2021",
             influence=influence_every_n_steps is not None,
             trace=trace,
             trace_limit=parse_bytes("trace_limit", trace_limit),
@@ -187,8 +206,8 @@ class RepresentationRefinement(MetricCallback):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers and hook them, before a compiled model's first run."""
-        super().on_fit_start(trainer, pl_module)
         if not why_off(trainer):
+            self.probe.attach(pl_module, self, needs_layers=False)
             self._tracer.attach(trainer, pl_module)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -202,9 +221,16 @@ class RepresentationRefinement(MetricCallback):
     ) -> None:
         """Say whose samples the coming backward passes are of."""
         if self.ledger and not why_off(trainer):
-            with self._guard("the batch"):
+            try:
                 targets = class_labels((self.probe.target_fn or default_target)(batch))
-                self._tracer.begin(trainer, batch, targets, self._rows(batch, targets))
+                if targets is None and self.sources == "class":
+                    self._warn_once("unlabelled", f"{self.name}: a training batch has no class labels: 'other'.")
+                rows = self._rows(batch, targets).to(pl_module.device)
+                self._tracer.begin(trainer, batch, targets, rows)
+            except Exception as error:
+                if isinstance(error, MisconfigurationException) and trainer.global_step == 0:
+                    raise
+                self._report("a training batch", error)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -225,9 +251,10 @@ class RepresentationRefinement(MetricCallback):
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hook the layers for a `trainer.validate` after a fit."""
-        super().on_validation_start(trainer, pl_module)
-        if trainer.state.fn == "validate" and self.ledger and not why_off(trainer):
-            self._tracer.look_only(pl_module)
+        if trainer.state.fn == "validate" and not why_off(trainer):
+            self.probe.attach(pl_module, self, needs_layers=False)
+            if self.ledger:
+                self._tracer.look_only(pl_module)
 
     def on_save_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
@@ -256,19 +283,7 @@ class RepresentationRefinement(MetricCallback):
         Raises:
             ValueError: If there is no ledger of the layer, or the layer does not run.
         """
-        layer = next(reversed(self.ledger), "") if layer is None else layer
-        if layer not in self.ledger:
-            raise ValueError(f"There is no ledger of layer {layer!r}; there are {list(self.ledger) or 'none yet'}.")
-        seen: list[Tensor] = []
-        hook = self.ledger[layer].module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-        try:
-            with uncompiled(), evaluation_mode(pl_module), torch.no_grad():
-                pl_module(inputs)
-        finally:
-            hook.remove()
-        if not seen:
-            raise ValueError(f"Layer {layer!r} did not run on these inputs.")
-        return self.ledger[layer].explain(seen[0])
+        return self._tracer.explain(pl_module, inputs, layer)
 
     def influence(
         self, top_k: int = 10, direction: str | Tensor = "refinement", *, targets: Tensor | None = None
@@ -286,28 +301,10 @@ class RepresentationRefinement(MetricCallback):
         live = None if self._tracer.watch is None else self._tracer.watch.live
         return None if live is None else live.top(top_k, direction, targets=targets)
 
-    # Whose samples
-
-    def _count_sources(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
-        if self.num_sources is not None:
-            return self.num_sources
-        if num_classes := self.probe.count_classes(trainer, pl_module):
-            return num_classes
-        raise MisconfigurationException(
-            "RepresentationRefinement needs a class label (a whole number) for each sample, and the probe finds none."
-            " Say where they are with `Probe(target_fn=lambda batch: ...)`, or what else the sources of the samples are"
-            " with `sources=` and `num_sources=`."
-        )
-
-    def _rows(self, batch: Any, targets: Tensor | None) -> Tensor:
-        """Each sample's row in the ledgers; the last, "other", for those with no source of their own."""
-        last = self._tracer.num_rows - 1
-        rows = targets if self.sources == "class" else self.sources(batch)  # type: ignore[operator]
-        if rows is None:
-            return torch.full((batch_length(default_input(batch)) or 1,), last)
-        if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
-            raise ValueError(f"`sources` must return (N,) whole numbers; it returned {describe(rows)}.")
-        return torch.where((rows >= 0) & (rows < last), rows, last)
+    @property
+    def step_scores(self) -> dict[str, StepScores]:
+        """Layer -> the paper's scores of the steps; in mode "pfahler2021"."""
+        return self._tracer.step_scores
 
     # One evaluation
 
@@ -322,12 +319,14 @@ class RepresentationRefinement(MetricCallback):
         if trainer.state.fn == "fit" and not self._tracer.opened:
             # Without the probe's samples the classes cannot be counted: then there are no ledgers.
             with self._guard("the probe's samples"):
-                self._tracer.open(trainer, self._count_sources(trainer, pl_module))
+                self._tracer.open(trainer, self.num_sources or count_classes(self.probe, trainer, pl_module))
 
     def observe(self, batch: ProbeBatch) -> None:
         """Take in one batch of the probe's pass, as the layers' inputs and outputs."""
         if self.needs_labels and batch.targets is None:
             super().observe(batch)
+        broken = {} if self._tracer.recorder is None else self._tracer.recorder.broken
+        self._failed |= {layer: error for layer, error in broken.items() if layer not in self._failed}
         for layer in self.ledger:
             try:
                 for inputs, outputs in self._recorded().get(layer, ()):
@@ -335,6 +334,9 @@ class RepresentationRefinement(MetricCallback):
                     metric.update(inputs, outputs, self._rows(batch.batch, batch.targets))
             except Exception as error:
                 self._failed.setdefault(layer, error)
+
+    def _rows(self, batch: Any, targets: Tensor | None) -> Tensor:
+        return rows_of(batch, targets, self.sources, self._tracer.num_sources)
 
     def _record(self, on: bool) -> None:
         recorder = self._tracer.recorder
@@ -360,6 +362,10 @@ class RepresentationRefinement(MetricCallback):
             results = super()._results(trainer, pl_module, event)
         finally:
             self._record(False)
+        for layer in self.ledger.keys() - results.keys() - self._failed.keys():
+            self._warn_once(
+                layer, f"{self.name}: layer '{layer}' did not run in the probe's pass, so nothing is told of it."
+            )
         if trainer.state.fn == "fit" and self._tracer.watch is not None:
             self._table = self._tracer.watch.over_ranks(trainer)
         return results
@@ -373,10 +379,13 @@ class RepresentationRefinement(MetricCallback):
         return measured
 
     def _log_pictures(self, trainer: "pl.Trainer") -> None:
-        super()._log_pictures(trainer)
         watch = self._tracer.watch
-        figures = {} if watch is None else watch.draw_influence(trainer)
-        logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": figure for tag, figure in figures.items()})
+        # First what the ranks do together: the rest may fail on one of them.
+        top = None if watch is None else watch.influence(trainer)
+        super()._log_pictures(trainer)
+        if watch is not None:
+            figures = watch.draw_influence(trainer, top)
+            logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": figure for tag, figure in figures.items()})
 
     def _refresh_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Score the coming samples against how the network sees the probe's first samples now."""
@@ -384,17 +393,24 @@ class RepresentationRefinement(MetricCallback):
         assert watch is not None and watch.head is not None
         layer = watch.head[0]
 
+        seen: list[tuple[Tensor, Any, Tensor | None]] = []
+
         def look(batch: ProbeBatch) -> None:
-            inputs = self._recorded()[layer][0][0][:NUM_INPUTS]
             targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
-            watch.refresh(trainer, inputs, batch.inputs[:NUM_INPUTS], targets)
+            seen.append((self._recorded()[layer][0][0][:NUM_INPUTS], batch.inputs[:NUM_INPUTS], targets))
 
         self._record(True)
+        error: Exception | None = None
         try:
-            with self._guard("the influence of training samples"):
-                self.probe.run(trainer, pl_module, look, max_batches=1)
+            self.probe.run(trainer, pl_module, look, max_batches=1)
+        except Exception as failure:
+            error = failure
         finally:
             self._record(False)
+        if on_any_rank(trainer, error is not None):
+            self._report("the influence of training samples", error)
+        else:
+            watch.refresh(trainer, seen[0] if seen else None)
 
     def _layer_failed(self, layer: str, error: Exception) -> None:
         self._report(f"layer '{layer}' in a training step", error)
@@ -407,13 +423,3 @@ class RepresentationRefinement(MetricCallback):
     def _release(self) -> None:
         super()._release()
         self._tracer.close()
-
-
-def _patterns(name: str, given: Any) -> str | tuple[str, ...] | None:
-    """Names or globs of layers, or an error."""
-    if given is None or isinstance(given, str):
-        return given
-    patterns = tuple(given) if isinstance(given, Sequence) else (given,)
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise MisconfigurationException(f"`{name}` must be a name or glob, or several; got {given!r}.")
-    return patterns

@@ -99,10 +99,14 @@ class RefinementLedger:
 
     @property
     def bytes(self) -> int:
-        """Size of the ledger when training is under way: parts and running means, and the phases on the CPU."""
+        """Size when training is under way: parts and running means, what a step and an evaluation need, and the phases.
+
+        The phases lie on the CPU.
+        """
         numel = sum(parts[0].numel() for parts in self._parts.values())
         rows, size = self.num_sources + 2, next(iter(self._parts.values())).element_size()
-        return numel * (2 * rows * size + (self.num_phases - 1) * (rows - 1) * 4)
+        kept, step, evaluation = 2 * rows, 4 * rows, 2 * (rows - 1)
+        return numel * ((kept + step + evaluation) * size + (self.num_phases - 1) * (rows - 1) * 4)
 
     @property
     def untraced_share(self) -> float:
@@ -113,6 +117,12 @@ class RefinementLedger:
         return float((self._rest / self._used).sqrt()) if self._used > 0 else 0.0
 
     # While training
+
+    def join(self, mean_over_ranks: Callable[[Tensor], Tensor] | None) -> None:
+        """Take part in the ranks' sum with nothing, where this rank's ledger is broken."""
+        if mean_over_ranks is not None:
+            self.drop()
+            self._seen(mean_over_ranks)
 
     def see(self, module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources) -> None:
         """Take in one backward pass: what the layer was given, and the gradient of the loss at its output."""
@@ -294,6 +304,11 @@ class RefinementLedger:
             if (saved := state["parts"].get(name)) is None or saved.shape != parts.shape:
                 seen = "none" if saved is None else tuple(saved.shape)
                 raise ValueError(f"The saved ledger has a {name} of shape {seen}, but {tuple(parts.shape)} is needed.")
+        if len(state["snapshots"]) >= self.num_phases:
+            raise ValueError(
+                f"The saved ledger is in phase {len(state['snapshots']) + 1} of training, but only"
+                f" {self.num_phases} are planned."
+            )
         self.inexact = state["inexact"]
         for name in _STATE:
             setattr(self, f"_{name}", copy.deepcopy(state[name]))

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class RefinementSummary(ResultMetric):
     """Whose samples made a layer's output on the samples that it is shown, by class.
 
-    The shares <A_s h, p> / |p|^2 of all sources s need no pass per source: their sum over samples is the inner product
-    of A_s with one matrix, the sum of p h^T / |p|^2. So the state is one such matrix per class, however many samples,
-    sources and phases there are.
+    The shares sum <A_s h, p> / sum |p|^2 of all sources s need no pass per source: the sum over samples is the inner
+    product of A_s with one matrix, the sum of p h^T. So the state is one such matrix per class, however many samples,
+    sources and phases there are. The sums are divided and not each sample's ratio averaged: where p passes through 0,
+    as that of a single logit does, single ratios have no bound.
 
     Args:
         ledger: The layer's ledger.
@@ -43,10 +44,12 @@ class RefinementSummary(ResultMetric):
     num_samples: Tensor
     num_nonfinite: Tensor
     norms: Tensor
-    initial_shares: Tensor
+    initial_products: Tensor
+    output_squares: Tensor
     largest_error: Tensor
     largest_output: Tensor
     counts: Tensor
+    squares: Tensor
     weight: Tensor
     bias: Tensor
 
@@ -60,10 +63,13 @@ class RefinementSummary(ResultMetric):
         self.add_state("num_samples", zero.clone(), dist_reduce_fx="sum")
         self.add_state("num_nonfinite", zero.clone(), dist_reduce_fx="sum")
         self.add_state("norms", zero.clone(), dist_reduce_fx="sum")
-        self.add_state("initial_shares", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("initial_products", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("output_squares", zero.clone(), dist_reduce_fx="sum")
         self.add_state("largest_error", zero.clone(), dist_reduce_fx="max")
         self.add_state("largest_output", zero.clone(), dist_reduce_fx="max")
-        self.add_state("counts", zero.new_zeros(1 if ledger is None else ledger.num_sources + 1), dist_reduce_fx="sum")
+        classes = 1 if ledger is None else ledger.num_sources + 1
+        self.add_state("counts", zero.new_zeros(classes), dist_reduce_fx="sum")
+        self.add_state("squares", zero.new_zeros(classes), dist_reduce_fx="sum")
         for name in ("weight", "bias"):
             shape = parts[name][:-1].shape if name in parts else (0,)
             self.add_state(name, zero.new_zeros(shape), dist_reduce_fx="sum")
@@ -97,28 +103,26 @@ class RefinementSummary(ResultMetric):
         )
         error = (initial + refined - outputs).abs().max()
         initial, refined, outputs = (part.flatten(1).to(self.norms.dtype) for part in (initial, refined, outputs))
-        squares, totals = refined.square().sum(1), outputs.square().sum(1)
         self.num_samples = self.num_samples + len(targets)
-        self.norms = self.norms + squares.sqrt().sum()
-        shares = torch.where(totals > 0, (initial * outputs).sum(1) / totals, 0.0)
-        self.initial_shares = self.initial_shares + shares.sum()
+        self.norms = self.norms + refined.norm(dim=1).sum()
+        self.initial_products = self.initial_products + (initial * outputs).sum()
+        self.output_squares = self.output_squares + outputs.square().sum()
         self.largest_error = torch.maximum(self.largest_error, error.to(self.norms.dtype))
         self.largest_output = torch.maximum(self.largest_output, outputs.abs().max())
-        self._add_shares(inputs, refined, squares, targets)
+        self._add_shares(inputs, refined, targets)
 
-    def _add_shares(self, inputs: Tensor, refined: Tensor, squares: Tensor, targets: Tensor) -> None:
+    def _add_shares(self, inputs: Tensor, refined: Tensor, targets: Tensor) -> None:
         assert self.ledger is not None
         num = self.ledger.num_sources
         rows = torch.where((targets >= 0) & (targets < num), targets, num)
         module = self.ledger.module
-        defined = squares > 0
-        direction = torch.where(defined[:, None], refined / squares[:, None], 0.0)
         shape = apply(module, inputs, module.weight, module.bias).shape
-        split = source_gradients(module, inputs, direction.view(shape).to(inputs.dtype), Sources(rows, num + 1))
+        split = source_gradients(module, inputs, refined.view(shape).to(inputs.dtype), Sources(rows, num + 1))
         self.weight = self.weight + split["weight"]
         if "bias" in split:
             self.bias = self.bias + split["bias"]
-        self.counts = self.counts.index_add(0, rows, defined.to(self.counts.dtype))
+        self.counts = self.counts.index_add(0, rows, torch.ones_like(rows, dtype=self.counts.dtype))
+        self.squares = self.squares.index_add(0, rows, refined.square().sum(1))
 
     def compute(self) -> RefinementResult:
         """The means over all samples seen."""
@@ -134,16 +138,22 @@ class RefinementSummary(ResultMetric):
         return RefinementResult(
             num_nonfinite=int(self.num_nonfinite),
             norm=float(self.norms / self.num_samples),
-            completeness_error=float(self.largest_error / self.largest_output) if self.largest_output > 0 else 0.0,
-            initial_share=float(self.initial_shares / self.num_samples),
-            shares=(shares / self.counts[:, None]).cpu(),
-            phase_shares=(by_phase.T / self.counts.sum()).cpu(),
+            completeness_error=self._error(),
+            initial_share=float(self.initial_products / self.output_squares),
+            shares=(shares / self.squares[:, None]).cpu(),
+            phase_shares=(by_phase.T / self.squares.sum()).cpu(),
             counts=self.counts.cpu(),
+            squares=self.squares.cpu(),
             untraced_share=self.ledger.untraced_share,
             names=self.ledger.names,
             inexact=self.ledger.inexact,
             own=self.own,
         )
+
+    def _error(self) -> float:
+        if not self.num_samples:
+            return float("nan")
+        return float(self.largest_error / self.largest_output if self.largest_output > 0 else self.largest_error)
 
     def plot(self, result: RefinementResult | None = None) -> "Figure":
         """Which classes made which classes, and when."""

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 Operator = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -50,6 +51,8 @@ def ledger_dtype(device: torch.device) -> torch.dtype:
 
 def why_unsupported(module: nn.Module) -> str:
     """Why a module's refinement cannot be traced, or an empty string."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention uses its weight without calling it"
     if not isinstance(module, OPERATORS):
         return f"it is a {type(module).__name__}; Linear, Conv1d, Conv2d and Conv3d are supported"
     if isinstance(module.weight, UninitializedParameter):
@@ -70,8 +73,10 @@ def apply(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None)
 def samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     """Bring the batch's samples to the first dimension of a layer's inputs and output gradients.
 
+    Linear layers may have them second, after the time; where both dimensions are as long, the first is taken.
+
     Raises:
-        ValueError: If the first dimension is no multiple of the number of samples.
+        ValueError: If neither has the batch's number of samples.
     """
     unbatched = inputs.ndim == (1 if isinstance(module, nn.Linear) else module.weight.ndim - 1)
     if unbatched:
@@ -81,12 +86,11 @@ def samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_sampl
         return inputs, gradients
     if isinstance(module, nn.Linear) and inputs.ndim == 3 and inputs.shape[1] == num_samples:
         return inputs.transpose(0, 1), gradients.transpose(0, 1)  # recurrent and attention layers: time first
-    if isinstance(module, nn.Linear) and inputs.ndim == 2 and rows % num_samples == 0:
-        shape = (num_samples, rows // num_samples)  # positions flattened into the batch
-        return inputs.reshape(*shape, -1), gradients.reshape(*shape, -1)
+    # Never a guess: k times as many rows may be views one after the other, or positions of each sample.
     raise ValueError(
         f"its input of shape {tuple(inputs.shape)} does not have the {num_samples} samples of the batch in its first"
-        " dimension, so its gradient cannot be split by sample"
+        " dimension. Say whose each row is with `sources=`, for two views of a batch for example"
+        " `sources=lambda batch: torch.cat([batch[1], batch[1]])`"
     )
 
 

@@ -33,7 +33,7 @@ def used_gradient(group: dict[str, Any], state: dict[str, Any], gradient: Tensor
 
 def _foreach(group: dict[str, Any], gradient: Tensor) -> bool:
     if group["foreach"] is None:
-        return gradient.is_cuda and not group.get("fused")
+        return gradient.is_cuda and group.get("fused") is None  # as torch itself decides
     return bool(group["foreach"])
 
 

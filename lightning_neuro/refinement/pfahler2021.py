@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from lightning_neuro.refinement.batch import TrainBatch
 from lightning_neuro.refinement.influence import Influence, strongest
 
 FORMS = ("cosine", "projection")
@@ -199,6 +200,46 @@ class StepScores:
         """Take up a saved state."""
         self._before, self._changes = list(state["before"]), list(state["changes"])
         self._ids, self._classes = list(state["ids"]), list(state["classes"])
+
+
+class StepWatch:
+    """Has each optimiser step recorded; an `Observer` of training steps.
+
+    Args:
+        scores: Layer -> its record.
+    """
+
+    def __init__(self, scores: Mapping[str, StepScores]) -> None:
+        self.scores = dict(scores)
+        self._pending: dict[str, list[TrainBatch]] = {}
+
+    def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
+        """Note whose samples the coming step is of."""
+        batches = self._pending.setdefault(layer, [])
+        if batch not in batches:
+            batches.append(batch)
+
+    def commit(self, layer: str, rate: Tensor) -> None:
+        """Record the step; samples without an id or a class count as -1."""
+        batches = self._pending.pop(layer, [])
+        known = [tensor for batch in batches for tensor in (batch.ids, batch.targets) if tensor is not None]
+        if layer in self.scores and known:
+            ids, classes = (
+                torch.cat([_or_none(getattr(batch, name), batch) for batch in batches]) for name in ("ids", "targets")
+            )
+            self.scores[layer].record(ids, classes)
+
+    def drop(self, layer: str) -> None:
+        """Forget what was noted."""
+        self._pending.pop(layer, None)
+
+
+def _or_none(values: Tensor | None, batch: TrainBatch) -> Tensor:
+    if values is not None:
+        return values
+    other = batch.targets if batch.ids is None else batch.ids
+    assert other is not None
+    return torch.full_like(other, -1)
 
 
 class ClassBatchSampler(Sampler[list[int]]):

@@ -24,6 +24,16 @@ def check_phases(phases: Any) -> None:
         raise MisconfigurationException(f"`phases` must be rising numbers of steps; got {phases!r}.")
 
 
+def check_patterns(name: str, given: Any) -> str | tuple[str, ...] | None:
+    """Names or globs of layers; an error where these are none."""
+    if given is None or isinstance(given, str):
+        return given
+    patterns = tuple(given) if isinstance(given, Sequence) else (given,)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise MisconfigurationException(f"`{name}` must be a name or glob, or several; got {given!r}.")
+    return patterns
+
+
 def plan_phases(trainer: "pl.Trainer", phases: int | Sequence[int]) -> tuple[int, list[int]]:
     """Number of phases, and after how many optimiser steps each but the last ends."""
     if not isinstance(phases, int):

@@ -12,8 +12,17 @@ from torch.utils.hooks import RemovableHandle
 from lightning_neuro.layers import LINEAR_OR_CONV, named_layers, resolve_layers
 from lightning_neuro.refinement.batch import Observer, TrainBatch
 from lightning_neuro.refinement.ledger import RefinementLedger
-from lightning_neuro.refinement.operators import OPERATORS, Operator, Sources, samples_first, why_unsupported
+from lightning_neuro.refinement.operators import (
+    OPERATORS,
+    Operator,
+    Sources,
+    parameters_of,
+    samples_first,
+    why_unsupported,
+)
 from lightning_neuro.refinement.taps import GradientTaps
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def find_layers(
@@ -27,32 +36,51 @@ def find_layers(
         argument: What to call them in errors.
 
     Raises:
-        MisconfigurationException: For a layer of a kind that cannot be traced, or no layer at all.
+        MisconfigurationException: For a layer named in full that cannot be traced (a glob leaves it out), or no layer.
     """
     layers = named_layers(model)
     if patterns is None:
-        heads = [name for name, module in layers.items() if isinstance(module, LINEAR_OR_CONV)]
+        heads = [name for name, module in layers.items() if isinstance(module, LINEAR_OR_CONV) and _is_trained(module)]
         if not heads:
             raise MisconfigurationException(
                 f"{type(model).__name__} has no linear or convolution layer whose refinement could be traced. Name the"
                 " layers: `RepresentationRefinement(layers=...)`."
             )
         patterns = heads[-1]
+    named = {patterns} if isinstance(patterns, str) else set(patterns)
     chosen: dict[str, list[Operator]] = {}
+    reasons: dict[str, str] = {}
     for name, module in resolve_layers(model, patterns).items():
-        if reason := why_unsupported(module):
-            raise MisconfigurationException(
-                f"`{argument}` names '{name}', whose refinement cannot be traced: {reason}."
-            )
-        owners = [other for other in layers.values() if other._parameters.get("weight") is module.weight]
-        for other in owners:
-            if not isinstance(other, OPERATORS):
-                raise MisconfigurationException(
-                    f"`{argument}` names '{name}', which shares its weight with a {type(other).__name__}, whose part in"
-                    " the gradient cannot be traced. Leave this layer out."
-                )
-        chosen[name] = owners  # type: ignore[assignment]
+        owners = [other for other in layers.values() if _shares_weight(other, module)]
+        if reason := why_unsupported(module) or _why_not_with(owners):
+            reasons[name] = reason
+        else:
+            chosen[name] = owners  # type: ignore[assignment]
+    for name, reason in reasons.items():
+        if name in named or not chosen:
+            raise MisconfigurationException(f"`{argument}` names '{name}', which cannot be traced: {reason}.")
     return chosen
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return not why_unsupported(module) and any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _shares_weight(other: nn.Module, module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and other._parameters.get("weight") is weight
+
+
+def _why_not_with(owners: Sequence[nn.Module]) -> str:
+    """Why a weight cannot be traced that these modules share, or an empty string."""
+    for owner in owners:
+        if not isinstance(owner, OPERATORS):
+            return f"it shares its weight with a module of type {type(owner).__name__}, which cannot be followed"
+        if any(getattr(owner, name, None) != getattr(owners[0], name, None) for name in _GEOMETRY):
+            return "it shares its weight with a layer of another stride, padding or dilation"
+        if owner.bias is not owners[0].bias:
+            return "it shares its weight with a layer that has a bias of its own"
+    return ""
 
 
 class StepRecorder:
@@ -80,12 +108,25 @@ class StepRecorder:
         self.elementwise = False
         self.mean_over_ranks: Callable[[Tensor], Tensor] | None = None
         self.world_size = 1
+        self.broken: dict[str, Exception] = {}
         self._batch: TrainBatch | None = None
         self._sources: Sources | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Follow the optimisers' steps; what they hold of the time before belongs to the initial weights."""
+        """Follow the optimisers' steps; what they hold of the time before belongs to the initial weights.
+
+        Raises:
+            MisconfigurationException: If two optimisers move the same traced layer.
+        """
+        optimizers = list(optimizers)
+        for layer, ledger in self.ledgers.items():
+            mine = {id(parameter) for parameter in parameters_of(ledger.module).values()}
+            if sum(bool(mine & _learning_rates(optimizer).keys()) for optimizer in optimizers) > 1:
+                raise MisconfigurationException(
+                    f"`layers` names '{layer}', which two optimizers move; what each of them did cannot be told apart."
+                    " Leave this layer out."
+                )
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._stepped))
             for ledger in self.ledgers.values():
@@ -132,15 +173,24 @@ class StepRecorder:
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rates = _learning_rates(optimizer)
+        # A fused optimiser under a gradient scaler skips the step inside its kernel; here alone the device is asked.
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None and bool(found_inf):
+            for layer in self.layers:
+                self.drop(layer)
+            return
         scale: Tensor | None = None
-        for layer, ledger in list(self.ledgers.items()):
+        for layer, ledger in self.ledgers.items():
             try:
+                if layer in self.broken:
+                    ledger.join(self.mean_over_ranks)
+                    continue
                 own = ledger.step(optimizer, elementwise=self.elementwise, mean_over_ranks=self.mean_over_ranks)
             except Exception as error:
-                del self.ledgers[layer]
+                self.broken[layer] = error
                 self.report(layer, error)
                 continue
-            scale = own if own is not None else scale
+            if own is not None:  # 0 where its gradient was 0, and tells nothing
+                scale = torch.where(own != 0, own, torch.ones_like(own) if scale is None else scale)
         for layer, owners in self.layers.items():
             weight = owners[0].weight
             if id(weight) in rates and weight.grad is not None:

@@ -14,6 +14,11 @@ from lightning_neuro.refinement.operators import Operator, parameters_of
 MAX_CALLS = 64
 
 
+def _is_zeroed(gradient: Tensor | None) -> bool:
+    """Whether a gradient was thrown away; asks the device only where it is accumulated or zeroed in place."""
+    return gradient is None or not bool(gradient.any())
+
+
 def _off() -> None:
     """No look is recorded."""
 
@@ -32,7 +37,7 @@ class GradientTaps:
     """Reads layer inputs and output gradients in training, and inputs and outputs in an evaluation.
 
     The gradient is taken at the output tensor and not with full backward hooks, which break where an in-place
-    activation follows. Nothing is held that autograd does not hold anyway.
+    activation follows. Without autocast nothing is held that autograd does not hold anyway.
 
     Args:
         modules: Layer name -> the modules that own its weight: more than one where modules are tied.
@@ -85,17 +90,20 @@ class GradientTaps:
                 self._look, self.recorded = look, {}
             calls = self.recorded.setdefault(layer, [])
             if len(calls) < MAX_CALLS:
-                # Copies: what follows may change the output in place.
-                calls.append((inputs.detach(), output.detach().clone()))
+                # Copies: what follows may change both in place.
+                calls.append((inputs.detach().clone(), output.detach().clone()))
         elif self.tracing and output.requires_grad and any(p.requires_grad for p in parameters_of(module).values()):
             self._new.add(layer)
             inputs = inputs.detach()
+            if torch.is_autocast_enabled(inputs.device.type):
+                # Autograd holds a copy in the lower precision; the input itself may be changed in place by now.
+                inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
 
             def report(gradients: Tensor) -> None:
                 # The first gradient after a forward pass; later ones belong to the same, or accumulate.
                 if layer in self._new:
                     self._new.discard(layer)
-                    if all(p.grad is None for p in parameters_of(module).values()):
+                    if all(_is_zeroed(p.grad) for p in parameters_of(module).values()):
                         self.receiver.drop(layer)
                 with torch.no_grad(), torch.autocast(gradients.device.type, enabled=False):
                     self.receiver.see(layer, module, inputs, gradients.detach())

@@ -73,7 +73,7 @@ class TraceWriter:
         self._buffer: dict[str, list[Rows]] = {}
         self._buffered = 0
         self._initial = self._weights()
-        self._started = False
+        self._started = self._broken = self._warned = False
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
         """Keep the factors until the step is known to have happened."""
@@ -139,7 +139,7 @@ class TraceWriter:
             layer: [{name: tensor.to("cpu", copy=True) for name, tensor in rows.items()} for rows in parts]
             for layer, parts in self._buffer.items()
         }
-        progress = {"num_shards": self.num_shards, "written": self._written, "closed": self.closed}
+        progress = {"num_shards": self.num_shards, "written": self._written, "broken": self._broken}
         initial = {layer: [tensor.cpu() for tensor in weights] for layer, weights in self._initial.items()}
         return progress | {"step": dict(self._step), "buffer": buffer, "buffered": self._buffered, "initial": initial}
 
@@ -148,7 +148,9 @@ class TraceWriter:
 
         A folder without the earlier shards gets what follows, and a warning.
         """
-        self.num_shards, self._written, self.closed = state["num_shards"], state["written"], state["closed"]
+        self.num_shards, self._written = state["num_shards"], state["written"]
+        # Closed at the end of a run it may go on; broken off it may not.
+        self.closed = self._broken = state["broken"]
         self._step, self._buffered, self._initial = dict(state["step"]), state["buffered"], dict(state["initial"])
         self._buffer = {layer: [dict(rows) for rows in parts] for layer, parts in state["buffer"].items()}
         devices = {layer: module.weight.device for layer, module in self.layers.items()}
@@ -194,11 +196,13 @@ class TraceWriter:
             raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from error
 
     def _close(self, reason: str) -> None:
-        self._pending, self.closed = {}, True
+        self._pending, self.closed, self._broken = {}, True, True
         self._warn(f"{reason}. It holds the run up to its last complete shard, of {self.num_shards}; training goes on")
 
     def _warn(self, reason: str) -> None:
-        rank_zero_warn(f"The trace of the training samples: {reason}.")
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"The trace of the training samples: {reason}.")
 
     def _weights(self) -> Weights:
         return {

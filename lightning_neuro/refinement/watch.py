@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_neuro import logging
 from lightning_neuro.isolation import isolated_random_state
 from lightning_neuro.refinement.batch import TrainBatch
-from lightning_neuro.refinement.influence import LiveInfluence
+from lightning_neuro.refinement.influence import Influence, LiveInfluence
 from lightning_neuro.refinement.plan import megabytes
 from lightning_neuro.refinement.sample_ids import SampleIds
 from lightning_neuro.refinement.sample_plot import plot_influence, plot_top_samples
@@ -61,7 +61,8 @@ class SampleWatch:
     def batch(self, trainer: "pl.Trainer", batch: Any, targets: Tensor | None) -> TrainBatch:
         """Who is in the batch that is about to run."""
         ids = self.ids.of_batch(trainer, batch)
-        if ids is not None and self.table is None and (num_samples := self.ids.num_samples(trainer)):
+        # On every rank alike, whatever its first batch holds: the ranks add their tables up.
+        if self.table is None and (num_samples := self.ids.num_samples(trainer)):
             self._open(num_samples)
         if ids is not None and targets is not None:
             ids = ids.to(targets.device, non_blocking=True)
@@ -105,14 +106,18 @@ class SampleWatch:
         for part in self._parts:
             part.drop(layer)
 
-    def refresh(self, trainer: "pl.Trainer", layer_inputs: Tensor, inputs: Any, targets: Tensor | None) -> None:
-        """Score against these inputs from now on: those of rank 0, on every rank; every rank must ask."""
-        shown = (layer_inputs, inputs, targets)
+    def refresh(self, trainer: "pl.Trainer", seen: tuple[Tensor, Any, Tensor | None] | None) -> None:
+        """Score against the probe's samples as rank 0 has seen them; every rank must ask.
+
+        Args:
+            trainer: The trainer.
+            seen: The layer's inputs, the model's inputs and the classes; None where this rank has no sample.
+        """
         if trainer.world_size > 1:
-            shown = trainer.strategy.broadcast(shown)
-        layer_inputs, self.probe_inputs, self.probe_targets = shown
-        if self.live is not None:
-            self.live.refresh(layer_inputs.to(layer_inputs.device))
+            seen = trainer.strategy.broadcast(seen)
+        if seen is not None and self.live is not None:
+            layer_inputs, self.probe_inputs, self.probe_targets = seen
+            self.live.refresh(layer_inputs)
 
     # What is logged
 
@@ -126,11 +131,13 @@ class SampleWatch:
         found = {layer: gini(table.values(layer)) for layer in table.layers} if table is not None else {}
         return {layer: value for layer, value in found.items() if value is not None}
 
-    def draw_influence(self, trainer: "pl.Trainer") -> dict[str, "Figure"]:
-        """The inputs with the training samples that moved them most; every rank must ask."""
-        live = None if self.live is None else self.live.over_ranks(trainer)
-        top = None if live is None else live.top()
-        if top is None or self.probe_inputs is None or self.head is None:
+    def influence(self, trainer: "pl.Trainer") -> Influence | None:
+        """What moved the inputs most, over all ranks; every rank must ask."""
+        return None if self.live is None else self.live.over_ranks(trainer).top()
+
+    def draw_influence(self, trainer: "pl.Trainer", top: Influence | None) -> dict[str, "Figure"]:
+        """The inputs with the training samples that moved them most."""
+        if top is None or self.probe_inputs is None or self.head is None or trainer.state.fn != "fit":
             return {}
         figure = plot_influence(top, self.probe_inputs, _dataset(trainer), targets=self.probe_targets)
         return {f"influence/{self.head[0]}": figure}

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import ActivationEntropy, MetricCallback, NeuronCommunities, Probe, RepresentationRefinement
+from lightning_neuro import (
+    ActivationEntropy,
+    ActivationTopology,
+    ConceptPaths,
+    MetricCallback,
+    NeuronCommunities,
+    ObserverProbes,
+    Probe,
+    RepresentationRefinement,
+)
+from lightning_neuro.paths.halves import assign_turns, sample_keys
+from lightning_neuro.probe import ProbeBatch
 from tests.models import fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
@@ -43,6 +54,9 @@ CALLBACKS: dict[str, Make] = {
     "entropy": ActivationEntropy,
     "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
     "refinement": lambda probe=None, **options: RepresentationRefinement(probe=probe, **options),
+    "observers": ObserverProbes,
+    "topology": ActivationTopology,
+    "paths": ConceptPaths,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
@@ -68,6 +82,12 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
     "refinement": [
         ("layers", 3),
         ("layers", []),
+        ("mode", "pfahler"),
+        ("samples", 3),
+        ("sample_id", 1.5),
+        ("influence_every_n_steps", 0),
+        ("trace", 1),
+        ("trace_limit", 5),
         ("phases", 0),
         ("phases", [20, 10]),
         ("phases", "ten"),
@@ -85,10 +105,54 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("calibrate", "last"),
         ("miller_madow", "yes"),
     ],
+    "observers": [
+        *(("attributes", value) for value in (3, {}, ["mark"], {"a/b": "x"}, {"": "x"}, {1: "x"}, {"mark": 3})),
+        *(("observer", value) for value in ("linear", None)),
+        *(("controls", value) for value in (-1, 2.5, True)),
+        *(("folds", value) for value in (1, 2.5, None)),
+        *(("heatmap", value) for value in (1, None)),
+        *(("denotation", value) for value in (1, None)),
+        *(("groups", value) for value in (3, ["film"])),
+        *(("max_tags", value) for value in (0, 2.5, None)),
+    ],
+    "topology": [
+        ("mapper", 1),
+        ("homology", None),
+        ("subsamples", -1),
+        ("subsamples", 1),
+        ("subsamples", 2.0),
+        ("lens", "l3"),
+        ("intervals", 0),
+        ("intervals", 2.5),
+        ("overlap", 1.0),
+        ("overlap", -0.1),
+        ("overlap", float("nan")),
+        ("cover", "cubes"),
+        ("distance", "manhattan"),
+        ("eps", -1.0),
+        ("eps", float("inf")),
+        ("eps", "auto"),
+        ("min_samples", 0),
+        ("warm_up", -1),
+        ("max_points", 1),
+        ("projector", "yes"),
+    ],
+    "paths": [
+        ("mode", "gradient"),
+        ("mode", None),
+        *(("density", value) for value in (0, 1.5, -0.1, float("nan"), "small", True, None)),
+        *(("samples_per_class", value) for value in (0, 1.5, "8")),
+        ("ablation", "median"),
+        *(("refine_steps", value) for value in (-1, 2.5, True)),
+        *(("hierarchy", value) for value in ("animals", [0, [1, 0]], [[0.5]], [], 3)),
+        ("concept_fn", "colour"),
+        *(("flow", value) for value in ((1,), (1, 1), (0, "1"), 3)),
+        *(("nad_beta", value) for value in (0, float("inf"), "4")),
+    ],
 }
 
 # Measures that depend on the order of the samples, because a random shuffle of the rows enters: not additive.
-SHUFFLED = ("null", "excess", "_z")
+SHUFFLED = ("null", "excess", "_z", "_std")
 
 HIDDEN = ("net.2", "net.4")
 
@@ -125,6 +189,37 @@ def listed_probe(**options: Any) -> Probe:
     return Probe(source=list(loader(32)), **options)
 
 
+def feed_activations(callback: MetricCallback, metric: Any, net: Any, layer: str, batches: Any) -> None:
+    """What most callbacks do with each batch of the probe's: show the metric the activations."""
+    with torch.no_grad():
+        for x, y in batches:
+            callback.update(metric, net[: int(layer[-1]) + 1](x), ProbeBatch({}, x, y, [x, y], len(y), num_classes=4))
+
+
+def feed_contributions(callback: MetricCallback, metric: Any, net: Any, layer: str, batches: Any) -> None:
+    """What `ConceptPaths` feeds: activation times gradient of the own logit, computed with the net cut in two."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    upper = net[int(layer[-1]) + 1 :]
+    activations = net[: int(layer[-1]) + 1](x).detach().requires_grad_()
+    logits = upper(activations)
+    (gradients,) = torch.autograd.grad(logits[torch.arange(len(y)), y].sum(), activations)
+    turns = assign_turns(sample_keys(x, len(x)), y, per_concept=32)
+    activations = activations.detach()
+    facts = {"turns": turns, "features": activations, "predictions": logits.argmax(1)}
+    metric.update(activations * gradients, y, **facts)
+
+
+FEEDS: dict[str, Callable[..., None]] = {"paths": feed_contributions}
+
+
+def feed(callback: MetricCallback, net: Any, layer: str, batches: Any) -> Metric:
+    """A layer's metric after it has seen what the callback would show it of some batches."""
+    metric = callback.metric_at(layer, torch.device("cpu"))
+    metric.reset()
+    FEEDS.get(callback.family, feed_activations)(callback, metric, net, layer, batches)
+    return metric
+
+
 def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
     """What a callback must have logged last, from the trained MLP and nothing but tensors.
 
@@ -133,11 +228,7 @@ def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
     values: dict[str, float] = {}
     net = module.net.float().eval()
     for layer in HIDDEN:
-        metric = callback.metric_at(layer, torch.device("cpu"))
-        metric.reset()
-        with torch.no_grad():
-            for x, y in loader(32):
-                metric.update(net[: int(layer[-1]) + 1](x.float()), y)
+        metric = feed(callback, net, layer, [(x.float(), y) for x, y in loader(32)])
         for measure, value in callback.measures(metric.compute(), None).items():
             if torch.isfinite(torch.as_tensor(value)):
                 values[f"{callback.name}/{measure}/{layer}"] = float(value)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import HIDDEN, SHUFFLED, Make, assert_close, layers_of, over_activations
+from tests.contract.callbacks import HIDDEN, SHUFFLED, Make, assert_close, feed, layers_of, over_activations
 from tests.contract.two_ranks import SCENARIOS
 from tests.models import fit, images, loader, mlp
 
@@ -85,10 +85,7 @@ def from_weights(make: Make, found: dict[str, Any]) -> dict[str, float]:
     module.eval()
     values: dict[str, float] = {}
     for layer in HIDDEN:
-        metric = callback.metric_at(layer, torch.device("cpu"))
-        with torch.no_grad():
-            for x, y in loader(31):
-                metric.update(module.net[: int(layer[-1]) + 1](x), y)
+        metric = feed(callback, module.net, layer, loader(31))
         for measure, value in callback.measures(metric.compute(), None).items():
             values[f"{callback.name}/{measure}/{layer}"] = float(value)
     return values

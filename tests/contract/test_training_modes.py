@@ -183,7 +183,8 @@ def test_compiled_values_are_the_uncompiled_ones(make: Make, way: str) -> None:
     module = WAYS[way](Silent(mlp().net), "eager")
     assert_close(curves(make(listed_probe()), module), expected)
     # Compiled, and run, before the callback was there: a hook added later is skipped by the compiled graph.
-    assert len(curves(make(listed_probe()), module)) == len(expected)
+    # A measure may become defined as the network trains on.
+    assert expected.keys() <= curves(make(listed_probe()), module).keys()
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def test_what_is_an_image():
         assert not is_image(other)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("pictures", [torch.rand(60, 64), ["text"] * 60, {}, torch.full((60, 1, 4, 4), torch.nan)])
 def test_samples_that_are_no_images_are_grey(pictures):
     figure = plot_top_samples(table(), "fc", pictures, count=2)

@@ -124,21 +124,19 @@ def test_a_full_disk_ends_the_trace_and_not_the_training(tmp_path, monkeypatch):
 
     def replace(*names):
         count[0] += 1
-        if count[0] == 4:
+        if count[0] >= 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-        if count[0] < 4:
-            real(*names)
+        real(*names)
 
     monkeypatch.setattr(trace_module.os, "replace", replace)
-    with pytest.warns(UserWarning, match="could not be written .*No space left.*last complete shard, of 2; training"):
-        writer = traced(tmp_path, run, shard_bytes=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced(tmp_path, run, shard_bytes=1)
+    (said,) = [str(warning.message) for warning in caught]
+    assert "could not be written ([Errno 28] No space left" in said
+    assert "last complete shard, of 2; training goes on" in said
     monkeypatch.undo()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".pt") == [
-        "initial.pt",
-        "shard-0-00000.pt",
-        "shard-0-00001.pt",
-    ]
-    del writer
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["initial.pt", "shard-0-00000.pt", "shard-0-00001.pt"]
     opened = load_trace(tmp_path)
     assert opened.influence(run.probe).num_samples <= 12
     assert sum(len(shard["fc"]["id"]) for shard in opened.shards()) == 12
@@ -200,10 +198,30 @@ def test_resume_is_as_uninterrupted(tmp_path):
         elsewhere.load_state_dict(saved[0])
 
 
+@pytest.mark.parametrize("limit", [10**9, 5000])
+def test_a_finished_trace_goes_on_after_a_resume_and_a_broken_one_does_not(tmp_path, limit):
+    run = Run()
+    first = Writer(tmp_path, {"fc": run.module}, shard_bytes=1, size_limit=limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.train(first, steps=20)
+    first.close()
+    before = len(list(tmp_path.glob("shard*.pt")))
+    second = Writer(tmp_path, {"fc": run.module}, shard_bytes=1)
+    second.load_state_dict(first.state_dict())
+    run.train(second, begin=20)
+    second.close()
+    assert len(list(tmp_path.glob("shard*.pt"))) == (40 if limit > 5000 else before)
+
+
 def test_a_second_run_in_the_same_folder_replaces_the_first(tmp_path):
     traced(tmp_path, Run(steps=30), shard_bytes=1)
     traced(tmp_path, Run(steps=3), shard_bytes=1)
     assert len(list(tmp_path.glob("shard*.pt"))) == 3
+    broken_off = Run(steps=2)
+    broken_off.train(Writer(tmp_path, {"fc": broken_off.module}, shard_bytes=1))
+    assert len(list(tmp_path.glob("shard*.pt"))) == 2
+    assert torch.equal(load_trace(tmp_path).final["fc"][0], broken_off.module.weight)
 
 
 def test_ranks_write_side_by_side(tmp_path):

@@ -1,0 +1,343 @@
+"""Concept paths: what a refresh costs, how far the scores can be trusted, and what holds on Fashion-MNIST.
+
+    python benchmarks/paths.py              # trains a plain and a residual network first, a few minutes
+    python benchmarks/paths.py --epochs 1   # quicker
+
+Times are ratios of one interleaved run: what is compared is run turn by turn, and the median ratio is printed.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from data import load_images
+from networks import BasicBlock, Classifier, small_cnn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_neuro import ConceptPaths, Probe
+from lightning_neuro.isolation import evaluation_mode
+from lightning_neuro.paths import (
+    NadPaths,
+    attribution_scores,
+    concept_paths,
+    confusion_top3,
+    evaluate_paths,
+    minimal_paths,
+    path_layers,
+    path_similarity,
+    refine_paths,
+)
+from lightning_neuro.paths.measures import cosine, rank_correlation
+
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+Batch = tuple[Tensor, Tensor]
+
+
+def small_resnet() -> nn.Module:
+    """Four residual blocks."""
+    stem = (nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+    blocks = (BasicBlock(16, 16, 1), BasicBlock(16, 32, 2), BasicBlock(32, 32, 1), BasicBlock(32, 64, 2))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def train(net: nn.Module, data: TensorDataset, epochs: int) -> nn.Module:
+    """Adam, batches of 128."""
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    net.train()
+    for _ in range(epochs):
+        epoch(net, data, optimizer)
+    return net.eval()
+
+
+def epoch(net: nn.Module, data: TensorDataset, optimizer: torch.optim.Optimizer, batches: int | None = None) -> None:
+    """One epoch, or its beginning."""
+    images, labels = data.tensors
+    for rows in torch.randperm(len(images)).split(128)[:batches]:
+        optimizer.zero_grad()
+        cross_entropy(net(images[rows]), labels[rows]).backward()
+        optimizer.step()
+
+
+def some(data: TensorDataset, each: int, first: int = 0) -> Batch:
+    """`each` samples of each class, from the `first` one on."""
+    images, labels = data.tensors
+    rows = torch.cat([(labels == label).nonzero().flatten()[first : first + each] for label in range(10)])
+    return images[rows], labels[rows]
+
+
+def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each action, taken turn by turn after one turn that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            begin = time.perf_counter()
+            action()
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], above: str, below: str, factor: float = 1.0) -> str:
+    """Median and range of the ratios of neighbours."""
+    found = [factor * a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+    return f"{statistics.median(found):.4g} ({min(found):.4g} to {max(found):.4g})"
+
+
+def costs(net: nn.Module, train_data: TensorDataset, test_data: TensorDataset) -> None:
+    """A refresh against an epoch, and against mode "nad" on the same samples."""
+    warnings.filterwarnings("ignore")
+    probe = Probe(source=test_data, num_samples=320)
+    callback = ConceptPaths(probe, on_error="raise")
+    module = Classifier(copy.deepcopy(net))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", **quiet)
+    # Attached by hand, so that evaluations can be timed one by one.
+    trainer.validate(module, DataLoader(test_data, batch_size=500), verbose=False)
+    trainer.state.fn = "validate"
+    callback.probe.attach(module, callback)
+    numbers = iter(range(10**6))
+
+    def refresh() -> None:
+        results = callback._results(trainer, module, ("bench", 0, next(numbers)))
+        callback._keyed(callback._measured(results))
+
+    other = copy.deepcopy(net).train()
+    optimizer = torch.optim.Adam(other.parameters(), 1e-3)
+    used = some(test_data, 32)
+    step = 47
+    results = callback._results(trainer, module, ("bench", 0, next(numbers)))
+    seconds = interleaved(
+        {
+            "epoch": lambda: epoch(other, train_data, optimizer, batches=step),
+            "refresh": refresh,
+            "scores": lambda: attribution_scores(net, *used),
+            "figures": lambda: callback.draw(results),
+        },
+        rounds=9,
+    )
+    whole = step * 128 / len(train_data)
+    print("\nCost, 10 classes x 32 samples; median (range) of ratios of neighbours")
+    lines = {"a refresh (probe's pass, scores, masked passes, measures)": "refresh", "the scores alone": "scores"}
+    for text, action in (lines | {"drawing the four figures": "figures"}).items():
+        print(f"{text + ' / an epoch:':<72}{ratio(seconds, action, 'epoch', whole)}")
+    seconds = interleaved(
+        {"nad": lambda: NadPaths(net).fit(*used), "scores": lambda: attribution_scores(net, *used), "refresh": refresh},
+        rounds=3,
+    )
+    for text, action in {"the default's scores": "scores", "a whole refresh of the default": "refresh"}.items():
+        print(f"{f'mode nad: its masks / {text}:':<72}{ratio(seconds, 'nad', action)}")
+
+
+def loop(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The largest difference between batched scores and masked rates, and those of a loop over classes."""
+    net = copy.deepcopy(net).double()
+    images = images.double()
+    scores = attribution_scores(net, images, labels)
+    paths = concept_paths(scores)
+    batched = evaluate_paths(net, images, labels, paths)
+    worst = 0.0
+    for label in range(10):
+        own = images[labels == label]
+        alone = attribution_scores(net, own, torch.full((len(own),), label))
+        worst = max(worst, *(float((alone[site][label] - scores[site][label]).abs().max()) for site in scores))
+        # One path, and none for all other classes together.
+        single = {site: torch.stack([mask[label], torch.zeros_like(mask[label])]) for site, mask in paths.items()}
+        masked = evaluate_paths(net, images, labels, single, concepts=(labels != label).long())
+        worst = max(
+            worst, abs(float(masked.tpr[0] - batched.tpr[label])), abs(float(masked.fpr[0] - batched.fpr[label]))
+        )
+    return worst
+
+
+def exact_ablation(net: nn.Module, images: Tensor, labels: Tensor, sites: dict[str, nn.Module]) -> dict[str, float]:
+    """Site -> Spearman's correlation, mean over classes, of the scores with the exact fall of the logit."""
+    scores = attribution_scores(net, images, labels)
+    found = {}
+    with torch.no_grad(), evaluation_mode(net):
+        clean = net(images).gather(1, labels[:, None]).flatten()
+        for name, module in sites.items():
+            falls = []
+            for unit in range(scores[name].shape[1]):
+
+                def ablate(_: nn.Module, __: Any, output: Tensor, unit: int = unit) -> Tensor:
+                    output = output.clone()
+                    output[:, unit] = 0
+                    return output
+
+                handle = module.register_forward_hook(ablate)
+                fall = clean - net(images).gather(1, labels[:, None]).flatten()
+                handle.remove()
+                falls.append(torch.stack([fall[labels == label].mean() for label in range(10)]))
+            exact = torch.stack(falls, dim=1)
+            each = [rank_correlation(scores[name][label], exact[label].double()) for label in range(10)]
+            found[name] = sum(each) / len(each)
+    return found
+
+
+def rescaled(net: nn.Module) -> nn.Module:
+    """The same function with other scales: channels of the plain network, each times its own factor."""
+    net = copy.deepcopy(net)
+    generator = torch.Generator().manual_seed(0)
+    for layer, following in ((net[0], net[3]), (net[3], net[7]), (net[7], net[10])):
+        factors = 0.3 * torch.exp(torch.randn(len(layer.weight), generator=generator))
+        with torch.no_grad():
+            layer.weight.mul_(factors.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+            layer.bias.mul_(factors)
+            repeats = following.weight.shape[1] // len(factors)
+            divide = factors.repeat_interleave(repeats)
+            following.weight.div_(divide.reshape(1, -1, *[1] * (following.weight.ndim - 2)))
+    return net
+
+
+def rescaling(net: nn.Module, samples: Batch) -> None:
+    """What each method's paths do when nothing changes but scales."""
+    other = rescaled(net)
+    change = float((net(samples[0]) - other(samples[0])).abs().max())
+    print(f"\nFunction-preserving rescaling of every channel (largest change of a logit: {change:.1e})")
+    print(f"{'method':<22}{'units that change sides':>25}{'size before':>13}{'size after':>12}")
+    methods: dict[str, Callable[[nn.Module], Mapping[str, Tensor]]] = {
+        "attribution": lambda model: concept_paths(attribution_scores(model, *samples)),
+        "relative refinement": lambda model: {
+            site: gates > 0
+            for site, gates in refine_paths(model, *samples, attribution_scores(model, *samples), steps=30).items()
+        },
+        "nad": lambda model: NadPaths(model).fit(*samples).paths,
+    }
+    for name, method in methods.items():
+        before, after = (torch.cat([mask.flatten() for mask in method(model).values()]) for model in (net, other))
+        moved = float((before != after).double().mean())
+        print(f"{name:<22}{moved:>24.2%} {float(before.double().mean()):>12.3f}{float(after.double().mean()):>12.3f}")
+
+
+def compare(net: nn.Module, data: TensorDataset, *, learned: bool) -> None:
+    """The methods beside each other: noise floor, overlap, and what the paths can do on other samples."""
+    first, second, judged = some(data, 16), some(data, 16, 16), some(data, 100, 100)
+    scores = [attribution_scores(net, *half) for half in (first, second)]
+    generator = torch.Generator().manual_seed(0)
+    noise = [{site: torch.rand(s.shape, generator=generator) for site, s in scores[0].items()} for _ in range(2)]
+    pairs: dict[str, list[Mapping[str, Tensor]]] = {
+        "attribution, .3": [concept_paths(half) for half in scores],
+        "random, .3": [concept_paths(half) for half in noise],
+    }
+    if learned:
+        pairs["minimal"] = [minimal_paths(net, *half, s)[0] for half, s in zip((first, second), scores, strict=True)]
+        pairs["refined, 100 steps"] = [
+            {site: gates > 0 for site, gates in refine_paths(net, *half, s, steps=100).items()}
+            for half, s in zip((first, second), scores, strict=True)
+        ]
+        pairs["nad"] = [NadPaths(net, seed=seed).fit(*half).paths for seed, half in enumerate((first, second))]
+    heads = ("size", "self_overlap", "overlap", "retention", "fpr", "auroc", "necessity")
+    print("\n" + f"{'method':<20}" + "".join(f"{head:>14}" for head in heads))
+    for name, (one, two) in pairs.items():
+        floor = [float(path_similarity(one[site], two[site]).diagonal().nanmean()) for site in one]
+        overlap = [between(path_similarity(one[site], one[site])) for site in one]
+        size = float(torch.cat([mask.flatten() for mask in one.values()]).double().mean())
+        found = evaluate_paths(net, *judged, one).scalars()
+        rates = [found[key] for key in ("retention", "false_positive_rate", "auroc", "necessity")]
+        print(f"{name:<20}" + "".join(f"{v:>14.3f}" for v in (size, mean(floor), mean(overlap), *rates)))
+
+
+def mean(values: list[float]) -> float:
+    """The plain mean."""
+    return sum(values) / len(values)
+
+
+def between(similarity: Tensor) -> float:
+    """Mean over pairs of different classes."""
+    return float(similarity[~torch.eye(len(similarity), dtype=torch.bool)].nanmean())
+
+
+def findings(name: str, net: nn.Module, data: TensorDataset) -> None:
+    """The paper's three findings, as far as they can be looked at here."""
+    found_on, judged = some(data, 100), some(data, 200, 100)
+    scores = attribution_scores(net, *found_on)
+    paths = concept_paths(scores)
+    evaluation = evaluate_paths(net, *judged, paths)
+    print(f"\n{name}: necessity per class (100 samples a class to find paths, 200 others to judge them)")
+    print(f"{'class':<12}{'necessity':>10}{'own fall':>10}{'others fall':>12}{'retention':>11}{'fpr':>7}{'auroc':>7}")
+    for label, word in enumerate(CLASSES):
+        own = float(evaluation.drops[label, label])
+        values = (float(evaluation.necessity[label]), own, own - float(evaluation.necessity[label]))
+        rates = [float(part[label]) for part in (evaluation.retention, evaluation.fpr, evaluation.auroc)]
+        print(
+            f"{word:<12}{values[0]:>10.3f}{values[1]:>10.3f}{values[2]:>12.3f}{rates[0]:>11.2f}{rates[1]:>7.2f}{rates[2]:>7.2f}"
+        )
+
+    images, labels = data.tensors
+    with torch.no_grad():
+        logits = torch.cat([net(part) for part in images.split(500)])
+    confusion = torch.zeros(10, 10, dtype=torch.float64)
+    confusion.index_put_((labels, logits.argmax(1)), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    wrong = int(confusion.sum() - confusion.trace())
+    halves = [concept_paths(attribution_scores(net, *some(data, 50, first))) for first in (0, 50)]
+    features = class_means(net, found_on)
+    last = list(features)[-1]
+    print(f"\n{name}: {wrong} wrong predictions; overlap and confusion by depth (chance of the top 3: {3 / 9:.3f})")
+    print(f"{'layer':<10}{'units':>6}{'overlap':>9}{'self_overlap':>14}{'top 3 by path':>15}{'by class means':>16}")
+    similarities = []
+    for site, mask in paths.items():
+        similarity = path_similarity(mask, mask)
+        similarities.append(similarity)
+        floor = float(path_similarity(halves[0][site], halves[1][site]).diagonal().nanmean())
+        tops = confusion_top3(confusion, similarity), confusion_top3(confusion, cosine(features[site]))
+        print(f"{site:<10}{mask.shape[1]:>6}{between(similarity):>9.3f}{floor:>14.3f}{tops[0]:>15.3f}{tops[1]:>16.3f}")
+    whole = confusion_top3(confusion, torch.stack(similarities).mean(0))
+    control = confusion_top3(confusion, cosine(features[last]))
+    print(f"all layers: {whole:.3f} by path; {control:.3f} by penultimate class means")
+
+
+def class_means(net: nn.Module, samples: Batch) -> dict[str, Tensor]:
+    """Site -> (classes, units), mean activations."""
+    sites, means = path_layers(net), {}
+    handles = []
+    for name, module in sites.items():
+
+        def keep(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
+            values = output.flatten(2).mean(2) if output.ndim > 2 else output
+            means[name] = torch.stack([values[samples[1] == label].mean(0) for label in range(10)])
+
+        handles.append(module.register_forward_hook(keep))
+    with torch.no_grad():
+        net(samples[0])
+    for handle in handles:
+        handle.remove()
+    return means
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=4)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    name, train_data, test_data = load_images()
+    plain = train(small_cnn(train_data.tensors[0].shape[-1]), train_data, options.epochs)
+    residual = train(small_resnet(), train_data, options.epochs)
+    print(f"{name}, {options.epochs} epochs of training, one thread")
+    costs(plain, train_data, test_data)
+    samples = some(test_data, 16)
+    print(
+        f"\nLargest difference between batched results and a loop over classes (float64): {loop(plain, *samples):.1e}"
+    )
+    for kind, net in (("plain", plain), ("residual", residual)):
+        each = exact_ablation(net, *samples, path_layers(net))
+        print(f"Spearman with exact one-unit ablation, {kind}: " + ", ".join(f"{k} {v:.3f}" for k, v in each.items()))
+    rescaling(plain, samples)
+    for kind, net in (("plain", plain), ("residual", residual)):
+        print(f"\n{kind} network: methods side by side (16 samples a class a half, 100 others to judge)", end="")
+        compare(net, test_data, learned=True)
+    findings("Plain network", plain, test_data)
+    findings("Residual network", residual, test_data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Stop training when a network starts to know what it should not, and read out what it was never trained on.
+
+    python examples/shortcut.py
+
+In the training pictures of handwritten digits, a faint mark in a corner nearly always goes with the digits below 5: a
+shortcut. An observer asks each epoch, on pictures where mark and digit have nothing to do with each other, how well
+the mark can be read from the last hidden layer. As the network finds the shortcut, the mark becomes readable; training
+stops there. A second observer reads whether a digit has a hole (0, 6, 8, 9), which no label ever told the network.
+"""
+
+import argparse
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_neuro import ObserverProbes, Probe
+from lightning_neuro.demo import DigitsNet, digits_loaders
+
+HOLES = torch.tensor([0, 6, 8, 9])
+
+
+def marked(images: Tensor, digits: Tensor, agreement: float, seed: int) -> TensorDataset:
+    """Noisy pictures, whether the digit is below 5, the digit, and the mark, which agrees with it so often."""
+    generator = torch.Generator().manual_seed(seed)
+    small = (digits < 5).long()
+    agrees = torch.rand(len(digits), generator=generator) < agreement
+    mark = torch.where(agrees, small, 1 - small)
+    images = images + 0.3 * torch.randn(images.shape, generator=generator)
+    images[:, :, :2, :2] += 0.5 * mark[:, None, None, None]
+    return TensorDataset(images, small, digits, mark)
+
+
+class SmallOrLarge(DigitsNet):
+    """Is the digit below 5?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc2 = nn.Linear(64, 2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Accuracy, where the mark is of no help."""
+        self.log("val/accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def main(max_epochs: int = 30) -> pl.Trainer:
+    """Train until the mark can be read."""
+    pl.seed_everything(0, verbose=False)
+    loaders = digits_loaders()
+    train, val = (
+        marked(*loader.dataset.tensors, agreement, seed)
+        for loader, agreement, seed in zip(loaders, (0.98, 0.5), (0, 1), strict=True)
+    )
+    observers = ObserverProbes(
+        Probe(layers="relu3", num_samples=360),
+        {"mark": lambda batch: batch[3], "hole": lambda batch: torch.isin(batch[2].cpu(), HOLES)},
+    )
+    stop = EarlyStopping("observers/balanced_accuracy/mark", mode="max", patience=100, stopping_threshold=0.85)
+    trainer = pl.Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        callbacks=[observers, stop],
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(SmallOrLarge(), DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=64))
+    print(f"Stopped after {trainer.current_epoch} epochs; accuracy without the shortcut's help", end=" ")
+    print(f"{float(trainer.callback_metrics['val/accuracy']):.3f}.")
+    for name in ("mark", "hole"):
+        key = f"observers/balanced_accuracy/{name}"
+        start, end, raw = observers.initial[key], observers.scalars[key], observers.from_input[name]
+        print(f"{name}: balanced accuracy {end:.3f}, before training {start:.3f}, from the raw picture {raw:.3f}")
+    return trainer
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-epochs", type=int, default=30)
+    main(parser.parse_args().max_epochs)

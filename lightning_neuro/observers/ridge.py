@@ -1,0 +1,200 @@
+"""Linear observers of all attributes at once, in closed form: ridge regression on standardised units, cross-fitted.
+
+For an attribute a with known values in some training samples, on standardised units x,
+
+    w_a = (S + penalty tr(S)/d I)^-1 cov(x, a),
+
+S being the covariance of all training samples: one factorisation serves all attributes. The threshold is the middle
+between the two classes' mean scores, not 1/2, which a rare attribute's scores never reach.
+
+Where there are at least as many samples as units, S comes from additive moments of each fold, and leaving a fold out is
+a subtraction; where there are fewer, the same weights come from the (samples x samples) products, which are smaller.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def ridge_penalty(units: int, samples: int) -> float:
+    """How strongly weights are held small, in units of the mean variance: the more so the fewer samples a unit has.
+
+    On real layers of 16 to 2,048 units and 400 to 10,000 samples the best penalty grew from .001 to 5 so.
+    """
+    ratio = units / max(1, samples)
+    return ratio * min(1.0, ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a set of samples adds to the fit; two sets' moments add up to those of their union.
+
+    Attributes:
+        count: (), samples.
+        x: (d,) sums of the units.
+        xx: (d, d) sums of their products; None where the fit does not need it.
+        known: (C,) samples with a known value of each attribute.
+        y: (C,) of these, the positive ones.
+        x_known: (d, C) sums of the units over the samples with a known value.
+        x_positive: (d, C) sums of the units over the positive ones.
+    """
+
+    count: Tensor
+    x: Tensor
+    xx: Tensor | None
+    known: Tensor
+    y: Tensor
+    x_known: Tensor
+    x_positive: Tensor
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return self._combine(other, 1)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        return self._combine(other, -1)
+
+    def _combine(self, other: "Moments", sign: int) -> "Moments":
+        pairs: Any = zip(vars(self).values(), vars(other).values(), strict=True)
+        sums: Any = (a if a is None else a + sign * b for a, b in pairs)
+        return Moments(*sums)
+
+    @property
+    def class_means(self) -> tuple[Tensor, Tensor]:
+        """(d, C) means of the units over each attribute's negative and positive samples; NaN where there are none."""
+        return (self.x_known - self.x_positive) / (self.known - self.y), self.x_positive / self.y
+
+
+def moments(x: Tensor, y: Tensor, *, products: bool = True) -> Moments:
+    """The moments of samples.
+
+    Args:
+        x: (N, d) float64.
+        y: (N, C) float64 of 0, 1 and NaN.
+        products: Whether to compute `xx`.
+    """
+    known = y.isfinite().to(x.dtype)
+    positive = y.nan_to_num(nan=0.0)
+    complete = bool(known.all())
+    total = x.sum(0)
+    return Moments(
+        count=torch.tensor(float(len(x)), dtype=x.dtype, device=x.device),
+        x=total,
+        xx=x.T @ x if products else None,
+        known=known.sum(0),
+        y=positive.sum(0),
+        x_known=total[:, None].expand(-1, y.shape[1]) if complete else x.T @ known,
+        x_positive=x.T @ positive,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CrossFit:
+    """Observers of all attributes, fitted on all samples and with each fold held out.
+
+    Attributes:
+        scores: (N, C) of the observers that did not see the sample's fold; above 0 reads "has the attribute"; NaN where
+            the attribute is unknown or the other folds hold only one class.
+        weights: (C, d) of the fit on all samples, on standardised units, scaled so that the two classes' mean scores
+            lie one apart.
+        fold_weights: (folds, C, d), the same with each fold held out.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    fold_weights: Tensor
+
+
+def cross_fit(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> CrossFit:
+    """Fit an observer of each attribute on all samples, and on all folds but one to score that one.
+
+    Args:
+        x: (N, d) float64, standardised units.
+        y: (N, C) float64 of 0, 1 and NaN (missing).
+        fold: (N,) which fold a sample belongs to.
+        folds: Number of folds, at least 2.
+
+    Returns:
+        Scores of held-out samples, and weights.
+    """
+    members = [torch.nonzero(fold == k).flatten() for k in range(folds)]
+    primal = len(x) >= x.shape[1]
+    parts = [moments(x[rows], y[rows], products=primal) for rows in members]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole + part
+    gram = None if primal else x @ x.T
+    scores = torch.full_like(y, torch.nan)
+    fold_weights = x.new_zeros(folds, y.shape[1], x.shape[1])
+    for k, rows in enumerate(members):
+        if len(rows) == len(x):
+            continue
+        train = torch.nonzero(fold != k).flatten()
+        rest = whole - parts[k]
+        weights, middle = _fit(rest, x, y, train, gram)
+        scores[rows] = x[rows] @ weights - middle
+        fold_weights[k] = weights.T
+    weights, _ = _fit(whole, x, y, torch.arange(len(x), device=x.device), gram)
+    scores = torch.where(y.isfinite(), scores, torch.nan)
+    return CrossFit(_recentred(scores, y, fold, folds), weights.T, fold_weights)
+
+
+def _fit(seen: Moments, x: Tensor, y: Tensor, train: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights (d, C) scaled to a distance of 1 between the mean scores, and the middle between these, (C,)."""
+    penalty = ridge_penalty(x.shape[1], len(train))
+    if seen.xx is not None:
+        weights = _solve_products(seen, penalty)
+    else:
+        assert gram is not None
+        weights = _solve_gram(x[train], y[train], gram[train][:, train], penalty)
+    negative, positive = seen.class_means
+    low, high = (weights * negative).sum(0), (weights * positive).sum(0)
+    gap = high - low
+    # Units that say nothing give no distance and a score of 0 everywhere; an attribute of one class gives NaN.
+    scale = torch.where(gap.abs() > 1e-12, gap, torch.inf)
+    scale = torch.where(gap.isnan(), torch.nan, scale)
+    return weights / scale, (low + high) / 2 / scale
+
+
+def _solve_products(seen: Moments, penalty: float) -> Tensor:
+    assert seen.xx is not None
+    mean = seen.x / seen.count
+    covariance = seen.xx / seen.count - torch.outer(mean, mean)
+    towards = seen.x_positive / seen.known - seen.x_known * (seen.y / seen.known**2)
+    units = len(covariance)
+    ridge = penalty * covariance.trace() / units
+    covariance.diagonal().add_(ridge.clamp(min=1e-12))
+    solved: Tensor = torch.cholesky_solve(towards, torch.linalg.cholesky(covariance))
+    return solved
+
+
+def _solve_gram(x: Tensor, y: Tensor, gram: Tensor, penalty: float) -> Tensor:
+    known = y.isfinite().to(x.dtype)
+    count = known.sum(0)
+    target = torch.where(known > 0, y - y.nan_to_num(nan=0.0).sum(0) / count, 0.0) / count
+    centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+    ridge = penalty * centred.trace() / len(x) / x.shape[1]
+    system = centred / len(x)
+    system.diagonal().add_(ridge.clamp(min=1e-12))
+    dual = torch.cholesky_solve(target, torch.linalg.cholesky(system))
+    return x.T @ dual  # whose columns sum to 0, as the targets do, so x need not be centred
+
+
+def _recentred(scores: Tensor, y: Tensor, fold: Tensor, folds: int) -> Tensor:
+    """Move each fold's threshold to the middle between the classes' mean scores in the other folds, held out too.
+
+    In the samples that it was fitted on, an observer scores the rarer class too high, so that its own middle would miss
+    most of that class in new ones.
+    """
+    known = scores.isfinite()
+    sides = [torch.where(known & (y == value), 1.0, 0.0).to(scores.dtype) for value in (0, 1)]
+    filled = scores.nan_to_num(nan=0.0)
+    by_fold = torch.nn.functional.one_hot(fold, folds).to(scores.dtype).T
+    middles = []
+    for side in sides:
+        sums, counts = by_fold @ (filled * side), by_fold @ side
+        others = counts.sum(0) - counts
+        middles.append(torch.where(others > 0, (sums.sum(0) - sums) / others, torch.nan))
+    middle = (middles[0] + middles[1]) / 2
+    return scores - middle.nan_to_num(nan=0.0)[fold]

@@ -1,0 +1,124 @@
+"""What the paths of all concepts look like in one layer."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_neuro.paths import measures
+
+
+@dataclass(frozen=True, eq=False)
+class PathResult:
+    """The paths of K concepts in one layer; all tensors are on the CPU.
+
+    Attributes:
+        scores: float64 (2, K, units), each unit's score for each concept, from either half of the samples; NaN where a
+            half has no sample of the concept.
+        paths: bool (2, K, units), the units that the concept's path keeps, found on either half.
+        counts: float64 (2, K), samples.
+        features: float64 (K, units), each concept's mean activation.
+        confusion: float64 (K, K), how often a sample of the row's class was taken for the column's; empty where
+            concepts are not classes.
+        kinship: float64 (K, K) depth at which two classes part in the user's tree, or None.
+        gates: float64 (2, K, units), the learned gate logits where paths are learned: positive inside the path.
+        num_nonfinite: Samples left out because an activation, a gradient or a logit was NaN or infinite.
+    """
+
+    scores: Tensor
+    paths: Tensor
+    counts: Tensor
+    features: Tensor
+    confusion: Tensor
+    kinship: Tensor | None = None
+    gates: Tensor | None = None
+    num_nonfinite: int = 0
+
+    @property
+    def masks(self) -> Tensor:
+        """Bool (K, units): the paths found on the first half, which all measures are of."""
+        return self.paths[0]
+
+    @property
+    def defined(self) -> Tensor:
+        """Bool (K,): the concepts that have a path."""
+        return self.masks.any(1)
+
+    @property
+    def num_units(self) -> int:
+        """Units in the layer."""
+        return self.paths.shape[2]
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """float64 (K, K): intersection over union of the paths beyond chance, NaN where one is not defined."""
+        return measures.path_similarity(self.masks, self.masks)
+
+    @cached_property
+    def overlap(self) -> float:
+        """The mean similarity of different concepts' paths."""
+        return measures.mean_between(self.similarity)
+
+    @cached_property
+    def self_overlap(self) -> float:
+        """The mean similarity of the paths that the two halves give for the same concept."""
+        return float(measures.path_similarity(self.paths[0], self.paths[1]).diagonal().nanmean())
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 (units,): the mean activation over all samples."""
+        counts = self.counts.sum(0)
+        known = counts > 0
+        return counts[known] @ self.features[known] / counts.sum()
+
+    @property
+    def feature_similarity(self) -> Tensor:
+        """float64 (K, K): cosine of the concepts' mean activations, the control for everything said of similarity."""
+        return torch.where(self.similarity.isfinite(), measures.cosine(self.features), float("nan"))
+
+    def scalars(self) -> dict[str, float]:
+        """The layer in a few numbers; what is undefined is left out, never NaN."""
+        paths = self.masks[self.defined]
+        if not len(paths):
+            return {}
+        values = {"size": float(paths.double().mean()), "overlap": self.overlap, "diversity": 1 - self.overlap}
+        values["self_overlap"] = self.self_overlap
+        if len(paths) > 1:
+            values |= measures.reuse(paths)
+        if len(self.confusion):
+            values["confusion_top3"] = measures.confusion_top3(self.confusion, self.similarity)
+            values["confusion_top3_features"] = measures.confusion_top3(self.confusion, self.feature_similarity)
+        if self.kinship is not None:
+            correlate = measures.hierarchy_correlation
+            values["hierarchy_correlation"] = correlate(self.similarity, self.kinship)
+            values["hierarchy_correlation_features"] = correlate(self.feature_similarity, self.kinship)
+        values = {name: value for name, value in values.items() if value == value}
+        if "confusion_top3" in values:
+            values["confusion_top3_chance"] = measures.TOP / (len(paths) - 1)
+        return values
+
+    def notes(self) -> dict[str, str]:
+        """What a reader of the numbers must know: samples left out, concepts without a path."""
+        notes = {}
+        if self.num_nonfinite:
+            notes["nonfinite"] = (
+                f"{self.num_nonfinite} samples had NaN or infinite activations, gradients or logits and were left out."
+            )
+        if not self.defined.any():
+            notes["undefined"] = "No concept has a path: no unit has a positive score for any of them."
+            if not self.num_nonfinite:
+                return notes
+            return {"nonfinite": f"{notes['nonfinite']} {notes['undefined']}"}
+        missing = (~self.defined).nonzero().flatten().tolist()
+        if missing:
+            few = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            notes["missing"] = (
+                f"{len(missing)} of {len(self.defined)} concepts have no path here and are left out, for want of"
+                f" samples or of units that serve them: {few}."
+            )
+        return notes
+
+    def histogram(self) -> Tensor:
+        """In how many concepts' paths each unit is, (units,)."""
+        return self.masks.sum(0).double()

@@ -1,0 +1,224 @@
+"""What Mapper returns: clusters of points as nodes, shared points as edges, and what can be read off it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_neuro.topology.purity import Purity, purity
+
+MIN_NODE = 10
+"""Points that a node must have to count in a loop or as a branch: with fewer, noise makes both."""
+
+
+@dataclass(frozen=True, eq=False)
+class MapperGraph:
+    """The Mapper graph of a cloud of points; all tensors are on the CPU.
+
+    Attributes:
+        members: For each node the indices of its points among the points given, int64, ascending.
+        interval: int64 (nodes,), the interval of the cover in which each cluster was found.
+        edges: int64 (edges, 2), pairs of nodes that share a point, the lower node first.
+        weights: float64 (edges,), the Jaccard index of the two nodes' points: shared over all.
+        lens_mean: float64 (nodes,), mean lens value of the points.
+        mean_activation: float32 (nodes, units), mean of the points.
+        num_points: Points given.
+        num_nonfinite: Points left out because they held NaN or infinity.
+        num_intervals: Intervals of the cover.
+        eps: Radius of the clusters.
+        min_samples: Points that make a neighbourhood dense.
+        targets: int64 (num_points,) class labels, negative where there is none; None without labels.
+    """
+
+    members: tuple[Tensor, ...]
+    interval: Tensor
+    edges: Tensor
+    weights: Tensor
+    lens_mean: Tensor
+    mean_activation: Tensor
+    num_points: int
+    num_nonfinite: int
+    num_intervals: int
+    eps: float
+    min_samples: int
+    targets: Tensor | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """Clusters."""
+        return len(self.members)
+
+    @property
+    def num_edges(self) -> int:
+        """Pairs of clusters that share a point."""
+        return len(self.edges)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """int64 (nodes,), points in each node."""
+        return torch.tensor([len(own) for own in self.members], dtype=torch.int64)
+
+    @cached_property
+    def num_noise(self) -> int:
+        """Finite points that are in no cluster."""
+        clustered = len(np.unique(np.concatenate(self.members))) if self.members else 0
+        return self.num_points - self.num_nonfinite - clustered
+
+    @property
+    def coverage(self) -> float:
+        """Share of the finite points that are in a cluster; NaN where there is no finite point."""
+        finite = self.num_points - self.num_nonfinite
+        return 1 - self.num_noise / finite if finite else float("nan")
+
+    @cached_property
+    def component_of(self) -> Tensor:
+        """int64 (nodes,), which connected component each node is in."""
+        return _components(self.num_nodes, self.edges)
+
+    @property
+    def num_components(self) -> int:
+        """Connected components."""
+        return int(self.component_of.max()) + 1 if self.num_nodes else 0
+
+    @property
+    def loops(self) -> int:
+        """Independent cycles of the whole graph, b1 = edges - nodes + components."""
+        return self.num_edges - self.num_nodes + self.num_components
+
+    def large_loops(self, min_size: int = MIN_NODE) -> int:
+        """Independent cycles through nodes of at least `min_size` points."""
+        large = self.sizes >= min_size
+        edges = self.edges[large[self.edges].all(dim=1)]
+        alone = (~large).sum().item()  # each left-out node is a component of its own
+        components = int(_components(self.num_nodes, edges).max()) + 1 - alone if self.num_nodes else 0
+        return int(len(edges) - int(large.sum()) + components)
+
+    def branches(self, min_size: int = MIN_NODE) -> Tensor:
+        """int64, the nodes of at least `min_size` points that three or more edges meet in."""
+        degree = torch.bincount(self.edges.flatten(), minlength=self.num_nodes)
+        return torch.nonzero((degree >= 3) & (self.sizes >= min_size)).flatten()
+
+    @cached_property
+    def class_counts(self) -> Tensor | None:
+        """int64 (nodes, classes), points of each class in each node; None without labels."""
+        if self.targets is None or not (self.targets >= 0).any():
+            return None
+        classes = int(self.targets.max()) + 1
+        labels = [self.targets[own] for own in self.members]
+        counts = [own[own >= 0].bincount(minlength=classes) for own in labels]
+        return torch.stack(counts) if counts else torch.zeros(0, classes, dtype=torch.int64)
+
+    @cached_property
+    def class_shares(self) -> Tensor | None:
+        """float64 (nodes, classes), the rows summing to 1 (0 where no point has a label); None without labels."""
+        if self.class_counts is None:
+            return None
+        return self.class_counts.double() / self.class_counts.sum(dim=1, keepdim=True).clamp(min=1)
+
+    @cached_property
+    def purity(self) -> Purity | None:
+        """How pure the nodes are, beside permuted labels; None without nodes or labels."""
+        return None if self.targets is None else purity(self.members, self.targets)
+
+    def scalars(self) -> dict[str, float]:
+        """The graph in a few numbers; what is undefined is left out."""
+        if self.num_points == self.num_nonfinite:
+            return {}
+        values: dict[str, float] = {
+            "nodes": self.num_nodes,
+            "edges": self.num_edges,
+            "components": self.num_components,
+            "loops": self.large_loops(),
+            "branches": len(self.branches()),
+            "coverage": self.coverage,
+        }
+        if self.purity is not None:
+            values["purity"], values["purity_null"] = self.purity.node_wise, self.purity.node_wise_null
+            values["class_purity"], values["class_purity_null"] = self.purity.class_wise, self.purity.class_wise_null
+            values["majority_share"] = self.purity.majority_share
+            values["majority_share_null"] = self.purity.majority_share_null
+        return values
+
+    def notes(self) -> dict[str, str]:
+        """What a reader of the numbers must know: points left out, or why there is no graph."""
+        notes = {}
+        if self.num_nonfinite:
+            notes["nonfinite"] = (
+                f"{self.num_nonfinite} of {self.num_points} points held NaN or infinity and were left out."
+            )
+        if self.num_nodes == 0:
+            finite = self.num_points - self.num_nonfinite
+            notes["undefined"] = (
+                f"The Mapper graph is empty: no interval of the cover has {self.min_samples} of the {finite} finite"
+                f" points within {self.eps:.3g} of each other."
+            )
+        return notes
+
+    def to_networkx(self) -> Any:
+        """An undirected `networkx.Graph`: nodes 0, 1, ... with what `to_json` says of them, edges with `weight`."""
+        import networkx as nx
+
+        graph = nx.Graph()
+        for node in self._nodes():
+            graph.add_node(node.pop("id"), **node)
+        for (i, j), weight in zip(self.edges.tolist(), self.weights.tolist(), strict=True):
+            graph.add_edge(i, j, weight=weight)
+        return graph
+
+    def to_json(self) -> str:
+        """The graph as JSON text.
+
+        `nodes` (id, interval, size, lens_mean, members, mean_activation, and with labels classes and purity), `edges`
+        (source, target, weight), and the facts of the whole graph.
+        """
+        edges = zip(self.edges.tolist(), self.weights.tolist(), strict=True)
+        facts = ("num_points", "num_nonfinite", "num_noise", "num_intervals", "eps", "min_samples")
+        return json.dumps(
+            {name: getattr(self, name) for name in facts}
+            | {"nodes": self._nodes(), "edges": [{"source": i, "target": j, "weight": w} for (i, j), w in edges]}
+        )
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        shares = self.class_shares
+        nodes = []
+        for node, own in enumerate(self.members):
+            facts: dict[str, Any] = {
+                "id": node,
+                "interval": int(self.interval[node]),
+                "size": len(own),
+                "lens_mean": float(self.lens_mean[node]),
+                "members": own.tolist(),
+                "mean_activation": [float(f"{value:.4g}") for value in self.mean_activation[node].tolist()],
+            }
+            if shares is not None:
+                present = torch.nonzero(shares[node]).flatten().tolist()
+                by_share = sorted(present, key=lambda c: -float(shares[node, c]))
+                facts["classes"] = {str(c): round(float(shares[node, c]), 4) for c in by_share}
+                facts["purity"] = 1 / len(present) if present else None
+            nodes.append(facts)
+        return nodes
+
+
+def flat_attributes(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A node's facts as GraphML can hold them: lists and mappings as text, what is None left out."""
+    return {
+        name: json.dumps(value) if isinstance(value, (Sequence, Mapping)) and not isinstance(value, str) else value
+        for name, value in facts.items()
+        if value is not None
+    }
+
+
+def _components(num_nodes: int, edges: Tensor) -> Tensor:
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = edges.numpy()
+    links = csr_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(num_nodes, num_nodes))
+    if num_nodes == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.from_numpy(connected_components(links, directed=False)[1].astype(np.int64))

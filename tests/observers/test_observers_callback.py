@@ -1,0 +1,236 @@
+"""ObserverProbes: attributes of the user's own, keys, the tag limit, references, resume, figures."""
+
+import math
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_neuro import ObserverProbes, Probe
+from lightning_neuro.observers.result import MEASURES
+from tests.models import MemoryLogger, Module, fit, images, loader, mlp
+
+LAYERS = ("net.2", "net.4")
+bright = {"bright": lambda batch: batch[0].flatten(1).mean(1) > 0.5, "even": lambda batch: batch[1] % 2 == 0}
+
+
+def probes(*args, **options):
+    return ObserverProbes(*args, on_error="raise", **options)
+
+
+def test_every_documented_key_is_there():
+    callback = probes(attributes=bright)
+    log = MemoryLogger()
+    fit(mlp(), callback, logger=log)
+    for measure in MEASURES:
+        for name in bright:
+            for layer in LAYERS:
+                assert f"observers/{measure}/{name}/{layer}" in log.curves
+            mean = sum(callback.scalars[f"observers/{measure}/{name}/{layer}"] for layer in LAYERS) / 2
+            assert callback.scalars[f"observers/{measure}/{name}"] == pytest.approx(mean)
+        for layer in LAYERS:
+            mean = sum(callback.scalars[f"observers/{measure}/{name}/{layer}"] for name in bright) / 2
+            assert callback.scalars[f"observers/{measure}/{layer}"] == pytest.approx(mean)
+        assert f"observers/{measure}" in log.curves
+    for layer in LAYERS:
+        start = callback.initial[f"observers/balanced_accuracy/{layer}"]
+        assert callback.scalars[f"observers/balanced_accuracy_initial/{layer}"] == start
+        assert f"observers/denoting_units/{layer}" in log.curves
+        before = callback.initial[f"observers/balanced_accuracy/even/{layer}"]
+        assert callback.before[layer][1] == pytest.approx(before)
+    assert set(callback.from_input) == {"bright", "even"}
+    mean = sum(callback.from_input.values()) / 2
+    assert callback.scalars["observers/balanced_accuracy_input"] == pytest.approx(mean)
+    assert callback.scalars["observers/balanced_accuracy_input/even"] == callback.from_input["even"]
+
+
+def test_keys_of_a_dict_batch_and_missing_values():
+    class Dicts(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, i):
+            x, y = images(64)[i]
+            return {"image": x, "label": y, "first": float(y < 2) if i % 3 else math.nan}
+
+    class Net(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step((batch["image"], batch["label"]), batch_idx)
+
+    callback = probes(Probe(source=Dicts()), {"first": "first"})
+    trainer_loader = DataLoader(Dicts(), batch_size=16)
+    fit(Net(mlp().net), callback, train=trainer_loader, val=False)
+    result = callback.result["net.2"]
+    assert result.num_known.item() == 64 - 22
+    assert result.balanced_accuracy.item() > 0.7
+
+
+WRONG = {
+    "no such key": ({"mark": "mark"}, r"'mark' stands for the key 'mark', but the batch has no keys"),
+    "length": ({"mark": lambda batch: batch[1][:3]}, r"'mark' must give a value for each of the 16 samples"),
+    "values": ({"mark": lambda batch: batch[1]}, r"'mark' must hold 0, 1 and NaN"),
+    "function": ({"mark": lambda batch: batch[7]}, r"'mark': the function fails on a batch: IndexError"),
+    "kind": ({"mark": lambda batch: "yes"}, r"'mark' must give numbers, got a str"),
+    "layer": ({"net.2": lambda batch: batch[1] == 0}, r"'net.2', which is the name of a layer"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_attribute_is_named_before_the_first_step(case):
+    attributes, said = WRONG[case]
+    module = mlp()
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(MisconfigurationException, match=said):
+        fit(module, ObserverProbes(Probe(source=list(loader(32))), attributes))
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_wrong_groups_are_named():
+    with pytest.raises(MisconfigurationException, match=r"`groups` must give a whole number for each of the"):
+        fit(mlp(), ObserverProbes(groups=lambda batch: batch[0][:, 0, 0, 0]))
+
+
+def test_groups_are_held_out_together():
+    seen = []
+
+    class Look(ObserverProbes):
+        def update(self, metric, activations, batch):
+            super().update(metric, activations, batch)
+            seen.append((batch.targets, metric.groups[-1]))
+
+    fit(mlp(), Look(groups=lambda batch: batch[1] // 2), max_epochs=1)
+    for targets, groups in seen:
+        assert len(groups.unique()) == 2
+        assert all(len(groups[targets // 2 == g].unique()) == 1 for g in (0, 1))
+
+
+def test_undefined_attributes_are_told_in_one_warning_and_not_logged():
+    callback = ObserverProbes(attributes=bright | {"never": lambda batch: batch[1] > 9})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(mlp(), callback)
+    told = [str(w.message) for w in caught if "never" in str(w.message)]
+    assert len(told) == 1 and "'never' is absent in all 32 samples" in told[0]
+    assert not any("never" in key for key in callback.scalars)
+    assert callback.scalars["observers/balanced_accuracy/even/net.2"] > 0.5
+
+
+def test_too_many_attributes_become_means_and_a_table(tmp_path):
+    attributes = {f"class {k} | {n}": (lambda batch, k=k: batch[1] == k) for n in range(6) for k in range(4)}
+    callback = probes(attributes=attributes, max_tags=359)
+    fit(mlp(), callback, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    tags = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    own = [tag for tag in tags.Tags()["scalars"] if tag.startswith("observers/")]
+    assert len(own) < 40 and "observers/balanced_accuracy/net.2" in own
+    table = tags.Tensors("observers/balanced_accuracy/text_summary")[-1].tensor_proto.string_val[0].decode()
+    lines = table.splitlines()
+    assert lines[0] == "| attribute | net.2 | net.4 | raw input |"
+    assert len(lines) == 2 + 24
+    value = float(callback.result["net.4"].balanced_accuracy[0])
+    assert lines[2].startswith("| class 0 \\| 0 |") and f"| {value:.3f} | " in lines[2]
+    just = probes(attributes=attributes, max_tags=360)
+    fit(mlp(), just)
+    assert len(just.scalars) > 300
+
+
+def test_a_network_that_learns_raises_what_can_be_read_and_the_input_stays():
+    callback = probes(Probe(layers="net.4"))
+    fit(mlp(), callback, max_epochs=12, train=loader(shuffle=True))
+    key = "observers/balanced_accuracy/net.4"
+    assert callback.scalars[key] > callback.initial[key] + 0.05
+    assert (
+        callback.scalars["observers/balanced_accuracy_input"] == callback.initial["observers/balanced_accuracy_input"]
+    )
+
+
+def test_the_same_samples_are_in_the_same_fold_all_run_and_in_any_order():
+    first, second = probes(Probe(source=images(32))), probes(Probe(source=list(loader(32, batch_size=5))))
+    fit(mlp(), first, max_epochs=1, train=loader())
+    fit(mlp(), second, max_epochs=1, train=loader())
+    for key, value in first.scalars.items():
+        assert second.scalars[key] == pytest.approx(value, abs=1e-7), key
+
+
+def test_positions_of_one_sample_are_held_out_together():
+    callback = probes(Probe(reduction="tokens"), bright, denotation=False)
+    from tests.models import convnet
+
+    fit(convnet(), callback, max_epochs=1)
+    result = callback.result["net.0.2"]
+    assert result.num_samples == 32 * 36
+    assert result.balanced_accuracy.isfinite().all()
+
+
+def test_references_outlive_a_resume(tmp_path):
+    callback = probes(attributes=bright)
+    save = ModelCheckpoint(tmp_path, filename="last")
+    fit(mlp(), callback, save, enable_checkpointing=True)
+    resumed = probes(attributes=bright)
+    fit(mlp(), resumed, max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    assert (resumed.from_input, resumed.before) == (callback.from_input, callback.before)
+
+
+def test_adding_or_removing_observers_on_resume_keeps_the_optimiser(tmp_path):
+    """A run with observers, continued without, and the other way round, is the run that never had any."""
+
+    def weights(*callbacks, **options):
+        module = mlp()
+        fit(module, *callbacks, train=loader(), **options)
+        return list(module.parameters())
+
+    whole = weights(max_epochs=4)
+    for first, then in (((probes(),), ()), ((), (probes(),)), ((probes(), probes(name="two")), (probes(),))):
+        folder = tmp_path / f"{len(first)}{len(then)}"
+        save = ModelCheckpoint(folder, filename="last")
+        weights(*first, save, max_epochs=2, enable_checkpointing=True)
+        resumed = weights(*then, max_epochs=4, ckpt_path=folder / "last.ckpt")
+        assert all(map(torch.equal, whole, resumed))
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_global_step_does_not_depend_on_the_number_of_observers(number):
+    attributes = {f"a{n}": bright["even"] for n in range(number)}
+    assert fit(mlp(), probes(attributes=attributes)).global_step == 8
+
+
+def test_inputs_that_are_no_floats_have_no_raw_observer():
+    class Tokens(Module):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    x, y = images(64).tensors
+    data = DataLoader(TensorDataset((4 * x).long(), y), batch_size=16)
+    callback = probes(Probe(source=data.dataset))
+    fit(Tokens(mlp().net), callback, train=data, val=False)
+    assert callback.from_input == {}
+    assert not any("_input" in key for key in callback.scalars)
+
+
+def test_the_logistic_observer_is_near(monkeypatch):
+    make = partial(probes, attributes=bright, denotation=False)
+    ridge, logistic = make(), make(observer="logistic", folds=4)
+    for callback in (ridge, logistic):
+        fit(mlp(), callback, max_epochs=1, train=loader())
+    key = "observers/auroc"
+    assert abs(ridge.scalars[key] - logistic.scalars[key]) < 0.15
+    assert logistic.scalars[key] > 0.6
+
+
+def test_figures_are_those_promised():
+    callback = probes()
+    fit(mlp(), callback)
+    names = {"attributes", "weights", "patterns", "effects", "explanation", "proportion"}
+    assert set(callback.draw(callback.result)) == names
+    plain = probes(heatmap=False, denotation=False)
+    fit(mlp(), plain)
+    assert set(plain.draw(plain.result)) == {"attributes"}
+    assert "observers/denoting_units" not in plain.scalars

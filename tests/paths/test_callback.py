@@ -1,0 +1,273 @@
+"""The callback beyond the contract suite: its options against the functions, and what it says of bad input."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_neuro import ConceptPaths, Probe
+from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, minimal_paths
+from lightning_neuro.paths.halves import assign_turns, sample_keys
+from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp
+from tests.paths.networks import Residual, hooks_of, residual_net
+
+X, Y = images(32).tensors
+
+
+def halves(per_class: int = 32) -> list[tuple[Tensor, Tensor]]:
+    turns = assign_turns(sample_keys(X, 32), Y, per_class)
+    return [(X[rows], Y[rows]) for half in (0, 1) for rows in [(turns >= 0) & (turns % 2 == half)]]
+
+
+def watch(callback: ConceptPaths, module: Any = None) -> Any:
+    """Train a little, and look at the trained network once more."""
+    module = module or mlp()
+    fit(module, callback, max_epochs=3)
+    return module
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+@pytest.mark.parametrize("network", [mlp, convnet])
+def test_paths_and_rates_are_those_of_the_functions(network: Any, ablation: str) -> None:
+    callback = ConceptPaths(ablation=ablation, density=0.4, on_error="raise")
+    net = watch(callback, network()).net
+    first, second = halves()
+    names = {name.removeprefix("net."): name for name in callback.result}
+    if ablation == "zero":  # with the mean the function has that of a half only
+        for half, samples in enumerate((first, second)):
+            for name, scores in attribution_scores(net, *samples).items():
+                result = callback.result[names[name]]
+                torch.testing.assert_close(result.scores[half], scores, rtol=1e-4, atol=1e-6)
+                assert torch.equal(result.paths[half], concept_paths({"": scores}, 0.4)[""])
+        paths = {name: callback.result[names[name]].masks for name in names}
+        found = evaluate_paths(net, *second, paths)
+        evaluation = callback.evaluation
+        for measure in ("tpr", "clean"):
+            assert torch.equal(getattr(evaluation, measure), getattr(found, measure))
+        assert torch.equal(evaluation.drops.diagonal(), found.drops.diagonal())
+        # Others see two paths each: fewer rows, the same network.
+        assert callback.scalars["paths/false_positive_rate"] == pytest.approx(float(found.fpr.mean()), abs=0.2)
+    else:
+        used = [torch.cat(parts) for parts in zip(first, second, strict=True)]
+        for name, scores in attribution_scores(net, *used, ablation="mean").items():
+            torch.testing.assert_close(callback.result[names[name]].scores.mean(0), scores, rtol=1e-3, atol=1e-5)
+
+
+def test_so_many_samples_of_a_class_are_used() -> None:
+    callback = ConceptPaths(samples_per_class=5, on_error="raise")
+    net = watch(callback).net
+    (first, second), result = halves(5), callback.result["net.2"]
+    assert result.counts.tolist() == [[3.0] * 4, [2.0] * 4]
+    torch.testing.assert_close(result.scores[0], attribution_scores(net, *first, "2")["2"], rtol=1e-4, atol=1e-6)
+    assert callback.evaluation.num_samples == len(second[0]) == 8
+
+
+def test_the_smallest_paths_are_those_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_neuro.paths.callback.OTHERS", 3)  # all there are, in whatever order
+    callback = ConceptPaths(density="minimal", on_error="raise")
+    net = watch(callback).net
+    (first, _), result = halves(), callback.result
+    expected, densities = minimal_paths(net, *first, attribution_scores(net, *first))
+    assert 0 < densities.min() < 1
+    for name, paths in expected.items():
+        assert torch.equal(result[f"net.{name}"].masks, paths)
+
+
+def test_mode_nad_is_that_of_the_class() -> None:
+    callback = ConceptPaths(mode="nad", nad_beta=1.0, on_error="raise")
+    net = watch(callback).net
+    for half, (x, y) in enumerate(halves()):
+        # In the order in which the probe shows them, which is that of the batches of 16 too.
+        expected = NadPaths(net, beta=1.0).fit(x, y).paths
+        for name, paths in expected.items():
+            assert (callback.result[f"net.{name}"].paths[half] == paths).double().mean() > 0.9
+    assert {"paths/size", "paths/self_overlap", "paths/auroc", "paths/stability"} <= callback.scalars.keys()
+
+
+def test_refinement_goes_on_from_the_evaluation_before() -> None:
+    logs = {}
+    for steps in (0, 5):
+        logs[steps] = ConceptPaths(refine_steps=steps, on_error="raise")
+        watch(logs[steps])
+    result = logs[5].result["net.2"]
+    assert torch.equal(result.paths, result.gates > 0)
+    torch.testing.assert_close(result.scores, logs[0].result["net.2"].scores)
+    assert not torch.equal(result.paths, logs[0].result["net.2"].paths)
+    # Five steps of length .1 from where the evaluation before ended.
+    before = logs[5]._previous["net.2"]["gates"]
+    assert torch.equal(before, result.gates)
+    assert torch.isfinite(result.gates).all()
+
+
+def test_refined_curves_outlive_a_resume(tmp_path: Path) -> None:
+    def train(callback: ConceptPaths, *others: pl.Callback, **options: Any) -> ConceptPaths:
+        options |= {"enable_checkpointing": True, "default_root_dir": tmp_path}
+        fit(mlp(), callback, *others, train=loader(), **options)
+        return callback
+
+    whole = train(ConceptPaths(refine_steps=3, on_error="raise"), max_epochs=4)
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    train(ConceptPaths(refine_steps=3), save, max_epochs=2)
+    resumed = train(ConceptPaths(refine_steps=3), max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert resumed.scalars == whole.scalars
+    assert resumed.history == whole.history
+    assert len(whole.history) == 4
+
+
+def test_early_stopping_on_the_margin() -> None:
+    stop = EarlyStopping("paths/auroc", mode="max", patience=1)
+    trainer = fit(mlp(), ConceptPaths(), stop, max_epochs=30)
+    assert trainer.current_epoch < 30 and float(stop.best_score) > 0.8
+
+
+def test_residual_networks_are_seen_at_their_blocks_and_a_users_layers_at_those() -> None:
+    callback = ConceptPaths(on_error="raise")
+    fit(Module(residual_net()), callback, max_epochs=1)
+    assert list(callback.result) == ["net.1", "net.2"]
+    assert callback.result["net.1"].num_units == 6
+    own = ConceptPaths(Probe(layers="conv2"), on_error="raise")
+    fit(Module(residual_net()), own, max_epochs=1)
+    assert list(own.result) == ["net.1.conv2", "net.2.conv2"]
+    assert isinstance(residual_net()[1], Residual)
+
+
+def test_concepts_of_the_users_own() -> None:
+    data = TensorDataset(X, Y, torch.arange(32) // 16)  # in each half of the data all classes
+
+    class Threes(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch[:2], batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch[:2], batch_idx)
+
+    callback = ConceptPaths(Probe(source=data), concept_fn=lambda batch: batch[2], on_error="raise")
+    fit(Threes(mlp().net), callback, train=DataLoader(data, batch_size=16), val=False)
+    assert callback.result["net.2"].counts.tolist() == [[8.0, 8.0], [8.0, 8.0]]
+    # Any class is an answer for a concept that all classes have, on whatever sample.
+    assert callback.scalars["paths/retention"] == callback.scalars["paths/false_positive_rate"] == 1
+    assert not any("confusion" in key for key in callback.scalars)
+    by_class = ConceptPaths(Probe(source=data), on_error="raise")
+    fit(Threes(mlp().net), by_class, train=DataLoader(data, batch_size=16), val=False)
+    mine = ConceptPaths(Probe(source=data), concept_fn=lambda batch: batch[1] // 2, on_error="raise")
+    fit(Threes(mlp().net), mine, train=DataLoader(data, batch_size=16), val=False)
+    pooled = by_class.result["net.2"].scores.mean((0,)).reshape(2, 2, -1).mean(1)
+    torch.testing.assert_close(mine.result["net.2"].scores.mean(0), pooled)
+
+
+def test_wrong_concepts_are_explained_before_the_first_step() -> None:
+    module = mlp()
+    with pytest.raises(MisconfigurationException, match=r"`concept_fn` must return whole numbers of shape \(\d+,\)"):
+        fit(module, ConceptPaths(concept_fn=lambda batch: batch[0]))
+    assert hooks_of(module) == []
+
+
+class Features(Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[:-1](x) if self.training is None else self.net[:3](x).unsqueeze(2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def test_a_model_without_logits_is_explained_before_the_first_step_and_forward_fn_helps() -> None:
+    module = Features(mlp().net)
+    with pytest.raises(MisconfigurationException, match=r"logits of shape \(N, classes\).*\(\d+, 16, 1\).*forward_fn"):
+        fit(module, ConceptPaths())
+    assert hooks_of(module) == [] and module.global_step == 0
+    callback = ConceptPaths(Probe(forward_fn=lambda module, x: module.net(x)))
+    fit(module, callback)
+    assert set(callback.result) == {"net.2", "net.4"}
+
+
+def test_labels_beyond_the_logits_are_explained() -> None:
+    data = DataLoader(TensorDataset(X, Y + 1), batch_size=16)
+    with pytest.raises(MisconfigurationException, match="0 to 3, but reach from 1 to 4"):
+        fit(mlp(), ConceptPaths(), train=data, val=False)
+
+
+def test_missing_labels_are_explained() -> None:
+    with pytest.raises(MisconfigurationException, match=r"ConceptPaths needs a class label.*target_fn"):
+        fit(mlp(), ConceptPaths(Probe(source=[(X, torch.rand(32))])))
+
+
+def test_a_class_without_samples_is_named_and_negative_labels_are_none() -> None:
+    labels = torch.where(Y == 2, -1, Y)
+    callback = ConceptPaths(Probe(source=TensorDataset(X, labels)), on_error="raise")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(mlp(), callback)
+    told = [str(warning.message) for warning in caught if "have no path" in str(warning.message)]
+    assert len(told) == 2 and all("1 of 4 concepts" in message and ": 2." in message for message in told)
+    result = callback.result["net.2"]
+    assert result.counts.sum(0).tolist() == [8, 8, 0, 8] and result.defined.tolist() == [True, True, False, True]
+    assert callback.evaluation.tpr.isnan().tolist() == [False, False, True, False]
+    assert {"paths/auroc", "paths/overlap/net.2"} <= callback.scalars.keys()
+
+
+def test_nothing_is_kept_after_training_but_results() -> None:
+    callback = ConceptPaths()
+    fit(mlp(), callback)
+    assert callback._choice is None and callback._shown is None
+    assert callback.to_networkx().number_of_nodes() == sum(int(r.masks.any(0).sum()) for r in callback.result.values())
+
+
+def test_a_masked_pass_that_fails_warns_once_and_leaves_the_layers_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_neuro.paths import shown
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(shown, "masked_table", broken)
+    callback = ConceptPaths()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(mlp(), callback)
+    told = [str(warning.message) for warning in caught if "boom" in str(warning.message)]
+    assert len(told) == 1 and "the masked passes" in told[0]
+    assert trainer.global_step == 8 and "paths/overlap/net.2" in callback.scalars
+    assert "paths/retention" not in callback.scalars and callback._shown is None
+
+
+def test_hierarchy_is_logged_beside_its_control() -> None:
+    logger = MemoryLogger()
+    fit(mlp(), ConceptPaths(hierarchy=[[0, 1], [2, 3]], on_error="raise"), logger=logger)
+    for layer in ("net.2", "net.4"):
+        assert len(logger.curves[f"paths/hierarchy_correlation/{layer}"]) == 3
+        assert len(logger.curves[f"paths/hierarchy_correlation_features/{layer}"]) == 3
+
+
+def test_figures_are_written(tmp_path: Path) -> None:
+    callback = ConceptPaths(flow=(0, 3), on_error="raise")
+    fit(mlp(), callback, logger=TensorBoardLogger(tmp_path))
+    assert list(callback.draw(callback.result)) == ["overlap", "flow", "reuse", "stability"]
+
+
+def test_modes_that_exclude_each_other_are_refused() -> None:
+    for options in ({"refine_steps": 3}, {"concept_fn": len}):
+        with pytest.raises(MisconfigurationException, match="mode='nad'"):
+            ConceptPaths(mode="nad", **options)  # type: ignore[arg-type]
+
+
+def test_the_samples_are_chosen_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_neuro.paths import callback as module
+
+    choices: list[Any] = []
+    choose = module.choose
+    monkeypatch.setattr(module, "choose", lambda *args: choices.append(choose(*args)) or choices[-1])
+    callback = ConceptPaths(samples_per_class=5, on_error="raise")
+    watch(callback)
+    assert len(choices) == 1
+    assert torch.equal(choices[0].counts, callback.result["net.2"].counts)
+    assert len(choices[0].members) == 20 and choices[0].num_concepts == 4

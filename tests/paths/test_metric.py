@@ -1,0 +1,248 @@
+"""The metric: shards give what the whole gives, whatever the order; and what its result says."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_neuro.paths import LayerPaths, PathResult, attribution_scores, concept_paths, path_similarity
+from lightning_neuro.paths.gates import GatedModel, Watched, still
+from lightning_neuro.paths.halves import assign_turns, sample_keys
+from tests.paths.networks import convnet, data, planted
+
+CLASSES = 4
+
+
+def watched(ablation: str = "zero") -> tuple[Watched, Tensor, Tensor, Tensor]:
+    net, (x, y) = convnet().eval(), data(60, CLASSES)
+    with still(net):
+        seen = GatedModel(net, {"5": net[5]}, net).watch(x, y, gradients=ablation == "mean")
+    return seen, x, y, assign_turns(sample_keys(x, 60), y, per_concept=10)
+
+
+def show(metric: LayerPaths, seen: Watched, y: Tensor, turns: Tensor, rows: Tensor) -> None:
+    metric.update(
+        seen.contributions["5"][rows],
+        y[rows],
+        turns=turns[rows],
+        gradients=seen.gradients["5"][rows] if seen.gradients else None,
+        features=seen.features["5"][rows],
+        predictions=seen.logits.argmax(1)[rows],
+    )
+
+
+def assert_same(a: PathResult, b: PathResult) -> None:
+    for name in ("scores", "counts", "features", "confusion"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-10, atol=1e-12, equal_nan=True)
+    assert torch.equal(a.paths, b.paths)
+    assert a.num_nonfinite == b.num_nonfinite
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_scores_are_those_of_the_function_on_either_half(ablation: str) -> None:
+    seen, x, y, turns = watched(ablation)
+    metric = LayerPaths(density=0.5, ablation=ablation)
+    show(metric, seen, y, turns, torch.arange(60))
+    result = metric.compute()
+    assert result.counts.tolist() == [[5.0] * 4] * 2
+    net = convnet().eval()
+    if ablation == "zero":
+        for half in (0, 1):
+            mine = (turns >= 0) & (turns % 2 == half)
+            scores = attribution_scores(net, x[mine], y[mine], "5")["5"][:CLASSES]
+            torch.testing.assert_close(result.scores[half], scores, rtol=1e-4, atol=1e-6)
+            assert torch.equal(result.paths[half], concept_paths({"": scores}, 0.5)[""])
+    else:  # the mean is over both halves, as the masked passes need one
+        used = turns >= 0
+        both = attribution_scores(net, x[used], y[used], "5", ablation="mean")["5"][:CLASSES]
+        torch.testing.assert_close(result.scores.mean(0), both, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_shards_in_any_order_are_the_whole(ablation: str) -> None:
+    seen, _, y, turns = watched(ablation)
+    whole, first, second = (LayerPaths(ablation=ablation) for _ in range(3))
+    show(whole, seen, y, turns, torch.arange(60))
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    # The first shard knows three of the four classes only.
+    few = order[y[order] < 3][:20]
+    rest = torch.tensor([row for row in order.tolist() if row not in few.tolist()])
+    show(first, seen, y, turns, few)
+    for rows in rest.split(7):
+        show(second, seen, y, turns, rows)
+    fresh = LayerPaths(ablation=ablation)
+    for part in (first, second):
+        fresh.merge_state(part)
+    assert_same(fresh.compute(), whole.compute())
+    first.merge_state(second)
+    assert_same(first.compute(), whole.compute())
+    assert_same(pickle.loads(pickle.dumps(second)).compute(), copy.deepcopy(second).compute())
+
+
+def test_a_reset_forgets() -> None:
+    seen, _, y, turns = watched()
+    metric, fresh = LayerPaths(), LayerPaths()
+    show(metric, seen, y, turns, torch.arange(30))
+    metric.reset()
+    show(metric, seen, y, turns, torch.arange(30, 60))
+    show(fresh, seen, y, turns, torch.arange(30, 60))
+    assert_same(metric.compute(), fresh.compute())
+
+
+def test_without_turns_the_halves_take_turns_over_all_batches() -> None:
+    contributions = torch.rand(9, 5)
+    concepts = torch.tensor([0, 0, 1, 0, 1, 1, 0, -1, 1])
+    turns = torch.tensor([0, 1, 0, 2, 1, 2, 3, -1, 3])
+    given, found = LayerPaths(), LayerPaths()
+    given.update(contributions, concepts, turns=turns)
+    for rows in torch.arange(9).split(2):
+        found.update(contributions[rows], concepts[rows])
+    assert_same(found.compute(), given.compute())
+    assert given.compute().counts.tolist() == [[2, 2], [2, 2]]
+
+
+def test_samples_with_nan_are_left_out_and_told() -> None:
+    seen, _, y, turns = watched()
+    metric, without = LayerPaths(), LayerPaths()
+    rows = torch.arange(60)
+    bad = (turns >= 0).nonzero().flatten()[3]
+    show(without, seen, y, turns, rows[rows != bad])
+    seen.contributions["5"][bad, 2] = float("nan")
+    unused = (turns < 0).nonzero().flatten()[0]
+    seen.contributions["5"][unused] = float("inf")  # not one of the samples
+    show(metric, seen, y, turns, rows)
+    assert metric.compute().num_nonfinite == 1
+    assert "1 samples had NaN" in metric.compute().notes()["nonfinite"]
+    assert_same(replace(metric.compute(), num_nonfinite=0), without.compute())
+
+
+def test_nothing_but_nan_is_undefined_and_said_in_one_note() -> None:
+    metric = LayerPaths()
+    metric.update(torch.full((6, 3), float("nan")), torch.arange(6) % 2)
+    result = metric.compute()
+    assert result.scalars() == {} and list(result.notes()) == ["nonfinite"]
+    assert "No concept has a path" in result.notes()["nonfinite"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.rand(4, 3), None), "concepts of shape"),
+        ((torch.rand(4, 3), torch.zeros(3)), "concepts of shape"),
+        ((torch.rand(4), torch.zeros(4)), "contributions of shape"),
+        ((torch.rand(4, 3, 2), torch.zeros(4)), "contributions of shape"),
+    ],
+)
+def test_wrong_shapes_are_explained(arguments: tuple[Tensor, Tensor | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerPaths().update(*arguments)
+
+
+def test_another_width_and_a_missing_mean_are_explained() -> None:
+    metric = LayerPaths()
+    metric.update(torch.rand(4, 3), torch.arange(4))
+    with pytest.raises(ValueError, match="3 units like the earlier ones, but have 5"):
+        metric.update(torch.rand(4, 5), torch.arange(4))
+    with pytest.raises(ValueError, match="needs gradients and features"):
+        LayerPaths(ablation="mean").update(torch.rand(4, 3), torch.arange(4))
+
+
+def result_of(paths: Tensor, other: Tensor | None = None, **facts: object) -> PathResult:
+    both = torch.stack([paths, paths if other is None else other])
+    counts = torch.full((2, len(paths)), 8.0, dtype=torch.float64)
+    defaults = {"features": paths.double(), "confusion": torch.zeros(0, 0), "scores": both.double(), "counts": counts}
+    return PathResult(paths=both, **(defaults | facts))  # type: ignore[arg-type]
+
+
+def test_the_scalars_of_disjoint_paths() -> None:
+    scalars = result_of(planted()).scalars()
+    raw = path_similarity(planted(), planted())[0, 1].item()
+    assert scalars == pytest.approx(
+        {
+            "size": 0.25,
+            "overlap": raw,
+            "diversity": 1 - raw,
+            "self_overlap": 1,
+            "dead_units": 0,
+            "exclusive_units": 1,
+            "shared_units": 0,
+        }
+    )
+    assert scalars["diversity"] >= 1
+
+
+def test_the_scalars_of_one_path_for_all() -> None:
+    scalars = result_of(planted()[:1].expand(6, -1)).scalars()
+    assert (scalars["overlap"], scalars["diversity"]) == pytest.approx((1, 0))
+    assert (scalars["shared_units"], scalars["dead_units"]) == (0.25, 0.75)
+
+
+def test_the_noise_floor_is_that_of_the_halves() -> None:
+    result = result_of(planted(), planted().roll(1, 0))
+    assert result.self_overlap == pytest.approx(path_similarity(planted(), planted())[0, 1].item())
+
+
+def test_confusion_stands_beside_its_control_and_chance() -> None:
+    chain = torch.arange(8)[:, None]
+    near = ((torch.arange(16)[None] - 2 * chain).abs() <= 4).bool()  # neighbours share units
+    confusion = torch.zeros(8, 8, dtype=torch.float64)
+    confusion[torch.arange(7), torch.arange(1, 8)] = 2
+    features = torch.eye(8, 16, dtype=torch.float64)[torch.arange(8)] + 0.5 * torch.eye(8, 16).roll(4, 0)
+    scalars = result_of(near, confusion=confusion, features=features).scalars()
+    assert scalars["confusion_top3"] == 1
+    assert scalars["confusion_top3_features"] < 1
+    assert scalars["confusion_top3_chance"] == pytest.approx(3 / 7)
+    right = result_of(near, confusion=torch.eye(8, dtype=torch.float64)).scalars()
+    assert not any(name.startswith("confusion") for name in right)
+
+
+def test_classes_without_samples_are_named_and_left_out() -> None:
+    paths = planted().clone()
+    paths[2] = False
+    result = result_of(paths)
+    assert "1 of 4 concepts have no path here" in result.notes()["missing"] and "them: 2." in result.notes()["missing"]
+    assert result.scalars()["size"] == 0.25
+    assert result.scalars()["dead_units"] == 0.25  # those of the class that is left out
+    assert result.histogram().tolist() == [1] * 6 + [0] * 3 + [1] * 3
+
+
+def test_hierarchy_stands_beside_its_control() -> None:
+    metric = LayerPaths(hierarchy=[[0, 1], [2, 3]], density=0.5)
+    rows = torch.tensor([[1.0, 1, 0, 0], [1, 0.9, 0, 0], [0, 0, 1, 1], [0, 0, 0.9, 1]]).repeat(2, 1)
+    metric.update(
+        rows, torch.arange(4).repeat(2), features=torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
+    )
+    scalars = metric.compute().scalars()
+    assert scalars["hierarchy_correlation"] == pytest.approx(1)
+    assert scalars["hierarchy_correlation_features"] < 1
+
+
+# Halves ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_halves_depend_on_the_samples_alone() -> None:
+    x, y = data(60, CLASSES)
+    keys = sample_keys(x, 60)
+    assert len(set(keys.tolist())) == 60
+    turns = assign_turns(keys, y, per_concept=8)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    again = assign_turns(sample_keys(x[order], 60), y[order], per_concept=8)
+    assert torch.equal(again, turns[order])
+    for label in range(CLASSES):
+        assert sorted(turns[(y == label) & (turns >= 0)].tolist()) == list(range(8))
+    assert (assign_turns(keys, torch.full((60,), -1), 8) == -1).all()
+
+
+def test_keys_are_those_of_all_parts_and_of_any_precision() -> None:
+    x, _ = data(20)
+    series = torch.randn(5, 20, 3)
+    keys = sample_keys(x, 20)
+    assert torch.equal(sample_keys(x.double(), 20), keys)
+    assert not torch.equal(sample_keys({"a": x, "b": torch.arange(20)}, 20), keys)
+    one = sample_keys([x, series], 20)
+    assert torch.equal(sample_keys([x[:, :, :4], series], 20) == one, torch.zeros(20, dtype=torch.bool))
+    assert len(set(sample_keys(series, 20).tolist())) == 20
+    assert sample_keys("text", 3).tolist() == [0, 0, 0]

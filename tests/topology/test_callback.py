@@ -1,0 +1,290 @@
+"""ActivationTopology: drift, pictures, images, files, the projector; the contract has what holds for every callback."""
+
+import json
+import math
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_neuro import ActivationTopology, Probe
+from lightning_neuro.topology import ActivationShape, plot_graphs, plot_homology, topological_drift
+from lightning_neuro.topology.layout import layout, point_positions
+from lightning_neuro.topology.thumbnails import SIDE, plot_members, thumbnails
+from tests.models import Module, fit, images, loader, mlp
+
+
+def results(seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(200) % 4
+    x = 4 * torch.randn(4, 5, generator=generator)[y] + torch.randn(200, 5, generator=generator)
+    metric = ActivationShape(**options)
+    metric.update(x, y)
+    return metric.compute()
+
+
+def texts(figure):
+    return " | ".join(
+        text.get_text() for axes in figure.axes for text in [*axes.texts, axes.title] if text.get_text()
+    ) + " | ".join(text.get_text() for text in figure.texts)
+
+
+class Keep(ActivationTopology):
+    """Keeps what every evaluation saw."""
+
+    def update(self, metric, activations, batch):
+        self.clouds = getattr(self, "clouds", [])
+        self.clouds.append(activations.clone())
+        super().update(metric, activations, batch)
+
+
+def test_drift_is_that_of_the_activations_themselves():
+    seen = []
+
+    class Look(Keep):
+        def measures(self, result, previous):
+            seen.append(super().measures(result, previous))
+            return seen[-1]
+
+    callback = Look(Probe(layers="net.2"))
+    fit(mlp(), callback, train=loader(), max_epochs=3)
+    clouds = [torch.cat(callback.clouds[at : at + 2]) for at in range(0, 8, 2)]  # two batches an evaluation
+    assert len(callback.clouds) == 8 and len(seen) == 4
+    assert "drift" not in seen[0] and "drift_from_start" not in seen[0]
+    for at in (1, 2, 3):
+        then = topological_drift(clouds[at], clouds[at - 1])
+        first = topological_drift(clouds[at], clouds[0])
+        assert seen[at]["drift"] == pytest.approx(then, abs=1e-4)
+        assert seen[at]["drift_from_start"] == pytest.approx(first, abs=1e-4)
+    assert seen[3]["drift_from_start"] > seen[3]["drift"] > 0.05
+
+
+def test_an_evaluation_without_points_leaves_what_is_remembered():
+    class Broken(Module):
+        def forward(self, x):
+            blind = not self.training and self.trainer.global_step == 8 and not self.trainer.sanity_checking
+            return super().forward(x * (math.nan if blind else 1))
+
+    callback = ActivationTopology(Probe(layers="net.2"))
+    with pytest.warns(UserWarning, match="NaN"):
+        fit(Broken(mlp().net), callback, train=loader(), max_epochs=3, val=False)
+    memory = callback._previous["net.2"]
+    assert len(memory["previous"]["samples"]) == 64 and len(memory["first"]["samples"]) == 64
+    assert callback.scalars["topology/drift/net.2"] > 0
+
+
+def test_the_radius_is_frozen_at_the_first_evaluation_after_training_began():
+    radii = []
+
+    class Look(ActivationTopology):
+        def measures(self, result, previous):
+            radii.append(result.scalars()["eps"])
+            if len(radii) == 3:
+                self.refreeze()
+            return super().measures(result, previous)
+
+    fit(mlp(), Look(Probe(layers="net.2")), train=loader(), max_epochs=5)
+    free, frozen, thawed = radii[0], radii[1], radii[3]
+    assert radii == pytest.approx([free, frozen, frozen, thawed, thawed, thawed], rel=1e-9)
+    assert abs(free - frozen) > 1e-3 and abs(frozen - thawed) > 1e-3
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_changes_little():
+    result = results()
+    graph = result.graph
+    first = layout(graph)
+    assert first.abs().max() < 1.5 and torch.pdist(first).min() > 0.02
+    again = layout(graph, point_positions(graph, first))
+    assert (again - first).norm(dim=1).max() < 0.45 * torch.pdist(first).median()
+    other = results(mapper=True, eps=graph.eps * 1.02).graph  # slightly other clusters of the same samples
+    places = point_positions(graph, first)
+    moved = layout(other, places)
+    for node, own in enumerate(other.members):
+        before = places[own].nanmean(dim=0)
+        assert (moved[node] - before).norm() < 0.45 * torch.pdist(first).median()
+    assert torch.isnan(places).any(dim=1).sum() == graph.num_noise
+    # Even from places that no force would leave them in.
+    odd = point_positions(graph, first.flip(0))
+    started = torch.stack([odd[own].nanmean(dim=0) for own in graph.members])
+    assert (layout(graph, odd) - started).norm(dim=1).max() < 0.3
+
+
+def test_pies_have_the_shares_and_areas_of_their_nodes():
+    result = results()
+    graph = result.graph
+    (axes,) = plot_graphs({"fc1": result}).axes
+    pies = axes.collections[-1]
+    corners = [path.vertices for path in pies.get_paths()]
+    areas = torch.tensor([_area(own) for own in corners])
+    present = [(node, c) for node in range(graph.num_nodes) for c in range(4) if graph.class_counts[node, c]]
+    assert len(areas) == len(present)
+    largest = max(range(len(present)), key=lambda i: float(areas[i]))
+    per_point = areas[largest] / graph.class_counts[present[largest]]
+    for (node, c), area in zip(present, areas, strict=True):
+        if graph.sizes[node] > 0.1 * graph.sizes.max():  # smaller ones are drawn larger, to be seen
+            assert float(area) == pytest.approx(float(per_point * graph.class_counts[node, c]), rel=0.2)
+
+
+def _area(corners):
+    x, y = corners[:-1].T
+    return 0.5 * abs((x * torch.roll(torch.tensor(y), -1).numpy() - y * torch.roll(torch.tensor(x), -1).numpy()).sum())
+
+
+def test_words():
+    result = results()
+    said = texts(plot_graphs({"fc1": result, "dead": results_of(torch.full((9, 2), math.nan))}))
+    purity = result.graph.purity
+    assert f"purity {purity.node_wise:.2f}, with permuted labels {purity.node_wise_null:.2f}" in said
+    assert "fc1: 200 samples" in said and "(Gaussian" in said and "The Mapper graph is empty" in said.replace("\n", " ")
+    said = texts(plot_homology({"fc1": result, "dead": results_of(torch.full((9, 2), math.nan))}))
+    assert f"loops' total {result.homology.total(1):.2f}, Gaussian {result.null['h1_total_null']:.2f}" in said
+    assert "No homology is given" in said.replace("\n", " ")
+
+
+def results_of(x, y=None):
+    metric = ActivationShape()
+    metric.update(x, y)
+    return metric.compute()
+
+
+def test_many_classes_and_no_labels_can_be_drawn():
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    assert "other" in texts(plot_graphs({"": results_of(x, torch.arange(300) % 30)}))
+    assert "class" not in texts(plot_graphs({"": results_of(x)}))
+
+
+def test_at_most_eight_panels_and_never_none():
+    result = results()
+    many = {f"layer{i}": result for i in range(10)}
+    assert "2 more layers are not drawn" in texts(plot_graphs(many))
+    assert "2 more layers are not drawn" in texts(plot_homology(many))
+    for plot in (plot_graphs, plot_homology, lambda found: plot_members(found, {})):
+        with pytest.raises(ValueError, match="results must hold at least one"):
+            plot({})
+    metric = ActivationShape()
+    assert "200 samples" in texts(metric.plot(result))
+    assert "loops" in texts(metric.plot(results(mapper=False)))
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def test_thumbnails_are_small_and_stretched():
+    grey = torch.linspace(-3, 5, 64 * 40).reshape(1, 1, 64, 40)
+    (small,) = thumbnails(grey)
+    assert (small.shape, small.dtype) == ((SIDE, 20, 3), torch.uint8)
+    assert int(small.min()) == 0 and int(small.max()) == 255 and torch.equal(small[..., 0], small[..., 2])
+    colour = torch.zeros(2, 3, 4, 4)
+    colour[1, 0] = 1
+    assert thumbnails(colour)[1, 0, 0].tolist() == [255, 0, 0]
+    for other in (torch.zeros(2, 5), torch.zeros(2, 7, 4, 4), [1], None):
+        assert thumbnails(other) is None
+
+
+def test_members_are_shown_with_their_own_images():
+    result = results()
+    own = {position: torch.full((4, 4, 3), position, dtype=torch.uint8) for position in range(0, 200, 2)}
+    figure = plot_members({"fc1": result}, {"fc1": own})
+    sheet = figure.axes[0].images[0].get_array()
+    largest = int(result.graph.sizes.argmax())
+    shown = [member for member in result.graph.members[largest].tolist() if member % 2 == 0][:8]
+    assert [int(sheet[5, column * (SIDE + 2) + 5, 0]) for column in range(len(shown))] == shown
+    assert f"A  {int(result.graph.sizes[largest])}," in texts(figure)
+
+
+def test_the_callback_finds_the_image_of_each_sample(tmp_path):
+    # An image's brightest row says its class, so that the thumbnails can be checked against the labels.
+    callback = ActivationTopology(Probe(layers="net.2"))
+    fit(mlp(), callback, logger=TensorBoardLogger(tmp_path))
+    result = callback.result["net.2"]
+    found = callback._images_of("net.2", result)
+    assert sorted(found) == list(range(32))
+    bright = {
+        place: image[..., 0].float().mean(dim=1).reshape(4, 2).sum(dim=1).argmax() for place, image in found.items()
+    }
+    labels = result.graph.targets
+    assert sum(int(bright[place]) == int(labels[place]) for place in found) == 32
+    assert set(callback.draw(callback.result)) == {"graphs", "members", "homology"}
+    assert sum(map(len, callback._images)) == 32
+    before = torch.cat(callback._images)
+    fit(mlp(), callback, val=False, train=loader())  # looks at other samples: the training data
+    assert len(torch.cat(callback._images)) == 64
+    assert not torch.equal(torch.cat(callback._images)[:32], before)
+
+
+def test_inputs_that_are_no_images_have_no_members_figure(tmp_path):
+    class Flat(Module):
+        def forward(self, x):
+            return self.net(x.flatten(1))
+
+    data = TensorDataset(images(32).tensors[0].flatten(1), images(32).tensors[1])
+    callback = ActivationTopology(mapper=True, homology=False)
+    fit(Flat(mlp().net), callback, train=DataLoader(data, batch_size=8), val=False, logger=TensorBoardLogger(tmp_path))
+    assert set(callback.draw(callback.result)) == {"graphs"}
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_graphs_are_written(tmp_path):
+    callback = ActivationTopology()
+    trainer = fit(mlp(), callback, logger=TensorBoardLogger(tmp_path))
+    folder = Path(trainer.log_dir) / "lightning_neuro" / "topology"
+    assert {path.name for path in folder.iterdir()} == {
+        *("net.2.json", "net.2.graphml", "net.4.json", "net.4.graphml"),
+    }
+    for layer, result in callback.result.items():
+        graph = nx.read_graphml(folder / f"{layer}.graphml", node_type=int)
+        assert {tuple(sorted(edge)) for edge in graph.edges} == {tuple(edge) for edge in result.graph.edges.tolist()}
+        text = json.loads((folder / f"{layer}.json").read_text())
+        for node, own in enumerate(result.graph.members):
+            assert json.loads(graph.nodes[node]["members"]) == text["nodes"][node]["members"] == own.tolist()
+
+
+def test_layers_of_one_file_name_do_not_overwrite_each_other(tmp_path):
+    class Twins(Module):
+        def __init__(self):
+            super().__init__(nn.Flatten())
+            self.add_module("a/b", nn.Linear(64, 8))
+            self.add_module("a?b", nn.Linear(8, 8))
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.last(getattr(self, "a?b")(getattr(self, "a/b")(self.net(x))))
+
+    trainer = fit(Twins(), ActivationTopology(Probe(layers=["a/b", "a?b"])), logger=TensorBoardLogger(tmp_path))
+    folder = Path(trainer.log_dir) / "lightning_neuro" / "topology"
+    assert {path.name for path in folder.glob("*.json")} == {"a_b.json", "a_b_.json"}
+
+
+def test_the_projector_gets_the_points_on_request(tmp_path):
+    callback = ActivationTopology(Probe(layers="net.2"), projector=True)
+    trainer = fit(mlp(), callback, logger=TensorBoardLogger(tmp_path))
+    (points,) = Path(trainer.log_dir).rglob("tensors.tsv")
+    table = torch.tensor([[float(cell) for cell in line.split("\t")] for line in points.read_text().splitlines()])
+    assert table.shape == (32, 16)
+    (labels,) = Path(trainer.log_dir).rglob("metadata.tsv")
+    assert labels.read_text().split() == [str(int(label)) for label in callback.result["net.2"].graph.targets]
+    assert list(Path(trainer.log_dir).rglob("sprite.png"))
+    plain = fit(mlp(), ActivationTopology(Probe(layers="net.2")), logger=TensorBoardLogger(tmp_path / "plain"))
+    assert not list(Path(plain.log_dir).rglob("tensors.tsv"))
+
+
+def test_rank_0_shows_only_the_images_that_it_has():
+    callback, result = ActivationTopology(), results()
+    callback._images = [torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)]
+    callback._world_size = 2  # sample 2 j of all is the j-th of this rank
+    found = callback._images_of("fc1", result)
+    assert {place: int(image[0, 0, 0]) for place, image in found.items()} == {2 * j: j for j in range(100)}
+    callback._world_size, callback._rows_per_sample = 1, {"fc1": 50}  # 50 tokens an image
+    found = callback._images_of("fc1", result)
+    assert {place: int(image[0, 0, 0]) for place, image in found.items()} == {
+        place: place // 50 for place in range(200)
+    }

@@ -1,0 +1,302 @@
+"""Mapper: the very graph of KeplerMapper and scikit-learn, the answers known for simple shapes, bad input."""
+
+import itertools
+import json
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import DBSCAN
+
+from lightning_neuro.topology import adaptive_eps, mapper
+from lightning_neuro.topology.clustering import _conditioned, dbscan
+from lightning_neuro.topology.cover import default_intervals, intervals_of, lens_values
+from lightning_neuro.topology.radius import core_radii
+from tests.topology import references
+from tests.topology.references import CLOUDS, by_kmapper, circle, figure_eight, grid, ours
+
+
+def first_coordinate(points):
+    return points[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_and_edges_are_those_of_kmapper(name, dtype):
+    x, eps = CLOUDS[name]
+    x = x.astype(dtype)
+    lens = x[:, 0].astype(np.float64) + 0.1 * np.linalg.norm(x.astype(np.float64), axis=1)
+    found = 0
+    for overlap, min_samples, metric in itertools.product((0.0, 0.3, 0.7), (1, 5), ("euclidean", "cosine")):
+        options = {"overlap": overlap, "min_samples": min_samples, "metric": metric}
+        options |= {"eps": eps if metric == "euclidean" else 0.05, "intervals": 1 if len(x) == 1 else 7}
+        graph = mapper(x, lens=lambda _: torch.from_numpy(lens), **options)
+        assert ours(graph) == by_kmapper(x, lens, **options)
+        found += graph.num_nodes
+    assert found or name == "a single point"
+
+
+def test_the_l2_lens_and_many_intervals_are_those_of_kmapper():
+    x = references.blobs(2000, 64, centres=6, seed=3).clip(0).astype(np.float32)
+    lens = np.linalg.norm(x.astype(np.float64), axis=1)
+    options = {"intervals": 40, "overlap": 0.5, "eps": 9.0, "min_samples": 5, "metric": "euclidean"}
+    graph = mapper(x, **options)
+    assert ours(graph) == by_kmapper(x, lens, **options)
+    assert graph.num_nodes > 40 and graph.num_edges > 40
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_labels_are_those_of_scikit_learn_however_small_the_blocks(metric, monkeypatch):
+    monkeypatch.setattr("lightning_neuro.topology.clustering._BLOCK", 7 * 300)  # 7 rows at a time
+    monkeypatch.setattr("lightning_neuro.topology.clustering._ROWS", 44)
+    x = references.blobs(300, 6, seed=8)
+    for kept in (0, 2**30):
+        monkeypatch.setattr("lightning_neuro.topology.clustering._KEPT", kept)
+        for eps in (0.01, 0.03) if metric == "cosine" else (1.2, 2.0, 3.0):
+            expected = DBSCAN(eps=eps, min_samples=4, metric=metric).fit_predict(x)
+            labels = dbscan(torch.from_numpy(x), eps=eps, min_samples=4, metric=metric)
+            assert labels.tolist() == expected.tolist()
+            assert expected.max() > 0 and (expected == -1).any()
+
+
+def test_ties_with_the_radius_are_inside_in_float32_too():
+    # 14 x 14 grid: every inner point has four neighbours at exactly the radius.
+    for dtype in (torch.float32, torch.float64):
+        points = torch.from_numpy(grid(14)).to(dtype) + 1000
+        assert (dbscan(points, eps=1.0, min_samples=5) == 0).sum() == 14 * 14 - 4  # the corners touch no core point
+        assert (dbscan(points, eps=1 - 1e-9, min_samples=2) == -1).all()
+
+
+def test_coarse_matrix_products_are_not_used():
+    x = torch.from_numpy(references.blobs(300, 64, seed=1)).float()
+    expected = dbscan(x, eps=9.0, min_samples=5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert _conditioned(x, "euclidean").dtype == torch.float64
+        assert dbscan(x, eps=9.0, min_samples=5).tolist() == expected.tolist()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_huge_activations_do_not_overflow():
+    x = references.blobs(200, 8, seed=1).astype(np.float32)
+    small = dbscan(torch.from_numpy(x), eps=3.0, min_samples=5)
+    scale = np.float32(2.0**66)
+    assert dbscan(torch.from_numpy(x * scale), eps=3.0 * 2.0**66, min_samples=5).tolist() == small.tolist()
+
+
+# Shapes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_circle_has_one_loop_and_a_figure_eight_two():
+    assert mapper(circle(400), lens=first_coordinate, intervals=8, eps=0.1).loops == 1
+    eight = mapper(figure_eight(800), lens=first_coordinate, intervals=11, eps=0.1)
+    assert (eight.loops, eight.large_loops(), eight.num_components) == (2, 2, 1)
+
+
+def test_three_arms_meet_in_a_branch():
+    line = np.linspace(0, 1, 200)[:, None]
+    arms = np.concatenate([line * [np.cos(a), np.sin(a)] for a in (0.0, 2.1, 4.2)])
+    graph = mapper(arms, intervals=6, eps=0.05)
+    assert (graph.loops, graph.num_components) == (0, 1)
+    (branch,) = graph.branches().tolist()
+    assert graph.lens_mean[branch] == graph.lens_mean.min()
+    assert graph.branches(min_size=10_000).tolist() == []
+
+
+def test_loops_through_small_nodes_do_not_count_as_large():
+    graph = mapper(circle(60), lens=first_coordinate, intervals=8, eps=0.2, min_samples=2)
+    assert graph.loops == 1 and int(graph.sizes.min()) < 10
+    assert graph.large_loops() == 0
+    assert graph.large_loops(min_size=1) == 1
+
+
+def test_pieces():
+    graph = mapper(np.concatenate([circle(100), circle(100) + 9]), lens=first_coordinate, intervals=20, eps=0.2)
+    assert (graph.num_components, graph.loops, graph.coverage) == (2, 2, 1.0)
+
+
+# Everything a graph says, by hand ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small():
+    """Two clusters that share point 2, a lonely point (4), a row with NaN (5)."""
+    x = np.array([[0.0], [0.1], [1.0], [1.1], [9.0], [np.nan]])
+    lens = np.array([0.0, 0.0, 1.0, 2.0, 2.0])
+    return mapper(x, lens=lambda _: lens, intervals=2, overlap=0.5, eps=0.95, min_samples=2, targets=[0, 1, 1, 3, 0, 0])
+
+
+def test_members_edges_and_weights(small):
+    # Range 2, centres .5 and 1.5, half-width 1: [-.5, 1.5] and [.5, 2.5].
+    assert [own.tolist() for own in small.members] == [[0, 1, 2], [2, 3]]
+    assert (small.edges.tolist(), small.weights.tolist()) == ([[0, 1]], [0.25])
+    assert small.interval.tolist() == [0, 1]
+    assert small.lens_mean.tolist() == pytest.approx([1 / 3, 1.5])
+    assert small.mean_activation.flatten().tolist() == pytest.approx([1.1 / 3, 1.05])
+    assert (small.num_points, small.num_nonfinite, small.num_noise, small.coverage) == (6, 1, 1, 0.8)
+    assert small.class_counts.tolist() == [[1, 2, 0, 0], [0, 1, 0, 1]]
+    assert small.class_shares[0].tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0])
+
+
+def test_scalars_and_notes(small):
+    scalars = small.scalars()
+    assert {name: scalars[name] for name in ("nodes", "edges", "components", "loops", "branches", "coverage")} == {
+        **{"nodes": 2, "edges": 1, "components": 1, "loops": 0, "branches": 0, "coverage": 0.8}
+    }
+    assert scalars["purity"] == 0.5
+    assert small.notes() == {"nonfinite": "1 of 6 points held NaN or infinity and were left out."}
+
+
+def test_networkx_and_json_say_the_same(small):
+    graph, text = small.to_networkx(), json.loads(small.to_json())
+    assert isinstance(graph, nx.Graph)
+    assert dict(graph.edges) == {(0, 1): {"weight": 0.25}}
+    assert text["edges"] == [{"source": 0, "target": 1, "weight": 0.25}]
+    assert graph.nodes[0]["members"] == text["nodes"][0]["members"] == [0, 1, 2]
+    assert list(text["nodes"][0]["classes"].items()) == [("1", 0.6667), ("0", 0.3333)]
+    assert text["nodes"][1] == {
+        **{"id": 1, "interval": 1, "size": 2, "lens_mean": 1.5, "members": [2, 3], "mean_activation": [1.05]},
+        **{"classes": {"1": 0.5, "3": 0.5}, "purity": 0.5},
+    }
+    assert (text["num_points"], text["num_nonfinite"], text["num_noise"], text["eps"]) == (6, 1, 1, 0.95)
+
+
+# Lens, cover, radius ----------------------------------------------------------------------------------------------
+
+
+def test_lenses():
+    x = torch.tensor([[3.0, -4.0], [0.0, 1.0], [6.0, 8.0]])
+    assert lens_values(x, "l2").tolist() == [5, 1, 10]
+    assert lens_values(x, "l1").tolist() == [7, 1, 14]
+    line = torch.arange(10.0)[:, None]
+    assert lens_values(line, "knn").tolist() == [5, 4, 3, 3, 3, 3, 3, 3, 4, 5]
+    assert lens_values(line[:3], "knn").tolist() == [2, 1, 2]
+    tilted = line * torch.tensor([[3.0, -4.0]]) + 7
+    assert lens_values(tilted, "pc1").tolist() == pytest.approx([-5 * (i - 4.5) for i in range(10)])
+    wide = torch.cat([tilted, torch.zeros(10, 30)], dim=1)
+    assert lens_values(wide, "pc1").tolist() == pytest.approx([-5 * (i - 4.5) for i in range(10)])
+
+
+def test_the_quantile_cover_holds_equally_many():
+    values = np.random.default_rng(0).standard_normal(1000) ** 3
+    lower, upper = intervals_of(values, intervals=8, overlap=0.0, cover="quantile")
+    counts = ((values[:, None] >= lower) & (values[:, None] <= upper)).sum(axis=0)
+    assert counts.min() >= 124 and counts.max() <= 126
+    assert (lower[0], upper[-1]) == (values.min(), values.max())
+    lower, upper = intervals_of(values, intervals=8, overlap=0.5, cover="quantile")
+    assert ((values >= lower[3]) & (values <= upper[3])).sum() == pytest.approx(250, abs=2)
+    graph = mapper(values[:, None] * np.ones((1, 2)), lens=first_coordinate, cover="quantile", intervals=8, eps=9.0)
+    assert graph.num_nodes == 8
+
+
+def test_default_intervals_are_the_papers():
+    assert [default_intervals(n) for n in (0, 1, 8, 9, 512, 50_000, 300_000)] == [1, 1, 2, 3, 8, 37, 67]
+
+
+def test_the_adaptive_radius_finds_the_spacing_and_leaves_outliers_alone():
+    rng = np.random.default_rng(0)
+    far = rng.standard_normal((10, 2)) * 100
+    x = np.concatenate([grid(20), far])
+    eps = adaptive_eps(torch.from_numpy(x), [np.arange(len(x))], min_samples=5)
+    assert 1.0 <= eps < 3.0  # a grid point has its fifth point, itself included, at 1; in a corner at 2
+    graph = mapper(x, intervals=4)
+    assert 0.9 < graph.coverage < 1
+
+
+def test_the_adaptive_radius_serves_nine_tenths_wherever_the_knee():
+    x = torch.from_numpy(np.random.default_rng(1).uniform(size=(400, 1)) ** 8)
+    groups = [np.arange(400)]
+    eps = adaptive_eps(x, groups, min_samples=3)
+    nearest = torch.cdist(x, x).kthvalue(3, dim=1).values
+    assert (nearest <= eps).double().mean() >= 0.9
+    assert (nearest <= 0.9 * eps).double().mean() < 1
+
+
+def test_a_point_counts_in_the_interval_where_it_has_most_company():
+    x = torch.tensor([[0.0], [1.0], [2.0], [10.0], [20.0]])
+    groups = [np.array([0, 1, 2]), np.array([0, 3, 4])]
+    for order in (groups, groups[::-1]):
+        assert core_radii(x, order, min_samples=2, metric="euclidean").tolist() == [1, 1, 1, 10, 10]
+
+
+def test_the_radius_of_many_points_rests_on_all_of_their_neighbours(monkeypatch):
+    x = torch.arange(2000.0)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))][:, None]
+    monkeypatch.setattr("lightning_neuro.topology.radius.MAX_QUERIES", 400)
+    radii = core_radii(x, [np.arange(2000)], min_samples=5, metric="euclidean")
+    assert len(radii) == 400
+    assert set(radii.tolist()) <= {2.0, 3.0, 4.0}  # among the 400 alone neighbours would be five times as far
+
+
+# Bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_points_that_coincide_are_one_node():
+    graph = mapper(torch.ones(20, 3), targets=torch.arange(20) % 2)
+    assert [own.tolist() for own in graph.members] == [list(range(20))]
+    assert (graph.num_intervals, graph.coverage, graph.num_edges) == (1, 1.0, 0)
+    assert graph.scalars()["purity"] == 0.5
+
+
+def test_a_lens_of_one_value_has_one_interval():
+    for cover in ("uniform", "quantile"):
+        graph = mapper(circle(50), lens="l2", cover=cover, eps=0.3)  # all norms are 1, but for rounding
+        assert (graph.num_intervals, graph.num_nodes, graph.coverage) == (1, 1, 1.0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_fewer_points_than_min_samples_give_an_empty_graph(count):
+    graph = mapper(torch.randn(count, 3), targets=torch.zeros(count, dtype=torch.long))
+    assert (graph.num_nodes, graph.num_edges, graph.num_components, graph.loops) == (0, 0, 0, 0)
+    assert "no interval of the cover has 5" in graph.notes()["undefined"]
+    assert graph.purity is None and "purity" not in graph.scalars()
+    assert graph.scalars().get("coverage", 0) == 0
+    assert graph.to_networkx().number_of_nodes() == 0
+
+
+def test_rows_that_are_not_finite_are_counted_and_left_out():
+    x = references.blobs(100, 4)
+    whole = mapper(x, eps=3.0)
+    holed = np.insert(x, [0, 50], [[np.nan] * 4, [1, np.inf, 1, 1]], axis=0)
+    graph = mapper(holed, eps=3.0)
+    shifted = [(own + 1 + (own >= 50)).tolist() for own in whole.members]
+    assert [own.tolist() for own in graph.members] == shifted
+    assert (graph.num_nonfinite, graph.coverage) == (2, whole.coverage)
+
+
+def test_integers_half_precision_and_numpy_are_taken():
+    expected = mapper(grid(6), eps=1.0)
+    for points in (torch.from_numpy(grid(6)).long(), torch.from_numpy(grid(6)).half(), grid(6).astype(np.int32)):
+        assert ours(mapper(points, eps=1.0)) == ours(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("lens", value) for value in ("l3", None, 3)),
+        *(("intervals", value) for value in (0, 2.5, True)),
+        *(("overlap", value) for value in (1, -0.1, float("nan"), "half", True)),
+        *(("cover", value) for value in ("cubes", None)),
+        *(("metric", value) for value in ("manhattan", None)),
+        *(("eps", value) for value in (-1, float("nan"), float("inf"), "auto", True)),
+        *(("min_samples", value) for value in (0, 1.5, None)),
+        *(("targets", value) for value in ([0], torch.zeros(9), torch.zeros(9, 2, dtype=torch.long))),
+    ],
+)
+def test_wrong_arguments_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must"):
+        mapper(torch.randn(9, 2), **{name: value})
+
+
+@pytest.mark.parametrize("points", [torch.randn(3), torch.zeros(3, 0), [[1.0]], torch.zeros(2, 2, dtype=torch.cfloat)])
+def test_points_must_be_a_real_matrix(points):
+    with pytest.raises(ValueError, match="points must be a real matrix"):
+        mapper(points)
+
+
+def test_a_lens_of_ones_own_must_give_a_finite_number_for_each():
+    for wrong in (lambda x: x, lambda x: x[:3, 0], lambda x: x[:, 0] / 0):
+        with pytest.raises(ValueError, match="lens must give a finite number"):
+            mapper(torch.randn(9, 2), lens=wrong)
