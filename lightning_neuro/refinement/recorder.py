@@ -175,8 +175,9 @@ class StepRecorder:
         rates = _learning_rates(optimizer)
         # A fused optimiser under a gradient scaler skips the step inside its kernel; here alone the device is asked.
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None and bool(found_inf):
-            for layer in self.layers:
-                self.drop(layer)
+            for layer, owners in self.layers.items():
+                if any(id(parameter) in rates for parameter in parameters_of(owners[0]).values()):
+                    self.drop(layer)
             return
         scale: Tensor | None = None
         for layer, ledger in self.ledgers.items():

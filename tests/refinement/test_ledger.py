@@ -240,6 +240,16 @@ def test_state_of_another_layer_is_refused():
         ledger.load_state_dict(without_bias.state_dict())
 
 
+def test_state_of_a_later_phase_than_are_planned_is_refused():
+    layer = nn.Linear(2, 3)
+    saved = RefinementLedger(layer, num_sources=2, num_phases=3)
+    saved.end_phase()
+    RefinementLedger(layer, num_sources=2, num_phases=2).load_state_dict(saved.state_dict())
+    saved.end_phase()
+    with pytest.raises(ValueError, match="in phase 3 of training, but only 2 are planned"):
+        RefinementLedger(layer, num_sources=2, num_phases=2).load_state_dict(saved.state_dict())
+
+
 # The fallback
 
 
@@ -287,8 +297,9 @@ def test_fallback_total_is_exact():
 def test_bytes_of_a_ledger():
     ledger = RefinementLedger(nn.Linear(512, 10), num_sources=10, num_phases=5)
     numel = 512 * 10 + 10
-    # Parts and means of 12 rows in double precision; four snapshots of 11 rows in single.
-    assert ledger.bytes == numel * (2 * 12 * 8 + 4 * 11 * 4)
+    # In double precision: parts and means of 12 rows, four times the parts in a step, two phases' 11 rows in an
+    # evaluation; four snapshots of 11 rows in single.
+    assert ledger.bytes == numel * ((2 * 12 + 4 * 12 + 2 * 11) * 8 + 4 * 11 * 4)
     assert sum(part.numel() * part.element_size() for part in ledger.weights().values()) == numel * 12 * 8
 
 

@@ -118,11 +118,6 @@ def test_samples_are_found_in_each_layout():
     # Batch first wins where both would do.
     x, g = numbered(4, 4, 3), numbered(4, 4, 2)
     assert torch.equal(samples_first(linear, x, g, 4)[0], x)
-    # Positions flattened into the batch: 4 samples of 2 positions, one after the other.
-    x, g = numbered(8, 3), numbered(8, 2)
-    got = samples_first(linear, x, g, 4)
-    assert torch.equal(got[0][1], x[2:4])
-    assert torch.equal(got[1][3], g[6:8])
     # One sample without a batch dimension.
     assert samples_first(linear, numbered(3), numbered(2), 1)[0].shape == (1, 3)
     assert samples_first(conv, numbered(2, 6), numbered(2, 6), 1)[1].shape == (1, 2, 6)
@@ -130,10 +125,17 @@ def test_samples_are_found_in_each_layout():
 
 @pytest.mark.parametrize(
     ("layer", "shape", "num"),
-    [(nn.Linear(3, 2), (9, 3), 4), (nn.Linear(3, 2), (9, 5, 3), 4), (nn.Conv1d(2, 2, 1), (8, 2, 6), 4)],
+    [
+        (nn.Linear(3, 2), (9, 3), 4),
+        (nn.Linear(3, 2), (9, 5, 3), 4),
+        (nn.Conv1d(2, 2, 1), (8, 2, 6), 4),
+        # Twice as many rows: two views one after the other, or two positions of each sample.
+        (nn.Linear(3, 2), (8, 3), 4),
+        (nn.Linear(3, 2), (8, 5, 3), 4),
+    ],
 )
 def test_other_layouts_are_refused_with_their_shape(layer, shape, num):
-    with pytest.raises(ValueError, match=rf"shape \({shape[0]}, .*{num} samples"):
+    with pytest.raises(ValueError, match=rf"shape \({shape[0]}, .*{num} samples.*`sources=`.*cat"):
         samples_first(layer, numbered(*shape), layer(numbered(*shape)).detach(), num)
 
 
@@ -146,4 +148,5 @@ def test_reasons_against_a_layer():
     assert "Embedding" in why_unsupported(nn.Embedding(2, 2))
     assert "ConvTranspose2d" in why_unsupported(nn.ConvTranspose2d(2, 2, 1))
     assert "run the module once" in why_unsupported(nn.LazyLinear(2))
+    assert "MultiheadAttention" in why_unsupported(nn.MultiheadAttention(4, 2).out_proj)
     assert "parametrisation" in why_unsupported(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))

@@ -22,7 +22,13 @@ SGDS = [
     {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "maximize": True},
     {"momentum": 0.9, "nesterov": True, "maximize": True},
 ]
-ADAMS = [{}, {"weight_decay": 0.2}, {"amsgrad": True}, {"maximize": True, "betas": (0.6, 0.8)}, {"eps": 0.1}]
+ADAMS = [
+    {},
+    {"weight_decay": 0.2},
+    {"amsgrad": True, "betas": (0.9, 0.5)},
+    {"maximize": True, "betas": (0.6, 0.8)},
+    {"eps": 0.1},
+]
 WAYS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 OPTIMIZERS = [(SGD, {"lr": 0.1} | given) for given in SGDS] + [
     (cls, {"lr": 0.02} | given) for cls in (Adam, AdamW) for given in [*ADAMS, {"weight_decay": 0.1, "amsgrad": True}]

@@ -138,10 +138,76 @@ def test_errors_are_reported_and_never_reach_training():
     assert layers == ["1", "0", "0", "0", "1"]
     assert [error for _, error in errors][:2] == ["see", "see"]
     assert [error for _, error in errors][3:] == ["commit", "commit"]
-    assert "0" not in recorder.ledgers  # it missed a step
+    assert list(recorder.broken) == ["0"]  # it missed a step
     # The one that works is told all the same.
     assert ("commit", "1", 0.25) in diary.pages
     recorder.remove()
+
+
+def test_a_broken_ledger_takes_part_in_the_sum_over_ranks_with_nothing():
+    net = two()
+    recorder, (optimizer,), errors = recorded(net)
+    sums = []
+    recorder.mean_over_ranks = lambda tensor: sums.append(tensor.clone()) or tensor
+    backward(recorder, net)
+    optimizer.step()
+    recorder.broken["0"] = RuntimeError("on this rank")
+    parts = recorder.ledgers["0"].weights()["weight"].clone()
+    optimizer.zero_grad()
+    backward(recorder, net)
+    optimizer.step()
+    assert len(sums) == 2
+    assert sums[0].any()
+    assert not sums[1].any()
+    assert sums[0].shape == sums[1].shape
+    assert torch.equal(recorder.ledgers["0"].weights()["weight"], parts)
+    assert errors == []
+    recorder.remove()
+
+
+def test_where_a_gradient_is_zero_it_tells_no_rate_for_the_others():
+    net, diary = two(), Diary()
+    nn.init.zeros_(net[1].weight)  # so the first layer's gradient is 0
+    recorder, (optimizer,), errors = recorded(net, [diary])
+    backward(recorder, net)
+    diary.pages.clear()
+    optimizer.step()
+    assert diary.pages == [("commit", "0", 0.25), ("commit", "1", 0.25)]
+    assert errors == []
+    recorder.remove()
+
+
+def test_a_step_that_a_fused_optimiser_skips_is_dropped_for_its_own_layers():
+    net, diary = two(), Diary()
+    optimizers = [SGD(net[0].parameters(), lr=0.5, fused=True), Adam(net[1].parameters(), lr=0.125, fused=True)]
+    recorder, _, errors = recorded(net, [diary], ledgers=("0", "1"), optimizers=optimizers)
+    backward(recorder, net)
+    diary.pages.clear()
+    before = [recorder.ledgers[layer].weights()["weight"].clone() for layer in "01"]
+    optimizers[0].found_inf = torch.tensor(1.0)
+    optimizers[0].step()
+    assert diary.pages == [("drop", "0")]
+    optimizers[1].found_inf = torch.tensor(0.0)
+    optimizers[1].step()
+    assert diary.pages == [("drop", "0"), ("commit", "1", 0.125)]
+    assert torch.equal(recorder.ledgers["0"].weights()["weight"], before[0])
+    ledger = recorder.ledgers["1"]
+    torch.testing.assert_close(ledger.weights()["weight"].sum(0), net[1].weight.detach().double())
+    assert ledger.untraced_share < 1e-5
+    assert errors == []
+    recorder.remove()
+
+
+def test_two_optimisers_on_one_layer_are_refused():
+    for first, second in [("0", ""), ("0.weight", "0.bias")]:
+        net = two()
+        named = dict(net.named_parameters())
+        optimizers = [
+            SGD([value for name, value in named.items() if name.startswith(part)], lr=0.1) for part in (first, second)
+        ]
+        with pytest.raises(MisconfigurationException, match=r"`layers` names '0', which two optimizers.*Leave"):
+            recorded(net, optimizers=optimizers)
+        assert not any(optimizer._optimizer_step_post_hooks for optimizer in optimizers)
 
 
 def test_a_layout_without_samples_is_reported_with_its_layer():
@@ -177,7 +243,7 @@ class Named(nn.Module):
         self.twin = nn.Linear(4, 4)
         self.other = nn.Linear(4, 4)
         self.head = nn.Linear(4, 5)
-        self.other.weight = self.twin.weight
+        self.other.weight, self.other.bias = self.twin.weight, self.twin.bias
 
 
 def test_the_default_is_the_head():
@@ -185,6 +251,31 @@ def test_the_default_is_the_head():
     assert list(find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(2, 2, 1), nn.ReLU()), None)) == ["2"]
     with pytest.raises(MisconfigurationException, match=r"no linear or convolution layer.*RepresentationRefinement\("):
         find_layers(nn.Sequential(nn.ReLU()), None)
+
+
+def test_the_default_is_a_layer_that_learns():
+    net = Named()
+    net.head.requires_grad_(False)
+    assert list(find_layers(net, None)) == ["other"]
+    net.other.weight.requires_grad_(False)
+    assert list(find_layers(net, None)) == ["other"]  # by its bias
+    attention = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    assert list(find_layers(attention, None)) == ["0"]
+    with pytest.raises(MisconfigurationException, match="no linear or convolution layer"):
+        find_layers(nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), None)
+
+
+def test_tied_layers_that_differ_are_refused():
+    net = nn.Sequential(nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3, padding=1), nn.Linear(2, 2), nn.Linear(2, 2))
+    for module, owner in ((net[1], net[0]), (net[3], net[2])):
+        module.weight = owner.weight
+    net[1].bias = net[0].bias
+    for layer in "01":
+        with pytest.raises(MisconfigurationException, match=f"`layers` names '{layer}'.*stride, padding"):
+            find_layers(net, layer)
+    for layer in "23":
+        with pytest.raises(MisconfigurationException, match=f"`layers` names '{layer}'.*a bias of its own"):
+            find_layers(net, layer)
 
 
 def test_all_owners_of_a_weight():

@@ -53,33 +53,36 @@ def filled(ledger, inputs, targets=TARGETS, *, at=None, **options):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_means_over_samples_one_by_one(name):
+def test_sums_over_samples_one_by_one(name):
     layer, ledger, inputs = trained(name)
     result = filled(ledger, inputs).compute()
-    shares, initial, norms = [], [], []
+    products, initial, squares, totals = [], [], [], []
     for sample in inputs:
         found = ledger.explain(sample[None])
-        shares.append(found.shares()[:, :, 0])
-        norms.append(found.refinement.norm())
-        z = layer(sample[None]).detach()
-        initial.append((found.initial * z).sum() / z.square().sum())
-    shares = torch.stack(shares)
+        p, z = found.refinement, layer(sample[None]).detach()
+        products.append((found.contributions * p).flatten(2).sum(2))
+        squares.append(p.square().sum())
+        initial.append((found.initial * z).sum())
+        totals.append(z.square().sum())
+    products, squares = torch.stack(products), torch.stack(squares)  # (samples, sources, phases), (samples,)
     rows = torch.where((TARGETS >= 0) & (TARGETS < K), TARGETS, K)
-    by_class = torch.stack([shares.sum(2)[rows == c].mean(0) for c in range(K + 1)])
+    whole = products.sum(2)
+    by_class = torch.stack([whole[rows == c].sum(0) / squares[rows == c].sum() for c in range(K + 1)])
     # Snapshots of phases are in single precision; the shares of whole sources are not.
     torch.testing.assert_close(result.shares, by_class, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(result.phase_shares, shares.mean(0), rtol=1e-6, atol=1e-7)
-    assert result.norm == pytest.approx(float(torch.stack(norms).mean()), rel=1e-10)
-    assert result.initial_share == pytest.approx(float(torch.stack(initial).mean()), rel=1e-10)
+    torch.testing.assert_close(result.phase_shares, products.sum(0) / squares.sum(), rtol=1e-6, atol=1e-7)
+    assert result.norm == pytest.approx(float(squares.sqrt().mean()), rel=1e-10)
+    assert result.initial_share == pytest.approx(float(sum(initial) / sum(totals)), rel=1e-10)
     assert result.counts.tolist() == [3, 2, 4, 2]
     assert result.completeness_error < 1e-12
     torch.testing.assert_close(result.shares.sum(1), torch.ones(K + 1, dtype=torch.float64))
-    labelled = TARGETS[(TARGETS >= 0) & (TARGETS < K)]
-    own = torch.stack([shares.sum(2)[i, c] for i, c in enumerate(TARGETS.tolist()) if 0 <= c < K])
-    assert result.own_class_share == pytest.approx(float(own.mean()), rel=1e-9)
-    # Shuffled labels: the mean over all pairs of a labelled sample and any label.
-    pairs = [shares.sum(2)[i, c] for i in range(11) if 0 <= TARGETS[i] < K for c in labelled.tolist()]
-    assert result.own_class_share_null == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-9)
+    torch.testing.assert_close(result.squares, torch.stack([squares[rows == c].sum() for c in range(K + 1)]))
+    labelled = [i for i, c in enumerate(TARGETS.tolist()) if 0 <= c < K]
+    own = sum(whole[i, TARGETS[i]] for i in labelled) / squares[labelled].sum()
+    assert result.own_class_share == pytest.approx(float(own), rel=1e-9)
+    # Shuffled labels: each labelled sample with the label of each.
+    pairs = sum(whole[i, TARGETS[j]] for i in labelled for j in labelled) / (len(labelled) * squares[labelled].sum())
+    assert result.own_class_share_null == pytest.approx(float(pairs), rel=1e-9)
 
 
 def test_shards_are_the_whole():
@@ -117,7 +120,9 @@ def test_numbers_by_hand():
     assert result.initial_share == pytest.approx(1 / 17)
     assert result.shares[:2, :2].tolist() == [[0.75, 0.25], [0.75, 0.25]]
     assert result.shares[2].isnan().all()
-    assert result.own_class_share == pytest.approx(0.5)
+    assert result.squares.tolist() == [16, 64, 0]
+    # The second sample weighs four times the first: (16 * 3/4 + 64 * 1/4) / 80; shuffled, each share is one half.
+    assert result.own_class_share == pytest.approx(0.35)
     assert result.own_class_share_null == pytest.approx(0.5)
     one = filled(ledger, inputs, torch.tensor([0, 0]), at=[1]).compute()
     assert one.own_class_share == pytest.approx(0.75)
@@ -142,14 +147,45 @@ def test_nonfinite_samples_are_counted_and_left_out():
     torch.testing.assert_close(result.shares, clean.shares)
     assert result.norm == pytest.approx(clean.norm)
     all_bad = filled(ledger, dirty[9:], TARGETS[9:], at=[1]).compute()
-    assert set(all_bad.scalars()) == {"completeness_error", "untraced_share"}
+    assert math.isnan(all_bad.completeness_error)  # nothing was proved
+    assert set(all_bad.scalars()) == {"untraced_share"}
+    assert set(all_bad.notes()) == {"nonfinite"}
 
 
-def test_samples_without_a_refinement_have_no_share():
+def test_outputs_that_are_all_zero_have_an_absolute_error():
+    layer, ledger = hand()
+    assert filled(ledger, torch.zeros(2, 1), torch.tensor([0, 1]), at=[1]).compute().completeness_error == 0
+    with torch.no_grad():
+        layer.weight.zero_()
+    result = filled(ledger, torch.ones(2, 1), torch.tensor([0, 1]), at=[1]).compute()
+    assert result.completeness_error == pytest.approx(4)  # the parts' sum is (1, 4) and not 0
+    assert "incomplete" in result.notes()
+    assert "initial_share" not in result.scalars()
+
+
+def test_refinements_that_pass_through_zero_have_no_share_without_bound():
+    """A single logit h0 - h1 is almost 0 for one sample, whose own ratio would be a million."""
+    layer = nn.Linear(2, 1, bias=False).double()
+    nn.init.zeros_(layer.weight)
+    ledger = RefinementLedger(layer, num_sources=2)
+    ledger.weights()["weight"][0], ledger.weights()["weight"][1] = torch.tensor([[1.0, 0]]), torch.tensor([[0, -1.0]])
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -1.0]]))
+    inputs = torch.tensor([[1, 1 - 1e-6], [2, 1], [1, 3]], dtype=torch.float64)  # p = 1e-6, 1 and -2
+    assert ledger.explain(inputs[:1]).shares()[0].item() == pytest.approx(1e6)
+    result = filled(ledger, inputs, torch.tensor([0, 0, 1]), at=[2]).compute()
+    expected = torch.tensor([[2, -1], [-0.5, 1.5]], dtype=torch.float64)
+    torch.testing.assert_close(result.shares[:2, :2], expected, rtol=1e-5, atol=1e-5)
+    assert result.own_class_share == pytest.approx((2 * 1 + 1.5 * 4) / 5, rel=1e-5)
+
+
+def test_samples_without_a_refinement_add_nothing_to_a_share():
     _, ledger = hand()
     result = filled(ledger, torch.tensor([[0.0], [1.0]]), torch.tensor([0, 0]), at=[1]).compute()
-    assert result.counts.tolist() == [1, 0, 0]
+    assert result.counts.tolist() == [2, 0, 0]
+    assert result.norm == 2  # of |p| = 0 and 4
     assert result.shares[0, 0] == 0.75
+    assert result.shares[1:].isnan().all()
     untrained = RefinementLedger(nn.Linear(2, 3), num_sources=2)
     before = filled(untrained, torch.randn(4, 2), torch.tensor([0, 1, 0, 1])).compute()
     assert set(before.scalars()) == {"norm", "completeness_error", "untraced_share", "initial_share"}
@@ -172,6 +208,8 @@ def test_without_labels_or_with_other_sources_there_is_no_own_class():
 def result_with(**options):
     values = {"num_nonfinite": 0, "norm": 1.0, "completeness_error": 1e-6, "initial_share": 0.1}
     tables = {"shares": torch.eye(3).double(), "phase_shares": torch.ones(3, 1) / 3, "counts": torch.ones(3).double()}
+    tables["squares"] = torch.ones(3).double()
+    tables["phase_shares"][-1] = 0.04
     rest = {"untraced_share": 0.0, "names": ("a", "b", "other"), "inexact": "", "own": True}
     return RefinementResult(**(values | tables | rest | options))
 
@@ -180,8 +218,20 @@ def test_notes():
     assert result_with().notes() == {}
     assert result_with(completeness_error=9e-4, untraced_share=0.04).notes() == {}
     assert "12%" in result_with(untraced_share=0.12).notes()["untraced"]
-    assert set(result_with(completeness_error=float("nan")).notes()) == {"incomplete"}
-    assert "RMSprop is not" in result_with(inexact="RMSprop is not").notes()["inexact"]
+    assert result_with(completeness_error=float("nan")).notes() == {}  # no sample, no proof, no blame
+    assert "completeness_error" not in result_with(completeness_error=float("nan")).scalars()
+    assert set(result_with(completeness_error=2e-3).notes()) == {"incomplete"}
+    inexact = result_with(inexact="RMSprop is not", completeness_error=0.0)
+    assert "RMSprop is not" in inexact.notes()["inexact"]
+    assert "completeness_error" not in inexact.scalars()  # 0 by construction
+    assert result_with(completeness_error=0.0).scalars()["completeness_error"] == 0
+
+
+def test_note_of_samples_without_a_class():
+    shares = torch.tensor([[0.5, 0.25], [0.25, 0.125], [-0.05, -0.07]]).double()
+    assert "-12%" in result_with(phase_shares=shares).notes()["other"]
+    assert result_with(phase_shares=shares, own=False).notes() == {}
+    assert result_with(phase_shares=torch.full((3, 1), float("nan"))).notes() == {}
 
 
 def test_untraced_share_and_names_come_from_the_ledger():

@@ -14,7 +14,7 @@ def result(num=3, phases=4):
     by_phase = torch.arange((num + 1) * phases).view(num + 1, phases).double()
     counts = torch.full((num + 1,), 7).double()
     names = (*(f"c{k}" for k in range(num)), "other")
-    return RefinementResult(0, 1.0, 1e-6, 0.1, shares, by_phase, counts, 0.0, names, "", True)
+    return RefinementResult(0, 1.0, 1e-6, 0.1, shares, by_phase, counts, counts / 2, 0.0, names, "", True)
 
 
 def explanation(num=3):

@@ -63,6 +63,19 @@ def test_first_gradient_after_zeroing_drops_and_accumulation_does_not():
     taps.remove()
 
 
+def test_gradient_zeroed_in_place_is_dropped():
+    net = nn.Sequential(nn.Linear(2, 1))
+    taps, diary = tapped(net)
+    net(torch.ones(3, 2)).sum().backward()
+    net.zero_grad(set_to_none=False)
+    net(torch.ones(3, 2)).sum().backward()
+    assert diary.dropped == ["0", "0"]
+    net[0].weight.grad.zero_()  # the bias still has one
+    net(torch.ones(3, 2)).sum().backward()
+    assert diary.dropped == ["0", "0"]
+    taps.remove()
+
+
 def test_module_called_twice_is_one_pass():
     net = nn.Sequential(nn.Linear(2, 2))
     taps, diary = tapped(net)
