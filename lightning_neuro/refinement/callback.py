@@ -318,7 +318,9 @@ class RepresentationRefinement(MetricCallback):
             try:
                 for inputs, outputs in recorded.get(layer, ()):
                     metric: Any = self.metric_at(layer, outputs.device)
-                    metric.update(inputs, outputs, self._rows(batch.batch, batch.targets))
+                    rows = self._rows(batch.batch, batch.targets)
+                    # A function for several views of a training batch does not fit the one view here.
+                    metric.update(inputs, outputs, rows if len(rows) == batch.num_samples else None)
             except Exception as error:
                 self._failed.setdefault(layer, error)
 

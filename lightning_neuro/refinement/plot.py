@@ -52,7 +52,7 @@ def _heat(axes: Any, values: torch.Tensor, title: str, rows: Sequence[str], colu
         axis.set_ticks(range(0, len(names), every), names[::every], fontsize=8)
     shown = values.double().numpy()
     if not np.isfinite(shown).any():
-        axes.set_title(f"{title}\n(undefined: nothing was trained yet)", fontsize=9)
+        axes.set_title(f"{title}\n(undefined: no training yet, or no sources known of these samples)", fontsize=9)
         return
     largest = np.nanmax(np.abs(shown)) or 1.0
     axes.imshow(shown, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")

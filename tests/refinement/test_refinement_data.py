@@ -1,6 +1,7 @@
 """Whose samples are whose in real fits: batches, models and checkpoints that are not as usual."""
 
 import warnings
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -154,3 +155,22 @@ def test_phases_after_a_resume_are_those_planned_now(tmp_path):
     assert torch.equal(found[:2], first[:2])
     assert not torch.equal(found[2], first[2])  # it went on, from step 8 to 12
     torch.testing.assert_close(found.sum(0), parts_of(callback)[:-1].flatten(), rtol=1e-5, atol=1e-7)
+
+
+class TwoViews(Module):
+    """Trains on two views of each batch, one after the other."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        views, labels = torch.cat([batch[0], batch[0] + 0.1]), torch.cat([batch[1], batch[1]])
+        return torch.nn.functional.cross_entropy(self(views), labels)
+
+
+def test_views_of_a_batch_are_traced_where_the_user_says_whose_they_are() -> None:
+    callback = RepresentationRefinement(sources=lambda batch: torch.cat([batch[1], batch[1]]), num_sources=4)
+    fit(TwoViews(mlp().net), callback, max_epochs=3)
+    assert callback.scalars["refinement/completeness_error"] < 1e-5
+    assert callback.scalars["refinement/untraced_share"] < 1e-5
+    assert callback.scalars["refinement/norm"] > 0.1
+    shares = callback.result["net.5"].phase_shares.sum(1)
+    assert abs(float(shares.sum()) - 1) < 1e-4
+    assert float(shares[-1]) == 0  # nothing is nobody's
