@@ -1,6 +1,7 @@
 """Concept paths as training curves."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from lightning_neuro.paths.selection import concept_paths
 from lightning_neuro.paths.shown import Choice, Shown, choose
 from lightning_neuro.paths.sites import path_layers, take
 from lightning_neuro.probe import Event, Probe, ProbeBatch
+from lightning_neuro.ranks import on_any_rank
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -185,12 +187,13 @@ class ConceptPaths(MetricCallback):
         self._choice: Choice | None = None
         self._shown: Shown | None = None
         self._seen = 0
+        self._broken: Exception | None = None
 
     # What the probe shows
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Choose the samples, in a pass of its own before the first evaluation."""
-        self._shown, self._seen = None, 0
+        self._shown, self._seen, self._broken = None, 0, None
         if trainer.world_size > 1 and self.mode == "nad":
             raise MisconfigurationException("ConceptPaths(mode='nad') runs in one process; use mode='attribution'.")
         if self._choice is None:
@@ -213,20 +216,28 @@ class ConceptPaths(MetricCallback):
     def observe(self, batch: ProbeBatch) -> None:
         """Find the contributions of all units to the logits of the batch's own classes."""
         super().observe(replace(batch, activations={}))  # checks that there are labels
-        if self._shown is None or batch.targets is None:
+        if self._shown is None or batch.targets is None or self._broken is not None:
             return
         turns = self._shown.choice.turns[self._seen :][: batch.num_samples].to(batch.targets.device)
         self._seen += batch.num_samples
         rows = (turns >= 0).nonzero().flatten()
         rows = rows if len(rows) else rows.new_zeros(1)  # a rank without used samples must have states, too
         inputs = take(batch.inputs, rows, batch.num_samples)
-        targets, concepts, turns = batch.targets[rows].clamp(min=0), self._concepts(batch)[rows], turns[rows]
+        targets, turns = batch.targets[rows].clamp(min=0), turns[rows]
+        concepts = self._concepts(batch).to(targets.device)[rows]
         try:
             with unfused():
                 seen = self._shown.gated.watch(inputs, targets, gradients=self.ablation == "mean")
         except ValueError as error:
             remedy = "Say how the model gives its logits with `Probe(forward_fn=lambda module, inputs: ...)`."
             raise MisconfigurationException(f"{type(self).__name__}: {error} {remedy}") from error
+        except Exception as error:
+            # A model without derivatives is no reason for the others who are shown this pass to miss it.
+            self._broken = error
+            return
+        for name in self._shown.gated.silent():
+            why = self._shown.gated.failures.get(name, "the forward pass does not call it")
+            self._warn_once(f"{name}/silent", f"{self.name}: no path runs through layer '{name}': {why}.")
         self._shown.add(inputs, targets, concepts, turns, seen.logits)
         for site, contributions in seen.contributions.items():
             facts = {**vars(batch), "num_samples": len(rows), "targets": targets, "inputs": inputs}
@@ -253,15 +264,21 @@ class ConceptPaths(MetricCallback):
     # What becomes of it
 
     def _results(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> dict[str, Any]:
-        results = super()._results(trainer, pl_module, event)
         self.evaluation = None
-        if results and self._shown is not None:
-            with self._guard("the masked passes"), undisturbed(trainer, pl_module), unfused():
-                results = self._learned(trainer, results, self._shown)
-                results = self._smallest(trainer, results, self._shown)
-                self.evaluation = self._judged(trainer, results, self._shown)
-        self._shown = None
-        return results
+        with suppress(Exception):  # raised again below, where it is dealt with
+            self.probe.refresh(trainer, pl_module, event)
+        if on_any_rank(trainer, self._broken is not None):
+            self._report("the units' contributions", self._broken)
+            self._shown = self._broken = None
+            return {}
+        results, shown, self._shown = super()._results(trainer, pl_module, event), self._shown, None
+        if not results or shown is None:
+            return results
+        found: dict[str, Any] = {}  # not the attribution's, which would pass for the paths that the user wants
+        with self._guard("the masked passes"), undisturbed(trainer, pl_module), unfused():
+            found = self._smallest(trainer, self._learned(trainer, results, shown), shown)
+            self.evaluation = self._judged(trainer, found, shown)
+        return found
 
     def _learned(self, trainer: "pl.Trainer", results: dict[str, Any], shown: Shown) -> dict[str, Any]:
         """Replace the paths by learned ones, if the user wants that."""

@@ -27,6 +27,8 @@ PATH, CONCEPT, CLEAN, ANSWERS, MARGIN, RIGHT, RIGHT_WITHOUT = range(7)
 class PathEvaluation:
     """What the paths of K concepts can do; float64 tensors, NaN where nothing is defined.
 
+    A concept whose samples have all classes there are can be answered with nothing else: it has a necessity only.
+
     Attributes:
         clean: (K,) share of a concept's samples that the whole network answers with the concept.
         tpr: (K,) the same for the path alone.
@@ -113,6 +115,7 @@ def evaluate_paths(
         gated = GatedModel(model, path_layers(model, list(sites) if layers is None else layers), model)
         logits, means = gated.learn(inputs, len(targets))
         check_targets(targets, logits.shape[1])
+        targets, concepts = targets.long(), concepts.long()
         explain_silent(gated)
         _check_paths(paths, means)
         if int(concepts.max()) >= num_concepts:
@@ -146,7 +149,7 @@ def class_table(concepts: Tensor, targets: Tensor, num_concepts: int, num_classe
     """Bool (concepts, classes): which classes the samples of each concept have."""
     table = torch.zeros(num_concepts, num_classes, dtype=torch.bool, device=targets.device)
     known = (concepts >= 0) & (targets >= 0)
-    table[concepts[known].to(targets.device), targets[known]] = True
+    table[concepts[known].to(targets.device).long(), targets[known].long()] = True
     return table
 
 
@@ -214,7 +217,8 @@ def masked_table(
 
     Returns:
         float64 (R, 7) on the CPU: path, concept of the sample, whether the whole network and the path answer with the
-        concept, the path's margin, whether the whole network and the one without the path are right.
+        concept, the path's margin, whether the whole network and the one without the path are right; NaN where logits
+        are not finite, and for answers with a concept that has all classes.
     """
     inputs, targets, concepts, clean = samples
     device = clean.device
@@ -232,30 +236,38 @@ def masked_table(
         right_without = torch.full_like(inside, float("nan"))
         if ablate:
             gates = {site: 1 - gate for site, gate in gates.items()}
-            right_without = gated.run(some, len(rows), gates, fill).argmax(1).cpu() == targets[rows]
+            without = gated.run(some, len(rows), gates, fill).cpu()
+            right_without = (without.argmax(1) == targets[rows]).double()
+            right_without[~(without.isfinite() & clean[rows].isfinite()).all(1)] = float("nan")
         whole = own.gather(1, clean[rows].argmax(1)[:, None]).flatten()
-        columns = [path, concepts[rows], whole, own.gather(1, answer[:, None]).flatten(), inside - outside, right]
-        parts.append(torch.stack([column.double() for column in [*columns, right_without]], dim=1))
+        unknown = ~(kept.isfinite() & clean[rows].isfinite()).all(1) | own.all(1)
+        answered = [whole, own.gather(1, answer[:, None]).flatten(), inside - outside]
+        answered = [column.double().masked_fill(unknown, float("nan")) for column in answered]
+        columns = [path, concepts[rows], *answered, right, right_without]
+        parts.append(torch.stack([column.double() for column in columns], dim=1))
     return torch.cat(parts) if parts else torch.zeros(0, 7, dtype=torch.float64)
 
 
 def summarise(table: Tensor, num_concepts: int) -> PathEvaluation:
-    """Rates of the table's rows; rows whose margin or clean logits are not finite are left out."""
-    table = table[~table[:, MARGIN].isnan()]
+    """Rates of the table's rows, each over those that are known."""
+    falls = table[:, RIGHT] - table[:, RIGHT_WITHOUT]
+    answered, compared = table[:, MARGIN].isfinite(), falls.isfinite() & (table[:, CONCEPT] >= 0)
     path, concept = table[:, PATH].long(), table[:, CONCEPT].long()
     own = path == concept
 
     def rate(column: int, which: Tensor) -> Tensor:
+        which = which & answered
         counts = torch.bincount(path[which], minlength=num_concepts)
         return torch.bincount(path[which], table[which, column], minlength=num_concepts) / counts
 
     pair = path * num_concepts + concept
-    grouped = concept >= 0
-    shown = torch.bincount(pair[grouped], minlength=num_concepts**2)
-    falls = torch.bincount(pair[grouped], (table[:, RIGHT] - table[:, RIGHT_WITHOUT])[grouped], num_concepts**2)
-    drops = (falls / shown).reshape(num_concepts, num_concepts)
+    shown = torch.bincount(pair[compared], minlength=num_concepts**2)
+    drops = (torch.bincount(pair[compared], falls[compared], num_concepts**2) / shown).reshape(
+        num_concepts, num_concepts
+    )
     elsewhere = drops.clone().fill_diagonal_(float("nan")).nanmean(1)
-    margins = [(table[own & (path == k), MARGIN], table[~own & (path == k), MARGIN]) for k in range(num_concepts)]
+    of_path = [answered & (path == k) for k in range(num_concepts)]
+    margins = [(table[own & rows, MARGIN], table[~own & rows, MARGIN]) for rows in of_path]
     return PathEvaluation(
         clean=rate(CLEAN, own),
         tpr=rate(ANSWERS, own),
@@ -263,5 +275,5 @@ def summarise(table: Tensor, num_concepts: int) -> PathEvaluation:
         auroc=torch.tensor([auroc(*pair_of_margins) for pair_of_margins in margins], dtype=torch.float64),
         drops=drops,
         necessity=drops.diagonal() - elsewhere,
-        num_samples=int(own.sum()),
+        num_samples=int((own & (answered | compared)).sum()),
     )

@@ -9,7 +9,7 @@ is a new tensor, in-place activations behind it do no harm.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,7 +164,7 @@ class GatedModel:
         hook = _Hook({id(module): name for name, module in self.layers.items()}, act)
         handle = register_module_forward_hook(hook)
         try:
-            return class_scores(self.forward(inputs), num_samples)
+            return class_scores(self._forward(inputs), num_samples)
         finally:
             handle.remove()
 
@@ -188,12 +188,18 @@ class GatedModel:
             try:
                 # After those of the layout, which must have seen a layer before it is asked.
                 handles = [module.register_forward_hook(hook) for module in self.layers.values()]
-                logits = class_scores(self.forward(inputs), num_samples)
+                logits = class_scores(self._forward(inputs), num_samples)
             finally:
                 for handle in handles:
                     handle.remove()
         self.axes = {_site(call, hook.calls): axes for call, axes in self._axes.items()}
         return logits, hook.calls
+
+    def _forward(self, inputs: Any) -> Any:
+        # The recurrent layers of cuDNN have no derivative in evaluation mode; torch's own have.
+        recurrent = torch.is_grad_enabled() and any(isinstance(part, nn.RNNBase) for part in self.model.modules())
+        with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+            return self.forward(inputs)
 
     def silent(self) -> list[str]:
         """Layers that did not run in the last learning pass, or cannot be gated."""

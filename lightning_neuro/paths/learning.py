@@ -40,12 +40,14 @@ def learned_gates(
         inputs, targets, concepts, turns = agreed(trainer, lambda half=half: shown.joined(half))  # type: ignore[misc]
         if nad_beta is not None:
             widths = {layer: result.num_units for layer, result in results.items()}
-            options = NadPaths(shown.gated.model, beta=nad_beta)
+            # A seed for each half: masks depend on the first gates, and would be alike for that alone.
+            options = NadPaths(shown.gated.model, beta=nad_beta, seed=half)
             gates = learn_gates(shown.gated, inputs, targets, widths, shown.choice.num_concepts, options)
         else:
             scores = {layer: result.scores[half] for layer, result in results.items()}
             gates = starting_gates(scores, START_DENSITY)
-            gates |= {layer: before[layer][half] for layer in gates if layer in before}
+            warm = {layer: known[half] for layer, known in before.items() if layer in gates}
+            gates |= {layer: known for layer, known in warm.items() if known.shape == gates[layer].shape}
             weights = 1 / shown.choice.counts[half].clamp(min=1)
             samples = inputs, targets, concepts, turns
             gates = refine(

@@ -45,19 +45,25 @@ def chance_iou(a: Tensor, b: Tensor, units: int) -> Tensor:
     """
     sizes_a, where_a = torch.unique(a.long(), return_inverse=True)
     sizes_b, where_b = torch.unique(b.long(), return_inverse=True)
-    first, second = sizes_a.double()[:, None, None], sizes_b.double()[None, :, None]
-    shared = torch.arange(units + 1, dtype=torch.float64, device=a.device)
-    possible = (shared <= torch.minimum(first, second)) & (shared >= first + second - units)
-    inside = shared.clamp(min=(first + second - units).clamp(min=0)).clamp(max=torch.minimum(first, second))
-    log_p = _log_choose(first, inside) + _log_choose(units - first, second - inside)
-    p = torch.where(possible, (log_p - _log_choose(torch.as_tensor(float(units)), second)).exp(), 0.0)
-    ratio = torch.where(first + second > 0, inside / (first + second - inside), float("nan"))
-    return (p * ratio).sum(2)[where_a][:, where_b]
+    log_factorial = torch.lgamma(torch.arange(1, units + 2, dtype=torch.float64, device=a.device))
+    # Row by row: all sizes at once would take gigabytes where hundreds of paths differ in size.
+    expected = torch.stack([_expected(size, sizes_b, log_factorial) for size in sizes_a.tolist()])
+    return expected[where_a][:, where_b]
 
 
-def _log_choose(n: Tensor, k: Tensor) -> Tensor:
-    n, k = n.double(), k.double()
-    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+def _expected(a: int, b: Tensor, log_factorial: Tensor) -> Tensor:
+    """(J,): the expected intersection over union of a random set of size a with random sets of sizes b."""
+    units, b = len(log_factorial) - 1, b[:, None]
+    shared = torch.arange(a + 1, device=b.device)[None]
+    only_b, neither = b - shared, units - a - b + shared
+    possible = (only_b >= 0) & (neither >= 0)
+    only_b, neither = only_b.clamp(min=0), neither.clamp(min=0)
+    ways = log_factorial[a] - log_factorial[shared] - log_factorial[a - shared]
+    ways = ways + log_factorial[units - a] - log_factorial[only_b] - log_factorial[neither]
+    total = log_factorial[units] - log_factorial[b] - log_factorial[units - b]
+    chances = torch.where(possible, (ways - total).exp(), 0.0)
+    found = (chances * shared / (a + only_b).clamp(min=1)).sum(1)
+    return torch.where(b[:, 0] + a > 0, found, float("nan"))
 
 
 def path_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -93,10 +99,11 @@ def stability(now: Tensor, before: Tensor, overlap: float, self_overlap: float) 
             samples had changed.
 
     Returns:
-        A number, NaN where the paths of one concept are no more alike than those of different ones.
+        A number, NaN where the paths of one concept are no more alike than those of different ones, or no concept
+        has had a path both times.
     """
     kept = float(path_similarity(now, before).diagonal().nanmean())
-    if not self_overlap > overlap:
+    if not self_overlap > overlap or kept != kept:
         return float("nan")
     return min(1.0, max(0.0, (kept - overlap) / (self_overlap - overlap)))
 
@@ -122,7 +129,7 @@ def cosine(features: Tensor) -> Tensor:
 def confusion_top3(confusion: Tensor, similarity: Tensor) -> float:
     """The share of wrong predictions whose class is among the three most similar to the true one.
 
-    By chance alone it is 3 / (K - 1).
+    By chance alone it is 3 / (K - 1). Classes that are equally similar share the places there are for them.
 
     Args:
         confusion: (K, K), how often a sample of the row's class was taken for the column's.
@@ -142,9 +149,12 @@ def confusion_top3(confusion: Tensor, similarity: Tensor) -> float:
         return float("nan")
     wrong = confusion.clone().fill_diagonal_(0)
     others = similarity.nan_to_num(nan=-2.0).clone().fill_diagonal_(float("-inf"))
-    nearest = others.topk(TOP, dim=1).indices
+    third = others.topk(TOP, dim=1).values[:, -1:]
+    # Paths of few units are often equally similar, and the order of the classes must not decide between them.
+    nearer, level = (others > third).double(), (others == third).double()
+    places = nearer + level * (TOP - nearer.sum(1, keepdim=True)) / level.sum(1, keepdim=True)
     total = wrong.sum()
-    return float(wrong.gather(1, nearest).sum() / total) if total > 0 else float("nan")
+    return float((wrong * places).sum() / total) if total > 0 else float("nan")
 
 
 def ranks(values: Tensor) -> Tensor:

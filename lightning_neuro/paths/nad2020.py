@@ -94,6 +94,7 @@ class NadPaths:
             gated = GatedModel(self.model, path_layers(self.model, self.layers), self.model)
             logits, means = gated.learn(inputs, len(targets))
             check_targets(targets, logits.shape[1])
+            targets = targets.long()
             explain_silent(gated)
             widths = {site: len(mean) for site, mean in means.items()}
             self.gates = learn_gates(gated, inputs, targets, widths, logits.shape[1], self)

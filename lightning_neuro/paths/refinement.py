@@ -70,6 +70,7 @@ def refine_paths(
         gated = GatedModel(model, path_layers(model, list(scores) if layers is None else layers), model)
         logits, _ = gated.learn(inputs, len(targets))
         check_targets(targets, logits.shape[1])
+        targets, concepts = targets.long(), concepts.long()
         explain_silent(gated)
         known = class_table(concepts, targets, num_concepts, logits.shape[1])
         weights = 1 / torch.bincount(concepts[concepts >= 0], minlength=num_concepts).clamp(min=1)

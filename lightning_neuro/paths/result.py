@@ -95,7 +95,7 @@ class PathResult:
             values["hierarchy_correlation_features"] = correlate(self.feature_similarity, self.kinship)
         values = {name: value for name, value in values.items() if value == value}
         if "confusion_top3" in values:
-            values["confusion_top3_chance"] = measures.TOP / (len(paths) - 1)
+            values["confusion_top3_chance"] = measures.TOP / (int(self.similarity.diagonal().isfinite().sum()) - 1)
         return values
 
     def notes(self) -> dict[str, str]:

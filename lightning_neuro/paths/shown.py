@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -15,6 +16,9 @@ from lightning_neuro.paths.halves import assign_turns, sample_keys
 from lightning_neuro.paths.sites import join, take
 from lightning_neuro.probe import Probe, ProbeBatch
 from lightning_neuro.ranks import on_any_rank
+
+# The states are square in the number of concepts.
+MAX_CONCEPTS = 10_000
 
 T = TypeVar("T")
 Concepts = Callable[[ProbeBatch], Tensor]
@@ -48,6 +52,7 @@ def choose(
 
     Raises:
         RuntimeError: On all ranks if the pass fails on one.
+        MisconfigurationException: For a concept of too high a number.
     """
     found: list[Tensor] = []
 
@@ -64,6 +69,11 @@ def choose(
     turns = assign_turns(keys, concepts, per_concept)
     used = turns >= 0
     size = int(concepts.max()) + 1 if bool(used.any()) else 0
+    if size > MAX_CONCEPTS:
+        raise MisconfigurationException(
+            f"Concepts must be numbered from 0 on, to {MAX_CONCEPTS - 1} at most; there is one of number {size - 1}."
+            " Give them small numbers with `concept_fn`."
+        )
     counts = [torch.bincount(concepts[used & (turns % 2 == half)], minlength=size).double() for half in (0, 1)]
     begin = sum(len(part) for part in everyone[: trainer.global_rank])
     members = torch.stack([concepts[used], targets[used]], dim=1)
@@ -118,9 +128,10 @@ class Shown:
         ablate: bool,
     ) -> Tensor:
         """The table of masked passes over the samples of one half of all ranks."""
-        known, defined = self.known(), defined_in(paths)
+        defined = defined_in(paths)
 
         def own() -> Tensor:
+            known = self.known()
             tables = [torch.zeros(0, 7, dtype=torch.float64)]
             for inputs, targets, concepts, turns, logits in self.of_half(half):
                 shown = pairs(concepts, turns // 2, defined, others)

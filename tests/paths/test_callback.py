@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_neuro import ConceptPaths, Probe
+from lightning_neuro import ActivationEntropy, ConceptPaths, Probe
 from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, minimal_paths
 from lightning_neuro.paths.halves import assign_turns, sample_keys
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp
@@ -86,7 +86,7 @@ def test_mode_nad_is_that_of_the_class() -> None:
     net = watch(callback).net
     for half, (x, y) in enumerate(halves()):
         # In the order in which the probe shows them, which is that of the batches of 16 too.
-        expected = NadPaths(net, beta=1.0).fit(x, y).paths
+        expected = NadPaths(net, beta=1.0, seed=half).fit(x, y).paths
         for name, paths in expected.items():
             assert (callback.result[f"net.{name}"].paths[half] == paths).double().mean() > 0.9
     assert {"paths/size", "paths/self_overlap", "paths/auroc", "paths/stability"} <= callback.scalars.keys()
@@ -152,8 +152,9 @@ def test_concepts_of_the_users_own() -> None:
     callback = ConceptPaths(Probe(source=data), concept_fn=lambda batch: batch[2], on_error="raise")
     fit(Threes(mlp().net), callback, train=DataLoader(data, batch_size=16), val=False)
     assert callback.result["net.2"].counts.tolist() == [[8.0, 8.0], [8.0, 8.0]]
-    # Any class is an answer for a concept that all classes have, on whatever sample.
-    assert callback.scalars["paths/retention"] == callback.scalars["paths/false_positive_rate"] == 1
+    # Any class is an answer for a concept that all classes have, on whatever sample: no rate can tell anything.
+    rates = {f"paths/{rate}" for rate in ("retention", "false_positive_rate", "selectivity", "auroc")}
+    assert not rates & callback.scalars.keys() and "paths/necessity" in callback.scalars
     assert not any("confusion" in key for key in callback.scalars)
     by_class = ConceptPaths(Probe(source=data), on_error="raise")
     fit(Threes(mlp().net), by_class, train=DataLoader(data, batch_size=16), val=False)
@@ -238,6 +239,73 @@ def test_a_masked_pass_that_fails_warns_once_and_leaves_the_layers_curves(monkey
     assert len(told) == 1 and "the masked passes" in told[0]
     assert trainer.global_step == 8 and "paths/overlap/net.2" in callback.scalars
     assert "paths/retention" not in callback.scalars and callback._shown is None
+
+
+@pytest.mark.parametrize("options", [{"refine_steps": 2}, {"mode": "nad"}, {"density": "minimal"}])
+def test_paths_that_cannot_be_learned_are_not_replaced_by_others(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("boom")
+
+    for name in ("learned_gates", "minimal_densities"):
+        monkeypatch.setattr(f"lightning_neuro.paths.callback.{name}", broken)
+    callback = ConceptPaths(**options)
+    with pytest.warns(UserWarning, match="boom"):
+        trainer = fit(mlp(), callback)
+    assert trainer.global_step == 8 and callback.scalars == {} and callback.result == {}
+
+
+class NoSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        raise RuntimeError("no derivative in evaluation mode")
+
+
+class InTrainingOnly(nn.Module):
+    """As checkpointing with re-entry, or recurrent layers of cuDNN: what has no derivative in a look of ours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else NoSlope.apply(x)
+
+
+def test_a_model_without_derivatives_leaves_the_others_of_the_pass_their_curves() -> None:
+    net = nn.Sequential(*mlp().net, InTrainingOnly())
+    paths, entropy = ConceptPaths(), ActivationEntropy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(Module(net), paths, entropy)
+    assert trainer.global_step == 8 and paths.probe is entropy.probe
+    assert paths.scalars == {} and entropy.result and entropy.scalars
+    told = [str(warning.message) for warning in caught if "no derivative" in str(warning.message)]
+    assert len(told) == 1 and "contributions" in told[0] and told[0].startswith("paths")
+    with pytest.raises(RuntimeError, match="no derivative"):
+        fit(Module(net), ConceptPaths(on_error="raise"))
+
+
+def test_a_residual_block_that_never_runs_is_named() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = residual_net(), Residual(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    callback = ConceptPaths(on_error="raise")
+    with pytest.warns(UserWarning, match=r"no path runs through layer 'net.spare': the forward pass does not call it"):
+        fit(Module(Spare()), callback)
+    assert callback.result and "net.spare" not in callback.result
+
+
+def test_concepts_of_huge_numbers_are_refused_by_name() -> None:
+    callback = ConceptPaths(concept_fn=lambda batch: batch[1] + 10_000_000)
+    with pytest.raises(MisconfigurationException, match="10000003"):
+        fit(mlp(), callback)
 
 
 def test_hierarchy_is_logged_beside_its_control() -> None:

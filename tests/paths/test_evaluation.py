@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_paths
+from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, refine_paths
 from lightning_neuro.paths import evaluation as module
 from lightning_neuro.paths.evaluation import pairs, turns_of
 from tests.models import transformer
@@ -160,6 +160,57 @@ def test_concepts_of_several_classes_are_answered_by_any_of_them() -> None:
         own = concepts == concept
         assert found.tpr[concept] == pytest.approx(float((answers[own] == concept).float().mean()))
         assert found.fpr[concept] == pytest.approx(float((answers[~own] == concept).float().mean()))
+
+
+def test_a_concept_of_all_classes_has_no_rates() -> None:
+    net, (x, y) = convnet().eval(), data(60, 5)
+    concepts = torch.arange(60) // 5 % 2
+    some = {"8": torch.arange(12).expand(2, 12) % 3 > 0}
+    found = evaluate_paths(net, x, y, some, concepts=concepts)
+    for rate in (found.clean, found.tpr, found.fpr, found.auroc, found.retention):
+        assert rate.isnan().all()
+    assert set(found.scalars()) == {"necessity"} and found.num_samples == 60
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_samples_without_finite_logits_are_in_no_rate(value: float) -> None:
+    net, (x, y) = convnet().eval(), data(60, 5)
+    broken = x.clone()
+    broken[:10] = value
+    paths = concept_paths(attribution_scores(net, x, y))
+    found, expected = evaluate_paths(net, broken, y, paths), evaluate_paths(net, x[10:], y[10:], paths)
+    for measure in ("clean", "tpr", "fpr", "auroc", "drops", "necessity"):
+        torch.testing.assert_close(getattr(found, measure), getattr(expected, measure), equal_nan=True)
+    assert found.num_samples == 50
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_whole_type_give_the_same(dtype: torch.dtype) -> None:
+    net, (x, y) = convnet().eval(), data(30, 5)
+    scores = attribution_scores(net, x, y)
+    paths = concept_paths(scores)
+    expected, found = (evaluate_paths(net, x, labels, paths) for labels in (y, y.to(dtype)))
+    assert torch.equal(found.drops, expected.drops) and torch.equal(found.auroc, expected.auroc)
+    gates = [refine_paths(net, x, labels, scores, steps=2)["8"] for labels in (y, y.to(dtype))]
+    assert torch.equal(*gates)
+    masks = [NadPaths(net, passes=1).fit(x, labels).gates["8"] for labels in (y, y.to(dtype))]
+    assert torch.equal(*masks)
+
+
+def test_recurrent_layers_are_derived_without_cudnn_which_cannot() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+            self.seen: list[bool] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(torch.backends.cudnn.enabled)
+            return self.head(self.lstm(x)[0].mean(1))
+
+    net, before = Recurrent(), torch.backends.cudnn.enabled
+    attribution_scores(net, torch.randn(6, 5, 4), torch.arange(6) % 3, "lstm")
+    assert net.seen == [False] and torch.backends.cudnn.enabled == before
 
 
 def test_shared_modules_and_tokens_and_time_are_masked_at_their_own_place() -> None:

@@ -101,6 +101,11 @@ def test_stability_goes_from_another_concepts_path_to_the_noise_floor() -> None:
     assert stability(before, before, 0.5, 0.5) != stability(before, before, 0.5, 0.5)  # NaN
 
 
+def test_stability_is_undefined_where_no_concept_has_had_a_path_twice() -> None:
+    paths = torch.eye(3, 8) > 0
+    assert stability(paths, torch.zeros_like(paths), 0.0, 0.9) != 0
+
+
 def test_reuse_counts_units_by_the_concepts_that_use_them() -> None:
     paths = torch.tensor([[1, 1, 0, 0, 1], [1, 0, 1, 0, 0], [1, 0, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     assert reuse(paths) == pytest.approx({"dead_units": 0.2, "exclusive_units": 0.4, "shared_units": 0.4})
@@ -145,6 +150,18 @@ def test_confusion_by_chance_is_three_of_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     similarity = torch.rand(40, 40, generator=generator)
     assert confusion_top3(torch.ones(40, 40), similarity) == pytest.approx(3 / 39)
+
+
+def test_equally_similar_classes_share_the_places_whatever_their_order() -> None:
+    confusion = torch.zeros(10, 10)
+    confusion[:, 1], confusion[:, 9] = 5, 1
+    assert confusion_top3(confusion, torch.ones(10, 10)) == pytest.approx(3 / 9)
+    # One is nearest, and eight share the other two places.
+    similarity = torch.ones(10, 10)
+    similarity[0, 4] = 2
+    row = torch.zeros(10, 10)
+    row[0, 4], row[0, 1] = 1, 3
+    assert confusion_top3(row, similarity) == pytest.approx((1 + 3 * 2 / 8) / 4)
 
 
 def test_confusion_leaves_out_classes_without_a_path_and_what_cannot_be_wrong() -> None:
