@@ -105,7 +105,7 @@ class ActivationTopology(MetricCallback):
         `..._std`                 spread of totals, longest and entropies over the halves   0 ..         (error bar)
         `drift`                   RTD-Lite to the previous evaluation, in at most 256       0 ..         low: settled
                                   samples; from the second evaluation on
-        `drift_from_start`             RTD-Lite to the first evaluation                          0 ..         neither
+        `drift_from_start`        RTD-Lite to the first evaluation                          0 ..         neither
         ========================= ========================================================= ============ ============
 
     Also figures (`topology/graphs`, `topology/homology`, and, where inputs are images, `topology/members`: samples of
@@ -183,6 +183,9 @@ class ActivationTopology(MetricCallback):
 
     def refreeze(self) -> None:
         """Find each layer's radius anew at the next evaluation, and freeze it again."""
+        for layer in self._saved_metrics:  # just resumed: the radius waits there for the next evaluation
+            if layer not in self._metrics:
+                self.metric_at(layer, torch.device("cpu"))
         for metric in self._metrics.values():
             if isinstance(metric, ActivationShape):
                 metric.refreeze()

@@ -144,13 +144,21 @@ class _Cloud:
 
 def _conditioned(points: Tensor, metric: str) -> Tensor:
     """Points whose products give distances with few digits lost: centred, or of length 1 (0 for a zero vector)."""
-    if torch.get_float32_matmul_precision() != "highest":
-        points = points.double()  # the user lets float32 products be rounded to far fewer digits
+    if not _products_are_exact():
+        points = points.double()
     if metric == "cosine":
         return unit_length(points.double()).to(points.dtype)
     centred = points - points.mean(dim=0)
     # The square of a float32 beyond 1e19 is infinite.
     return centred if centred.square().sum(dim=1).isfinite().all() else points.double() - points.double().mean(dim=0)
+
+
+def _products_are_exact() -> bool:
+    """Whether float32 products keep their digits; the user may have let them be rounded to far fewer."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch refuses to say where some `torch.backends...fp32_precision` was set
+        return False
 
 
 def unit_length(points: Tensor) -> Tensor:

@@ -104,14 +104,21 @@ class MapperGraph:
         return torch.nonzero((degree >= 3) & (self.sizes >= min_size)).flatten()
 
     @cached_property
+    def classes(self) -> Tensor:
+        """int64, the labels that occur, ascending: what the columns of `class_counts` and `class_shares` stand for."""
+        labels = np.zeros(0, dtype=np.int64) if self.targets is None else self.targets[self.targets >= 0].numpy()
+        return torch.from_numpy(np.unique(labels))
+
+    @cached_property
     def class_counts(self) -> Tensor | None:
-        """int64 (nodes, classes), points of each class in each node; None without labels."""
-        if self.targets is None or not (self.targets >= 0).any():
+        """int64 (nodes, classes), points of each of the `classes` in each node; None without labels."""
+        if self.targets is None or len(self.classes) == 0:
             return None
-        classes = int(self.targets.max()) + 1
+        # Not a column for every number up to the largest label: labels may be identities, up to millions.
         labels = [self.targets[own] for own in self.members]
-        counts = [own[own >= 0].bincount(minlength=classes) for own in labels]
-        return torch.stack(counts) if counts else torch.zeros(0, classes, dtype=torch.int64)
+        columns = [torch.searchsorted(self.classes, own[own >= 0]) for own in labels]
+        counts = [own.bincount(minlength=len(self.classes)) for own in columns]
+        return torch.stack(counts) if counts else torch.zeros(0, len(self.classes), dtype=torch.int64)
 
     @cached_property
     def class_shares(self) -> Tensor | None:
@@ -198,7 +205,7 @@ class MapperGraph:
             if shares is not None:
                 present = torch.nonzero(shares[node]).flatten().tolist()
                 by_share = sorted(present, key=lambda c: -float(shares[node, c]))
-                facts["classes"] = {str(c): round(float(shares[node, c]), 4) for c in by_share}
+                facts["classes"] = {str(int(self.classes[c])): round(float(shares[node, c]), 4) for c in by_share}
                 facts["purity"] = 1 / len(present) if present else None
             nodes.append(facts)
         return nodes

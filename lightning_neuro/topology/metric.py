@@ -193,7 +193,8 @@ class ActivationShape(ResultMetric):
         labels = None if targets is None else targets[order]
         graph = mapper_graph(points[order.to(points.device)], targets=labels, eps=eps, **self.graph_options)
         self.evaluations += 1
-        if self.frozen_eps is None and self.evaluations > self.warm_up and graph.num_nodes:
+        # A radius of 0, of points that coincide (a dead layer), would leave every point alone once they part.
+        if self.frozen_eps is None and self.evaluations > self.warm_up and graph.num_nodes and graph.eps > 0:
             self.frozen_eps = graph.eps / scale
         return replace(graph, members=tuple(order[own].sort().values for own in graph.members), targets=targets)
 

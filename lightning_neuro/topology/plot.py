@@ -84,11 +84,12 @@ def lettered(graph: MapperGraph) -> list[int]:
 
 def _shown_classes(graphs: Sequence[MapperGraph]) -> list[int]:
     """Up to ten classes have a colour of their own; of more, the first nine, and grey for the rest."""
-    counts = [graph.class_counts for graph in graphs if graph.class_counts is not None and graph.num_nodes]
-    if not counts:
-        return []
-    present = torch.nonzero(torch.stack([own.sum(dim=0) for own in counts]).sum(dim=0)).flatten().tolist()
-    return present if len(present) <= len(COLOURS) else present[: len(COLOURS) - 1]
+    present: set[int] = set()
+    for graph in graphs:
+        if graph.class_counts is not None:
+            present |= set(graph.classes[graph.class_counts.sum(dim=0) > 0].tolist())
+    shown = sorted(present)
+    return shown if len(shown) <= len(COLOURS) else shown[: len(COLOURS) - 1]
 
 
 def _draw_panel(
@@ -140,7 +141,8 @@ def _pies(graph: MapperGraph, centres: Any, radii: Any, classes: Sequence[int]) 
     for node in range(graph.num_nodes):
         parts = [(1.0, "#777777")]
         if shares is not None and classes:
-            parts = [(float(shares[node, c]), COLOURS[i]) for i, c in enumerate(classes) if c < shares.shape[1]]
+            own = dict(zip(graph.classes.tolist(), shares[node].tolist(), strict=True))
+            parts = [(own.get(c, 0.0), COLOURS[i]) for i, c in enumerate(classes)]
             parts.append((1 - sum(share for share, _ in parts), COLOURS[-1]))
         begin = 0.25
         for share, colour in parts:

@@ -63,10 +63,13 @@ def _kth_distances(points: Tensor, queries: Group, group: Group, k: int, metric:
     if metric == "cosine":
         x, q = unit_length(x), unit_length(q)
     found = []
+    # What rounding leaves between coinciding points is no radius; see `distance_matrix`.
+    least = 1e-7 * q.norm(dim=1) if metric == "euclidean" else torch.full_like(q[:, 0], 1e-14)
     for rows in torch.split(q, max(1, _BLOCK // len(x))):
         distances = torch.cdist(rows, x) if metric == "euclidean" else 1 - rows @ x.T
         found.append(distances.topk(k, dim=1, largest=False).values[:, -1].clamp(min=0))
-    result: Distances = torch.cat(found).cpu().numpy()
+    radii = torch.cat(found)
+    result: Distances = torch.where(radii <= least, 0, radii).cpu().numpy()
     return result
 
 

@@ -100,5 +100,5 @@ def _words(graph: MapperGraph, node: int) -> str:
     size = f"{int(graph.sizes[node])}"
     if graph.class_shares is None:
         return f"{size} samples"
-    share, label = graph.class_shares[node].max(dim=0)
-    return f"{size}, {float(share):.0%} class {int(label)}"
+    share, column = graph.class_shares[node].max(dim=0)
+    return f"{size}, {float(share):.0%} class {int(graph.classes[column])}"

@@ -7,13 +7,15 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ActivationTopology, Probe
-from lightning_neuro.topology import ActivationShape, plot_graphs, plot_homology, topological_drift
+from lightning_neuro.topology import ActivationShape, mapper, plot_graphs, plot_homology, topological_drift
 from lightning_neuro.topology.layout import layout, point_positions
+from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.thumbnails import SIDE, plot_members, thumbnails
 from tests.models import Module, fit, images, loader, mlp
 
@@ -91,6 +93,37 @@ def test_the_radius_is_frozen_at_the_first_evaluation_after_training_began():
     free, frozen, thawed = radii[0], radii[1], radii[3]
     assert radii == pytest.approx([free, frozen, frozen, thawed, thawed, thawed], rel=1e-9)
     assert abs(free - frozen) > 1e-3 and abs(frozen - thawed) > 1e-3
+
+
+def test_refreeze_holds_after_a_resume_too(tmp_path):
+    class Ask(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.callbacks[0].refreeze()
+
+    def radius(callback):
+        return callback._metrics["net.2"].frozen_eps
+
+    first, asked, plain = (ActivationTopology(Probe(layers="net.2"), homology=False) for _ in range(3))
+    model = mlp()
+    trainer = fit(model, first, train=loader(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = {"train": loader(), "max_epochs": 3, "ckpt_path": tmp_path / "a.ckpt"}
+    fit(mlp(), plain, **resumed)
+    fit(mlp(), asked, Ask(), **resumed)
+    assert radius(plain) == radius(first) != radius(asked)
+
+
+def test_pictures_name_the_classes_that_occur():
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([3, 70_000_000])[torch.arange(300) % 2]
+    graph = mapper(x, targets=y)
+    result = TopologyResult(torch.arange(300), graph, None)
+    said = texts(plot_graphs({"": result}))
+    assert "class 3" in said and "70000000" in said and "other" not in said
+    shares = [mass for mass in graph.class_shares.flatten().tolist() if mass > 0]
+    assert len(plot_graphs({"": result}).axes[0].collections[-1].get_paths()) == len(shares)
+    words = texts(plot_members({"": result}, {}))
+    assert "class 70000000" in words or "class 3" in words
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import networkx as nx
 import numpy as np
@@ -80,6 +82,32 @@ def test_coarse_matrix_products_are_not_used():
         torch.set_float32_matmul_precision(before)
 
 
+NEWER = """
+import torch
+from lightning_neuro.topology.clustering import _conditioned
+torch.backends.{where} = "{precision}"
+assert _conditioned(torch.randn(40, 64), "euclidean").dtype == torch.float64
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32_precision", "cuda.matmul.fp32_precision", "mkldnn.matmul.fp32_precision"])
+def test_nor_where_the_newer_switches_of_torch_ask_for_them(precision):
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has none")
+    # In a process of its own: torch cannot be brought back from having both kinds of switches set.
+    script = NEWER.format(where=precision, precision="bf16" if "mkldnn" in precision else "tf32")
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_points_that_coincide_have_the_radius_0():
+    for seed in range(5):
+        one = 100 * torch.randn(1, 40, generator=torch.Generator().manual_seed(seed))
+        for metric in ("euclidean", "cosine"):
+            graph = mapper(one.repeat(60, 1), metric=metric)
+            assert (graph.eps, graph.num_nodes, graph.coverage) == (0, 1, 1) or metric == "cosine"
+            assert graph.eps == 0
+
+
 def test_huge_activations_do_not_overflow():
     x = references.blobs(200, 8, seed=1).astype(np.float32)
     small = dbscan(torch.from_numpy(x), eps=3.0, min_samples=5)
@@ -137,8 +165,17 @@ def test_members_edges_and_weights(small):
     assert small.lens_mean.tolist() == pytest.approx([1 / 3, 1.5])
     assert small.mean_activation.flatten().tolist() == pytest.approx([1.1 / 3, 1.05])
     assert (small.num_points, small.num_nonfinite, small.num_noise, small.coverage) == (6, 1, 1, 0.8)
-    assert small.class_counts.tolist() == [[1, 2, 0, 0], [0, 1, 0, 1]]
-    assert small.class_shares[0].tolist() == pytest.approx([1 / 3, 2 / 3, 0, 0])
+    assert small.classes.tolist() == [0, 1, 3]
+    assert small.class_counts.tolist() == [[1, 2, 0], [0, 1, 1]]
+    assert small.class_shares[0].tolist() == pytest.approx([1 / 3, 2 / 3, 0])
+
+
+def test_labels_may_be_identities_of_any_size():
+    x = torch.from_numpy(references.blobs(60, 3, seed=1))
+    names = torch.tensor([7, 10**15])[torch.arange(60) % 2]
+    graph = mapper(x, targets=names)
+    assert graph.classes.tolist() == [7, 10**15] and graph.class_counts.shape == (graph.num_nodes, 2)
+    assert set(json.loads(graph.to_json())["nodes"][0]["classes"]) <= {"7", str(10**15)}
 
 
 def test_scalars_and_notes(small):

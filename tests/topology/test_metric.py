@@ -162,6 +162,20 @@ def test_an_empty_graph_freezes_nothing():
     assert metric.frozen_eps is not None
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_a_dead_layer_freezes_nothing(distance):
+    x, _ = cloud()
+    bias = torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
+    metric = ActivationShape(homology=False, warm_up=0, distance=distance)
+    zeros = [torch.zeros_like(x)] if distance == "euclidean" else []  # by cosine they are far from each other
+    for dead in (bias.expand(len(x), -1), *zeros):
+        of(dead, metric=metric)
+        assert metric.frozen_eps is None
+        metric.reset()
+    assert of(x, metric=metric).scalars()["coverage"] > 0.8  # with the radius 0 it would be 0
+    assert metric.frozen_eps > 0
+
+
 def through_state_dict(metric):
     file = io.BytesIO()
     torch.save(metric.state_dict(), file)
