@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 SCALE_QUANTILE = 0.9
+_ROWS = 512  # at a time: one half of the matrix is computed
 
 Matrix = npt.NDArray[np.float64]
 
@@ -15,12 +16,25 @@ def distance_matrix(points: Tensor) -> Matrix:
     x = points.double()
     x = x - x.mean(dim=0)
     norms = x.square().sum(dim=1)
-    squared = torch.addmm(norms, x, x.T, alpha=-2).add_(norms[:, None]).clamp_(min=0)
-    # What rounding leaves between coinciding points, 1e-8 of their norm, would be bars of that length.
-    squared[squared <= 1e-14 * (norms + norms[:, None])] = 0
-    upper = squared.sqrt_().triu_(1)
-    result: Matrix = (upper + upper.T).cpu().numpy()
+    distances = x.new_empty(len(x), len(x))
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, start + _ROWS)
+        sums = norms[rows, None] + norms[start:]
+        squared = torch.addmm(sums, x[rows], x[start:].T, alpha=-2)
+        # What rounding leaves between coinciding points, 1e-8 of their norm, would be bars of that length.
+        part = squared.masked_fill_(squared <= 1e-14 * sums, 0).sqrt_()
+        corner = part[:, : len(part)]
+        corner.copy_(corner.triu(1) + corner.triu(1).T)  # the product is not symmetric to the last digit
+        distances[rows, start:] = part
+        distances[start:, rows] = part.T
+    result: Matrix = distances.cpu().numpy()
     return result
+
+
+def pairs_of(distances: Matrix) -> Matrix:
+    """The entries above the diagonal, row after row."""
+    rows = [row[i + 1 :] for i, row in enumerate(distances)]
+    return np.concatenate(rows) if rows else np.zeros(0)
 
 
 def scale_of(distances: Matrix) -> float:
@@ -28,8 +42,8 @@ def scale_of(distances: Matrix) -> float:
 
     1 where this is 0 (the points all but coincide).
     """
-    pairs = distances[np.triu_indices(len(distances), 1)]
-    scale = float(np.quantile(pairs, SCALE_QUANTILE)) if len(pairs) else 0.0
+    pairs = pairs_of(distances)
+    scale = float(np.quantile(pairs, SCALE_QUANTILE, overwrite_input=True)) if len(pairs) else 0.0
     return scale if scale > 0 else 1.0
 
 

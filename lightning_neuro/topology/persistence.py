@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_neuro.topology.distances import Matrix, distance_matrix, scale_of, tree_lengths
+from lightning_neuro.topology.distances import Matrix, distance_matrix, pairs_of, scale_of, tree_lengths
 from lightning_neuro.topology.inputs import as_points, check_whole, finite_rows
 
 GRID = 64
@@ -185,7 +185,7 @@ def _loops(distances: Matrix, quantile: float) -> tuple[Bars, float]:
         return np.zeros((0, 2)), float("inf")
     from ripser import ripser  # type: ignore[import-untyped]
 
-    threshold = float(np.quantile(distances[np.triu_indices(len(distances), 1)], quantile))
+    threshold = float(np.quantile(pairs_of(distances), quantile))
     if threshold <= 0:  # most points coincide
         return np.zeros((0, 2)), threshold
     limit = float("inf") if quantile == 1 else threshold
@@ -244,7 +244,7 @@ def drift_of_distances(a: Matrix, b: Matrix) -> float:
 
 def condensed(distances: Matrix) -> Tensor:
     """The pairs of a symmetric matrix as a float32 vector, half the size and fit for a checkpoint."""
-    return torch.from_numpy(distances[np.triu_indices(len(distances), 1)]).float()
+    return torch.from_numpy(pairs_of(distances)).float()
 
 
 def expanded(pairs: Tensor) -> Matrix:

@@ -106,7 +106,9 @@ def test_of_many_points_loops_rest_on_some_and_pieces_on_all():
 # What reaches ripser ----------------------------------------------------------------------------
 
 
-def test_distances_are_symmetric_and_not_negative():
+@pytest.mark.parametrize("rows", [7, 512])
+def test_distances_are_symmetric_and_not_negative(rows, monkeypatch):
+    monkeypatch.setattr("lightning_neuro.topology.distances._ROWS", rows)
     x = np.repeat(np.random.default_rng(0).standard_normal((40, 300)), 3, axis=0).astype(np.float32) + 100
     distances = distance_matrix(torch.from_numpy(x))
     assert np.array_equal(distances, distances.T)
