@@ -56,7 +56,11 @@ def read_batch(attributes: Mapping[str, Attribute], batch: Any, samples: int) ->
 
 def read_numbers(name: str, source: Attribute, batch: Any, samples: int) -> Tensor:
     """Whole numbers, int64 (samples,), such as groups; raises as `read_batch` does."""
-    values = torch.as_tensor(_value(name, source, batch)).detach().cpu()
+    value = _value(f"`{name}`", source, batch)
+    try:
+        values = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MisconfigurationException(f"`{name}` must give numbers, got {describe(value)}: {error}.") from None
     if values.shape != (samples,) or values.is_floating_point():
         raise MisconfigurationException(
             f"`{name}` must give a whole number for each of the {samples} samples; got {describe(values)}."

@@ -20,7 +20,6 @@ from lightning_neuro.observers.metric import LinearObserver
 from lightning_neuro.observers.result import MEASURES, ObserverResult
 from lightning_neuro.probe import Event, Probe, ProbeBatch
 from lightning_neuro.ranks import on_any_rank
-from lightning_neuro.samples import batch_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,6 +144,7 @@ class ObserverProbes(MetricCallback):
         self._input_metric: LinearObserver | None = None
         self._input_error: Exception | None = None
         self._read: tuple[ProbeBatch, Tensor, Tensor] | None = None
+        self._num_read = 0
         self._wrong: MisconfigurationException | None = None
 
     # From a batch to attributes
@@ -159,9 +159,9 @@ class ObserverProbes(MetricCallback):
         """Take in one batch of the probe's pass, and of the raw input in the first one."""
         super().observe(batch)
         values = batch.inputs
-        usable = isinstance(values, Tensor) and values.is_floating_point() and len(values) == batch.num_samples
-        if self._input_metric is not None and usable:
-            flat = values.flatten(1)
+        floating = isinstance(values, Tensor) and values.is_floating_point() and values.ndim > 0
+        if self._input_metric is not None and floating and len(values) == batch.num_samples:
+            flat = values.reshape(len(values), -1)
             # Evenly spread numbers of a large image tell what its pixels do.
             step = -(-flat.shape[1] // MAX_INPUTS)
             try:
@@ -186,13 +186,14 @@ class ObserverProbes(MetricCallback):
         if self._read is None or self._read[0] is not batch:
             count = batch.num_samples
             attributes = torch.zeros(count, 0)
-            groups = torch.arange(count)
+            # The samples come in the same order in every pass.
+            groups = torch.arange(count) + self._num_read
+            self._num_read += count
             try:
                 if self.attributes is not None:
                     attributes = read_batch(self.attributes, batch.batch, count)
                 # By its content, a sample is in the same fold all run long, on whatever rank.
-                source = batch.inputs if batch_length(batch.inputs) == count else batch.targets
-                groups = _content(source, groups) if self.groups is None else self._groups_of(batch)
+                groups = _content(batch.inputs, groups) if self.groups is None else self._groups_of(batch)
             except MisconfigurationException as error:
                 # Raised when all ranks have ended their pass: one that broke off would leave the others waiting.
                 self._wrong = self._wrong or error
@@ -209,7 +210,7 @@ class ObserverProbes(MetricCallback):
     def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Get ready for a pass; the raw input, which does not change, is looked at in the first one alone."""
         super().begin(trainer, pl_module)
-        self._read, self._wrong, self._input_error = None, None, None
+        self._read, self._wrong, self._input_error, self._num_read = None, None, None, 0
         if not self.from_input and self._input_metric is None:
             self._input_metric = LinearObserver(
                 names=self.metric.names,
@@ -223,7 +224,12 @@ class ObserverProbes(MetricCallback):
         results = super()._results(trainer, pl_module, event)
         self._read = None
         if on_any_rank(trainer, self._wrong is not None):
-            raise self._wrong or MisconfigurationException("`attributes` are wrong on another rank.")
+            if event[0] == "start":
+                raise self._wrong or MisconfigurationException("`attributes` are wrong on another rank.")
+            # What was right before the first step must not end the run later.
+            self._input_metric = self.depth = None
+            self._report("the attributes", self._wrong)
+            return {}
         if results and self._input_metric is not None:
             self._look_at_input(trainer, self._input_metric)
         self._input_metric = None
@@ -324,10 +330,21 @@ class ObserverProbes(MetricCallback):
         self.from_input, self.before = state_dict["from_input"], state_dict["before"]
 
 
-def _content(source: Any, positions: Tensor) -> Tensor:
+def _content(inputs: Any, positions: Tensor) -> Tensor:
     """A number for each sample by the content of its input; by its position where there is no tensor to tell."""
-    if isinstance(source, Mapping):
-        source = next((part for part in source.values() if isinstance(part, Tensor)), None)
-    elif isinstance(source, (tuple, list)):
-        source = next((part for part in source if isinstance(part, Tensor)), None)
-    return row_hashes(source).cpu() if isinstance(source, Tensor) and len(source) == len(positions) else positions
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    parts = parts if isinstance(parts, (tuple, list)) else [parts]
+    hashes = [row_hashes(rows).cpu() for part in parts if (rows := _samples_first(part, len(positions))) is not None]
+    if len(hashes) < 2:
+        return hashes[0] if hashes else positions
+    # All parts together: the mask of a text alone would hold all texts of a length together.
+    return row_hashes(torch.stack([hash_ >> 32 for hash_ in hashes], 1))
+
+
+def _samples_first(part: Any, count: int) -> Tensor | None:
+    """A tensor with a row for each sample, which recurrent networks have second; None for anything else."""
+    if not isinstance(part, Tensor) or part.ndim == 0:
+        return None
+    if len(part) == count:
+        return part
+    return part.transpose(0, 1) if part.ndim > 1 and part.shape[1] == count else None

@@ -50,6 +50,11 @@ def control_attributes(attributes: Tensor, labels: Tensor, number: int) -> Contr
     rates = _rates(attributes, member)
     share = attributes.nanmean(0).nan_to_num(nan=0.5).clamp(0, 1)
     sizes = (share.clamp(max=1 - share) * k).round().long().clamp(1, k // 2)
+    own_sets = [_own_set(rate) for rate in rates]
+    for a, own in enumerate(own_sets):
+        # Of a set of classes the number is known, however many samples these have.
+        if own and len(own) < k:
+            sizes[a] = min(len(own), k - len(own))
     sets: list[frozenset[int]] = []
     of_size: dict[int, list[int]] = {}
     for size in sorted(set(sizes.tolist())):
@@ -63,7 +68,7 @@ def control_attributes(attributes: Tensor, labels: Tensor, number: int) -> Contr
     in_set = in_set.to(labels.device)
     of = torch.zeros(len(sizes), len(sets), dtype=torch.bool, device=labels.device)
     for a, size in enumerate(sizes.tolist()):
-        own = _own_set(rates[a])
+        own = own_sets[a]
         others = [s for s in of_size[size] if own is None or sets[s] not in (own, frozenset(range(k)) - own)]
         of[a, others[:number]] = True
     values = (member.to(torch.float64) @ in_set.T.to(torch.float64)).to(attributes.dtype)

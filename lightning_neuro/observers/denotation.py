@@ -75,7 +75,15 @@ class Denotation:
 
 
 def denotation(
-    x: Tensor, attributes: Tensor, labels: Tensor, fold: Tensor, folds: int, *, draws: int = DRAWS, seed: int = 0
+    x: Tensor,
+    attributes: Tensor,
+    labels: Tensor,
+    fold: Tensor,
+    folds: int,
+    *,
+    groups: Tensor | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Denotation:
     """Search every unit for what it denotes.
 
@@ -85,6 +93,7 @@ def denotation(
         labels: int64 (N,), negative where there is none.
         fold: (N,).
         folds: Number of folds; the first 40 % find the rules, the others test them.
+        groups: int64 (N,); of the samples of one group, which a shuffle would tear apart, one alone is tested on.
         draws: Shuffles for the family-wise error.
         seed: Of the shuffles.
     """
@@ -93,21 +102,30 @@ def denotation(
     threshold, sign = best_thresholds(x[train], y[train])
     sets = best_class_sets(x[train], labels[train])
     generator = torch.Generator().manual_seed(seed)
-    count = int((~train).sum())
+    tested = ~train if groups is None else ~train & _one_of_each(groups)
+    count = int(tested.sum())
     # The first order is the samples' own.
     orders = torch.stack([torch.arange(count), *(torch.randperm(count, generator=generator) for _ in range(draws))])
-    test = _Test(x[~train], orders.to(x.device))
+    test = _Test(x[tested], orders.to(x.device))
 
     columns = [
-        test.rule((test.x > threshold[:, a]) == (sign[:, a] > 0), y[~train, a], usable=_enough(y[train, a]))
+        test.rule((test.x > threshold[:, a]) == (sign[:, a] > 0), y[tested, a], usable=_enough(y[train, a]))
         for a in range(y.shape[1])
     ]
     if sets.members.shape[1]:
-        columns.append(test.sets(sets, labels[~train]))
+        columns.append(test.sets(sets, labels[tested]))
     mcc, lower, proportion = (torch.stack(parts, 1) for parts in zip(*columns, strict=True))
     beaten = (test.null_max >= mcc.nan_to_num(nan=-1.0)[..., None] - 1e-9).sum(-1)
     p = torch.where(mcc.isfinite(), (1 + beaten) / (1 + draws), 1.0)
     return Denotation(mcc, lower, p, proportion, sets.members, sets.firing, sets.class_sizes, test.null_max)
+
+
+def _one_of_each(groups: Tensor) -> Tensor:
+    """Which samples stand for their group, bool (N,): one of each, drawn from all of it."""
+    _, inverse, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    turn = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).to(groups.device)
+    first = turn.new_full((len(counts),), len(groups)).scatter_reduce(0, inverse, turn, "amin")
+    return first[inverse] == turn
 
 
 def _enough(y: Tensor) -> bool:
@@ -134,7 +152,9 @@ class _Test:
         """Each unit against its own set of classes."""
         fires = self.x > sets.threshold
         known = labels >= 0
-        inside = sets.members[:, labels.clamp(0, sets.members.shape[1] - 1)].T & known[:, None]
+        # A class that was not there when the sets were found is in none of them.
+        seen = known & (labels < sets.members.shape[1])
+        inside = sets.members[:, labels.where(seen, 0)].T & seen[:, None]
         # Row by row: a product over all classes would grow with their number.
         hits = torch.stack([(fires & inside[order]).sum(0) for order in self.orders])
         # Where all samples have a class, a shuffle does not change how many of them a unit fires for.

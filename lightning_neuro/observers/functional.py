@@ -52,6 +52,7 @@ def read_attributes(
         labels: Integer class labels (N,), for controls and sets of classes; negative where there is none. Default: the
             attributes, if they are class labels.
         groups: Integers (N,); samples of one group (frames of one film, say) are never held out from each other.
+            Default: each sample by itself.
         names: The attributes' names; default: their numbers, or `label==k`.
         observer: `"ridge"`, in closed form, or `"logistic"`, the slow reference.
         controls: Random sets of classes for each size of an attribute; 0 for no selectivity.
@@ -80,14 +81,17 @@ def read_attributes(
     if labels is None:
         labels = torch.full((len(activations),), -1)
     content = row_hashes(activations)
+    alone = groups is None
     groups = content if groups is None else groups.to(content)
     attributes, labels = attributes.to(activations.device, torch.float64), labels.to(content)
 
     x, rows, units, left_out = _finite(activations)
     attributes, labels, groups, content = (part[rows] for part in (attributes, labels, groups, content))
-    order = canonical_order(attributes, groups, content)
+    order = canonical_order(attributes, groups, content, labels)
     x, attributes, labels = x[order], attributes[order], labels[order]
-    fold = stratified_folds(groups[order], folds)
+    # Not by content: where a few units are on or off, many samples have the same.
+    groups = torch.arange(len(x), device=x.device) if alone else groups[order]
+    fold = stratified_folds(groups, folds)
 
     mean, std = x.mean(0), x.std(0, correction=0)
     live = units & (std > 1e-7 * x.abs().amax(0).clamp(min=1e-30)) if len(x) else units & False
@@ -133,7 +137,9 @@ def read_attributes(
             num_nonfinite=left_out,
             nonfinite_units=int((~units).sum()),
             num_constant=int((units & ~live).sum()),
-            denotation=search_units(x, attributes, labels, fold, folds) if denotation and len(x) >= 2 * folds else None,
+            denotation=search_units(x, attributes, labels, fold, folds, groups=groups)
+            if denotation and len(x) >= 2 * folds
+            else None,
         )
     )
 

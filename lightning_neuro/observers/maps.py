@@ -45,7 +45,10 @@ def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
         raise ValueError("results must hold at least one layer, got none.")
     shown = dict(list(results.items())[:MAX_LAYERS])
     values = {
-        "weights": {layer: result.weights * result.std * result.stable for layer, result in shown.items()},
+        # An attribute without an observer has weights that are NaN, for which no scale could be given.
+        "weights": {
+            layer: (result.weights * result.std * result.stable).nan_to_num(nan=0.0) for layer, result in shown.items()
+        },
         "patterns": {layer: result.pattern for layer, result in shown.items()},
         "effects": {layer: result.effect * result.stable for layer, result in shown.items()},
     }

@@ -9,7 +9,6 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_neuro.metric import ResultMetric
-from lightning_neuro.observers.folds import row_hashes
 from lightning_neuro.observers.functional import read_attributes
 from lightning_neuro.observers.inputs import check_batch, check_options
 from lightning_neuro.observers.result import ObserverResult
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 _STATES = ("activations", "attributes", "labels", "groups")
 _MISSING = -1
+_ALONE = torch.iinfo(torch.int64).min
 
 
 class LinearObserver(ResultMetric):
@@ -109,7 +109,7 @@ class LinearObserver(ResultMetric):
             self.activations.append(activations.detach().clone())
             self.attributes.append(_compact(attributes).to(device))
             self.labels.append(torch.full((count,), -1) if labels is None else labels.long().clone())
-            self.groups.append(row_hashes(activations) if groups is None else groups.long().clone())
+            self.groups.append(torch.full((count,), _ALONE) if groups is None else groups.long().clone())
             self.labels[-1], self.groups[-1] = self.labels[-1].to(device), self.groups[-1].to(device)
 
     def _check_sizes(self, activations: Tensor, attributes: Tensor) -> None:
@@ -129,9 +129,10 @@ class LinearObserver(ResultMetric):
             nothing = torch.zeros(0, 1)
             return self._read(nothing, torch.zeros(0, len(self.names or ())), torch.zeros(0).long(), None)
         activations, attributes, labels, groups = (dim_zero_cat(getattr(self, state)) for state in _STATES)
+        given = groups if (groups != _ALONE).any() else None
         if attributes.shape[1] == 0:
-            return self._read(activations, labels, None, groups)
-        return self._read(activations, _expanded(attributes), labels, groups)
+            return self._read(activations, labels, None, given)
+        return self._read(activations, _expanded(attributes), labels, given)
 
     def _read(
         self, activations: Tensor, attributes: Tensor, labels: Tensor | None, groups: Tensor | None

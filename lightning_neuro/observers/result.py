@@ -107,7 +107,8 @@ class ObserverResult:
             values: Tensor = getattr(self, measure)
             if (defined := values[values.isfinite()]).numel():
                 found[measure] = float(defined.mean())
-        if self.denotation is not None:
+        # Where no rule could be tested, no unit was found not to denote anything.
+        if self.denotation is not None and self.denotation.mcc.isfinite().any():
             found["denoting_units"] = float(self.denotation.denoting().sum())
             if math.isfinite(proportion := self.denotation.label_proportion()):
                 found["label_proportion"] = proportion

@@ -99,6 +99,73 @@ def test_wrong_groups_are_named():
         fit(mlp(), ObserverProbes(groups=lambda batch: batch[0][:, 0, 0, 0]))
 
 
+def test_groups_that_are_no_numbers_are_named():
+    with pytest.raises(MisconfigurationException, match=r"`groups` must give numbers, got a list"):
+        fit(mlp(), ObserverProbes(groups=lambda batch: ["film"] * len(batch[1])))
+
+
+def test_an_attribute_that_fails_later_does_not_end_the_run():
+    calls = []
+
+    def fails_later(batch):
+        calls.append(batch)
+        return batch[1] == 0 if len(calls) <= 2 else batch[7]
+
+    callback = ObserverProbes(attributes={"first": fails_later})
+    with pytest.warns(UserWarning, match="the attributes failed and is left out; training goes on"):
+        assert fit(mlp(), callback, train=loader()).global_step == 8
+    assert callback.result == {} and callback.depth is None
+    assert (
+        callback.scalars["observers/balanced_accuracy/first"] == callback.initial["observers/balanced_accuracy/first"]
+    )
+
+
+class Wrapped(Module):
+    """Takes its input out of what the case below has put it in."""
+
+    def __init__(self, unpack):
+        super().__init__(mlp().net)
+        self.unpack = unpack
+
+    def forward(self, x):
+        return super().forward(self.unpack(x))
+
+
+INPUTS = {
+    "time first": (lambda x: x.flatten(1)[None].repeat(3, 1, 1), lambda x: x[0]),
+    "mask first": (lambda x: {"mask": torch.ones(len(x), 5), "image": x}, lambda x: x["image"]),
+    "no tensor": (lambda x: {"image": x.numpy()}, lambda x: torch.as_tensor(x["image"])),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_samples_are_told_apart_whatever_the_input_is_wrapped_in(case):
+    pack, unpack = INPUTS[case]
+    callback = probes(Probe(source=[(pack(x), y) for x, y in loader(64, batch_size=1 if case == "no tensor" else 16)]))
+
+    def collate(items):
+        return pack(torch.stack([x for x, _ in items])), torch.tensor([int(y) for _, y in items])
+
+    data = DataLoader(images(64), batch_size=16, collate_fn=collate)
+    fit(Wrapped(unpack), callback, train=data, val=False)
+    result = callback.result["net.2"]
+    assert result.num_samples == 64
+    assert result.balanced_accuracy.min() > 0.6
+
+
+def test_the_input_may_be_a_number_a_sample():
+    class Net(Module):
+        def forward(self, x):
+            return super().forward(x[:, None])
+
+    net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    y = torch.arange(64) % 4
+    data = DataLoader(TensorDataset(y + 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(0)), y), 16)
+    callback = probes(Probe(source=data.dataset))
+    fit(Net(net), callback, train=data, val=False)
+    assert callback.from_input["label==3"] > 0.9
+
+
 def test_groups_are_held_out_together():
     seen = []
 

@@ -228,3 +228,37 @@ def test_one_positive_to_test_with_is_too_few():
     assert found.mcc.isnan().all() and (found.p == 1).all()
     y[[30, 40]] = 1
     assert denotation(y, y, torch.full((100,), -1), folds(100), 5).mcc.item() == pytest.approx(1.0)
+
+
+def test_noise_in_groups_denotes_no_more_often_than_noise():
+    """Groups of ten like samples: shuffled one by one, nearly every family would hold a find."""
+    wrong, families = 0, 40
+    for seed in range(families):
+        generator = torch.Generator().manual_seed(seed)
+        groups = torch.arange(60).repeat_interleave(10)
+        x = torch.randn(60, 10, generator=generator)[groups] + 0.1 * torch.randn(600, 10, generator=generator)
+        y = (torch.rand(60, 1, generator=generator) < 0.5).double()[groups]
+        wrong += bool(read_attributes(x, y, groups=groups).denotation.significant.any())
+    # With a true rate of 5 % more than 6 of 40 happen once in a hundred times.
+    assert wrong <= 6
+
+
+def test_a_planted_unit_denotes_in_groups_too():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(200).repeat_interleave(4)
+    mark = (torch.rand(200, 1, generator=generator) < 0.5).double()[groups]
+    x = torch.cat([mark, torch.randn(800, 1, generator=generator)], 1)
+    result = read_attributes(x, mark, groups=groups)
+    assert result.denotation.denoting().tolist() == [True, False]
+
+
+def test_a_class_that_came_only_when_rules_were_tested_is_in_no_set():
+    labels = torch.arange(300) % 3
+    fold = folds(300)
+    labels[(labels == 2) & (fold < 2)] = 0
+    x = (labels == 1).double()[:, None]
+    found = denotation(x, torch.zeros(300, 0), labels, fold, 5)
+    assert found.sets.tolist() == [[False, True]]
+    tested = labels[fold >= 2]
+    assert found.proportion[0, 0].item() == pytest.approx((tested == 1).double().mean().item())
+    assert found.mcc[0, 0].item() == pytest.approx(1.0)

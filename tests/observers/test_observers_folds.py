@@ -93,6 +93,15 @@ def test_controls_of_attributes_that_are_no_sets_have_about_their_share():
     assert found.values[:, found.of[0]].mean(0).tolist() == pytest.approx([share] * 5)
 
 
+def test_a_set_of_classes_has_controls_of_as_many_classes_however_common_it_is():
+    labels = torch.cat([torch.zeros(100).long(), 1 + torch.arange(90) % 9])
+    y = torch.stack([(labels == 0).double(), (labels != 0).double()], 1)
+    found = control_attributes(y, labels, 20)
+    for a in range(2):
+        sets = [torch.unique(labels[column == 1]).tolist() for column in found.values[:, found.of[a]].T]
+        assert sorted(sets) == [[k] for k in range(1, 10)]
+
+
 def test_halves_and_their_complements_count_once():
     y = of_class(0, 1, 2, 3, 4)[:, None]
     found = control_attributes(y, LABELS, 500)

@@ -89,6 +89,21 @@ def test_groups_are_held_out_together():
     assert abs(together - 0.5) < 0.06
 
 
+def test_samples_with_the_same_state_are_held_out_from_each_other_unless_told():
+    """A unit that is on or off has two states, which are not two samples."""
+    labels = torch.arange(300) % 3
+    unit = (labels == 1).float()[:, None]
+    metric = LinearObserver()
+    for part in torch.arange(300).split(70):
+        metric.update(unit[part], labels[part])
+    for result in (read_attributes(unit, labels), metric.compute()):
+        assert result.balanced_accuracy[1].item() == 1.0
+        assert result.denotation.denoting().tolist() == [True]
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    y = (torch.arange(300) % 2 == 0).double()[:, None]
+    assert_same(read_attributes(unit[order], y[order], labels[order]), read_attributes(unit, y, labels))
+
+
 def test_missing_values_are_as_if_their_samples_were_not_asked():
     x, y = planted(400, 8, 1)
     hidden = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -107,7 +122,7 @@ def test_undefined_attributes_are_named_and_never_perfect():
     result = read_attributes(x, y, names=["never", "always", "missing", "once"])
     for measure in ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity", "balanced_accuracy_low"):
         assert getattr(result, measure).isnan().all(), measure
-    assert set(result.scalars()) == {"denoting_units"}
+    assert result.scalars() == {}
     note = result.notes()["undefined"]
     assert "'never' is absent in all 100 samples" in note and "'always' is present in all 100" in note
     assert "'missing' is missing in all samples" in note and "'once' is present in 1 of 100" in note
@@ -135,7 +150,7 @@ def test_a_layer_that_is_dead_says_nothing():
     assert (result.mcc.item(), result.auroc.item()) == (0.0, 0.5)
     assert not result.denotation.significant.any()
     nothing = read_attributes(torch.full((20, 3), math.nan), torch.zeros(20, 1))
-    assert nothing.scalars() == {} or nothing.means().keys() == {"denoting_units"}
+    assert nothing.scalars() == {}
     assert nothing.num_nonfinite == 20
 
 

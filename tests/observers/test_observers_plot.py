@@ -76,6 +76,18 @@ def test_a_dead_layer_and_undefined_attributes_can_be_drawn():
     assert "no sample has one of the first attributes" in texts(plot_explanation({"dead": dead}))
 
 
+def test_an_undefined_attribute_leaves_the_others_their_scale():
+    x, labels = classes(200, 8, 5)
+    plain = read_attributes(x, labels, names=[f"label=={k}" for k in range(5)])
+    more = read_attributes(x, labels, names=[f"label=={k}" for k in range(6)])
+    for name, figure in plot_maps({"a": more}).items():
+        image, _ = figure.axes[0].images
+        assert np.isfinite(image.get_clim()).all(), name
+        assert image.get_clim() == pytest.approx(plot_maps({"a": plain})[name].axes[0].images[0].get_clim())
+        assert (np.asarray(image.get_array())[5] == 0).all()
+        assert not any("nan" in text for text in texts(figure))
+
+
 def test_explanations_are_the_parts_of_the_score():
     found = result(30)
     figure = plot_explanation({"a": found}, units=5)
