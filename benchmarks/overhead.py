@@ -5,10 +5,10 @@
 
 Every fit is a process of its own (so that its peak memory is its own), and fits with and without a callback alternate.
 Absolute seconds mean nothing on a shared machine; the ratio of two neighbours does, where the machine is quiet. Where
-it is not, look at the second ratio: the epoch over the same epoch less the time inside the callbacks' evaluations
-(between them the callbacks do nothing: no hook is on the model), two times of one and the same run. The ResNet is too
-slow for whole epochs on a CPU: there a part of an epoch is run, and what the evaluation at its end costs is related to
-60,000 samples at that fit's own pace.
+it is not, look at the second ratio: the epoch over the same epoch less the time inside the callbacks' evaluations, two
+times of one and the same run. (Between evaluations the callbacks do nothing, but for RepresentationRefinement, which
+rides on the steps: see benchmarks/refinement.py for these.) The ResNet is too slow for whole epochs on a CPU: there a
+part of an epoch is run, and what the evaluation at its end costs is related to 60,000 samples at that fit's own pace.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,12 +142,12 @@ def import_seconds(statement: str) -> float:
     return time.perf_counter() - begin
 
 
-def measure(network: str, samples: int, rounds: int, batch_size: int) -> list[dict[str, Any]]:
-    """All variants, each round one plain fit and one with it, alternately."""
+def measure(network: str, variants: Sequence[str], samples: int, rounds: int, batch_size: int) -> list[dict[str, Any]]:
+    """For each variant, in each round, one plain fit and one with it."""
     rows = []
     context = multiprocessing.get_context("spawn")
     for number in range(rounds):
-        for variant in VARIANTS:
+        for variant in variants:
             for name in ("plain", variant):
                 with ProcessPoolExecutor(1, mp_context=context) as pool:
                     result = pool.submit(fit, network, name, samples, batch_size).result()
@@ -160,8 +160,8 @@ def measure(network: str, samples: int, rounds: int, batch_size: int) -> list[di
 def report(rows: list[dict[str, Any]]) -> None:
     """Median and range of the ratios of neighbours."""
     ratios_of = f"{'epoch of 60,000: ratio (range)':>34}{'within one run (range)':>30}"
-    print(f"\n{'callback':<20}{ratios_of}{'before training':>20}{'peak memory':>14}")
-    for variant in VARIANTS:
+    print(f"\n{'callback':<26}{ratios_of}{'before training':>20}{'peak memory':>14}")
+    for variant in dict.fromkeys(row["pair"] for row in rows):
         pairs = [row for row in rows if row["pair"] == variant]
         plain, ours = pairs[::2], pairs[1::2]
         ratios, within, starts, memory = [], [], [], []
@@ -175,7 +175,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         inner = f"{statistics.median(within):.3f} ({min(within):.3f} to {max(within):.3f})"
         start = f"{statistics.median(starts):+.1%} of an epoch"
-        print(f"{variant:<20}{spread:>34}{inner:>30}{start:>20}{statistics.median(memory):>+10.0f} MiB")
+        print(f"{variant:<26}{spread:>34}{inner:>30}{start:>20}{statistics.median(memory):>+10.0f} MiB")
     if rows[0]["samples"] < EPOCH:
         print(
             f"Extrapolated: {rows[0]['samples']} samples were run, and an epoch is taken as 60,000 at the plain pace."
@@ -186,6 +186,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=("small", "resnet18"), default="small")
+    parser.add_argument("--callbacks", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--samples", type=int, help="training samples a fit (default: 60,000; resnet18: 1,920)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -193,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     samples = options.samples or (EPOCH if options.network == "small" else 1920)
 
-    rows = measure(options.network, samples, options.rounds, options.batch_size)
+    rows = measure(options.network, options.callbacks, samples, options.rounds, options.batch_size)
     options.csv.mkdir(parents=True, exist_ok=True)
     with (options.csv / f"overhead_{options.network}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
