@@ -21,7 +21,7 @@ from lightning_neuro.paths.graph import paths_graph
 from lightning_neuro.paths.learning import learned_gates
 from lightning_neuro.paths.metric import LayerPaths
 from lightning_neuro.paths.minimal import minimal_densities
-from lightning_neuro.paths.plot import plot_flow, plot_overlap, plot_reuse, plot_stability
+from lightning_neuro.paths.plot import free, plot_flow, plot_overlap, plot_reuse, plot_stability
 from lightning_neuro.paths.result import PathResult
 from lightning_neuro.paths.selection import concept_paths
 from lightning_neuro.paths.shown import Choice, Shown, choose
@@ -188,6 +188,7 @@ class ConceptPaths(MetricCallback):
         self._shown: Shown | None = None
         self._seen = 0
         self._broken: Exception | None = None
+        self._drawn: dict[str, Figure] = {}
 
     # What the probe shows
 
@@ -345,12 +346,21 @@ class ConceptPaths(MetricCallback):
 
     def draw(self, results: Mapping[str, PathResult]) -> dict[str, "Figure"]:
         """The likeness of the paths, the way of two concepts, the use of units, and what has stayed."""
-        return {
+        self._drawn = {
             "overlap": plot_overlap(results),
             "flow": plot_flow(results, self.flow),
             "reuse": plot_reuse(results),
             "stability": plot_stability(self.history, list(results)),
         }
+        return dict(self._drawn)
+
+    def _log_pictures(self, trainer: "pl.Trainer") -> None:
+        self._drawn = {}
+        super()._log_pictures(trainer)
+        # A figure is full of reference cycles: dozens would wait for the garbage collector, pixels and all.
+        for figure in self._drawn.values():
+            free(figure)
+        self._drawn = {}
 
     def to_networkx(self) -> "nx.DiGraph":
         """The latest paths as a layered graph of units; see `paths_graph`."""

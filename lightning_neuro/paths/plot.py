@@ -229,6 +229,13 @@ def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: S
     return figure
 
 
+def free(figure: "Figure") -> None:
+    """Let go of a figure's parts and pixels, once it is written; nothing can be done with it any more."""
+    # Not `clear`, which makes new axes that refer to each other.
+    for part in figure.findobj():
+        vars(part).clear()
+
+
 _CENTRED: dict[str, Any] = {"ha": "center", "fontsize": 8}
 
 

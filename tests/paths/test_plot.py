@@ -125,3 +125,21 @@ def test_the_graph_has_the_concepts_on_its_edges() -> None:
     assert edges[(("a", 2), ("b", 1))] == (0,) and edges[(("b", 1), ("c", 0))] == (0, 1)
     assert graph.edges[("b", 1), ("c", 0)]["weight"] == 2
     assert graph.number_of_edges() == 6
+
+
+def test_a_freed_figure_is_gone_without_the_garbage_collector() -> None:
+    import gc
+    import weakref
+
+    from lightning_neuro.paths.plot import free
+
+    figure = plot_overlap({"fc": result(planted())})
+    _pixels(figure)
+    gone = weakref.ref(figure.axes[0])
+    gc.disable()
+    try:
+        free(figure)
+        del figure
+        assert gone() is None
+    finally:
+        gc.enable()
