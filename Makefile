@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test coverage lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lightning-neuro demo
 
 test: lint
+	$(BIN)/python -m pytest --numprocesses auto
+
+coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term
 
 lint: $(VENV)/.installed-dev
