@@ -1,17 +1,76 @@
-"""What processes that train together must agree on."""
+"""Agreement between the processes of a distributed run: every function here must be called on all ranks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+T = TypeVar("T")
+
+
+class FailedOnAnotherRankError(RuntimeError):
+    """A step was abandoned on this rank because it failed on another one."""
+
+    def __init__(self) -> None:
+        super().__init__("it failed on another rank")
 
 
 def on_any_rank(trainer: "pl.Trainer", condition: bool) -> bool:
-    """Whether a condition holds on at least one rank; every rank must ask."""
+    """Whether a condition holds on at least one rank."""
     return condition if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(condition, all=False)
 
 
-def over_ranks(trainer: "pl.Trainer", value: int, reduce_op: str) -> int:
-    """The `"sum"` or `"max"` of a number over all ranks; every rank must ask."""
+def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
+    """Compute something on every rank, or raise on every rank if it fails on one of them.
+
+    Without this, the ranks that succeeded would wait forever in the next collective operation.
+
+    Raises:
+        Exception: What `compute` raised on this rank.
+        FailedOnAnotherRankError: If it only failed on another rank.
+    """
+    error: Exception | None = None
+    try:
+        value = compute()
+    except Exception as failure:
+        error = failure
+    if on_any_rank(trainer, error is not None):
+        raise error or FailedOnAnotherRankError()
+    return value
+
+
+def over_ranks(trainer: "pl.Trainer", value: int, reduce_op: Literal["sum", "max"]) -> int:
+    """The sum or the maximum of an integer over all ranks."""
     if trainer.world_size == 1:
         return value
     number = torch.tensor(value, device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(number, reduce_op=reduce_op))
+
+
+def gather(trainer: "pl.Trainer", tensor: Tensor) -> list[Tensor]:
+    """A CPU tensor of every rank, in the order of the ranks; their shapes may differ."""
+    if trainer.world_size == 1:
+        return [tensor]
+    device = trainer.strategy.root_device
+    return [part.cpu() for part in gather_all_tensors(tensor.to(device))]
+
+
+def stack_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors with the same number of dimensions but different sizes, padded with zeros at their ends."""
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(parts[0].ndim)]
+
+    def padded(part: Tensor) -> Tensor:
+        # `pad` takes the last dimension first.
+        missing = [(0, size - length) for size, length in zip(sizes, part.shape, strict=True)]
+        return pad(part, [amount for pair in reversed(missing) for amount in pair])
+
+    return torch.stack([padded(part) for part in parts])
+
+
+def gather_padded(state: Tensor, group: Any | None = None) -> list[Tensor]:
+    """The `dist_sync_fn` of metrics whose states grow: the state of every rank, padded with zeros to one size."""
+    return list(stack_padded(gather_all_tensors(state, group)))

@@ -1,0 +1,75 @@
+"""Which sample is which: a hash of its content, an order that does not depend on arrival, its number in its group.
+
+Samples arrive in another order on every rank and in every sharding. What is chosen from them (a subsample, a fold, a
+half) must not depend on that order, so it is chosen by content.
+"""
+
+import torch
+from torch import Tensor
+
+_SEED = 20_210_604
+
+
+def content_hash(rows: Tensor) -> Tensor:
+    """A pseudo-random number for each row that depends on the row's content alone.
+
+    Multilinear hashing modulo 2^64 with random odd factors, then a bit mixer. Floating values are compared in float32
+    (-0 equals 0). Zeros at the end of a row do not count, so texts may be padded to any length.
+
+    Args:
+        rows: (N, ...) of any real dtype.
+
+    Returns:
+        int64 (N,), on the device of the rows.
+
+    Example:
+        >>> import torch
+        >>> one, same, other = content_hash(torch.tensor([[1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])).tolist()
+        >>> one == same, one == other
+        (True, False)
+    """
+    flat = rows.detach().flatten(1) if rows.ndim > 1 else rows.detach()[:, None]
+    # Adding 0 turns -0 into 0.
+    bits = (flat.float() + 0.0).view(torch.int32).long() if flat.is_floating_point() else flat.long()
+    generator = torch.Generator().manual_seed(_SEED)
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
+    key = (bits * factors.to(bits.device)).sum(dim=1)
+    key = (key ^ (key >> 31)) * 0x7FB5D329728EA185
+    return key ^ (key >> 29)
+
+
+def canonical_order(*keys: Tensor) -> Tensor:
+    """The order that sorts samples by the keys, the most important first, whatever the order they came in.
+
+    Args:
+        keys: (N,) each; ties in all keys keep their order.
+
+    Returns:
+        int64 (N,) positions.
+    """
+    order = torch.arange(len(keys[0]), device=keys[0].device)
+    for key in reversed(keys):
+        order = order[torch.argsort(key[order], stable=True)]
+    return order
+
+
+def number_in_group(groups: Tensor) -> Tensor:
+    """The number of each sample within its group, from 0, in the order of the samples.
+
+    Args:
+        groups: (N,) integers.
+
+    Returns:
+        int64 (N,).
+
+    Example:
+        >>> import torch
+        >>> number_in_group(torch.tensor([5, 2, 5, 5, 2])).tolist()
+        [0, 0, 1, 2, 1]
+    """
+    by_group = torch.argsort(groups, stable=True)
+    counts = torch.unique_consecutive(groups[by_group], return_counts=True)[1]
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    number = torch.empty_like(by_group)
+    number[by_group] = torch.arange(len(groups), device=groups.device) - starts
+    return number
