@@ -22,6 +22,7 @@ from lightning_neuro import (
 )
 from lightning_neuro.paths.halves import assign_turns, sample_keys
 from lightning_neuro.probe_pass import ProbeBatch
+from tests.helpers import hooks_of as hooks_of
 from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
@@ -226,13 +227,6 @@ def assert_logged(callback: MetricCallback, module: Any, tolerance: float = 1e-5
     expected = by_hand(callback, module)
     assert {key.rsplit("/", 1)[1] for key in expected} == set(HIDDEN)
     assert_close({key: callback.scalars[key] for key in expected}, expected, tolerance)
-
-
-def hooks_of(module: torch.nn.Module) -> list[str]:
-    """Every hook on a module or below it."""
-    kinds = [kind for kind in vars(torch.nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]
-    assert "_forward_hooks" in kinds and "_backward_hooks" in kinds
-    return [f"{name}: {kind}" for name, part in module.named_modules() for kind in kinds if getattr(part, kind)]
 
 
 class Act(pl.Callback):
