@@ -22,7 +22,6 @@ from lightning_neuro import (
 )
 from lightning_neuro.paths.halves import assign_turns, sample_keys
 from lightning_neuro.probe_pass import ProbeBatch
-from tests.helpers import hooks_of as hooks_of
 from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
