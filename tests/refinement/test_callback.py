@@ -6,21 +6,21 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_neuro import ActivationEntropy, Probe, RepresentationRefinement
-from lightning_neuro.refinement.trace import load_trace
+from lightning_neuro import NeuronCommunities, Probe, RepresentationRefinement
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.refinement.update_log import load_update_log
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp, transformer
 
 EXACT = 1e-5
 
 
 def refinement(layers=None, **options):
-    return RepresentationRefinement(layers, **({"on_error": "raise"} | options))
+    return RepresentationRefinement(layers=layers, **({"on_error": "raise"} | options))
 
 
 def with_optimizer(module, make):
@@ -143,7 +143,7 @@ def test_sources_of_ones_own():
     x, y = images().tensors
     where = torch.arange(64) % 3 + 5 * (torch.arange(64) % 7 == 0)
     train = DataLoader(TensorDataset(x, y, where), batch_size=16)
-    callback = refinement(sources=lambda batch: batch[2], num_sources=3, probe=Probe(source=list(train)))
+    callback = refinement(source_fn=lambda batch: batch[2], num_sources=3, probe=Probe(source=list(train)))
     fit(mlp(), callback, train=train, val=False)
     ledger = callback.ledger["net.5"]
     assert ledger.num_sources == 3
@@ -172,18 +172,18 @@ def test_targets_out_of_range_are_other():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sources": lambda batch: batch[1], "num_sources": 101}, "101 sources.*at most 100.*Group them"),
+        ({"source_fn": lambda batch: batch[1], "num_sources": 101}, "`num_sources`.*at most 100.*got 101"),
         ({"memory_limit": "1KB"}, r"ledgers would take .*net.5.*memory_limit.*1.*raise the limit|0.0 MB"),
-        ({"layers": "net.0"}, "`layers` names 'net.0'.*Flatten"),
+        ({"layers": "net.0"}, "`layers`.*'net.0'.*Flatten"),
         ({"layers": "nothing"}, "nothing"),
-        ({"trace": True}, "no logger has a folder"),
-        ({"layers": "net.[15]", "samples": "net.0"}, "`samples` names 'net.0'.*Flatten"),
+        ({"update_log": True}, "`update_log`.*folder"),
+        ({"layers": "net.[15]", "track_samples": "net.0"}, "`track_samples`.*'net.0'.*Flatten"),
     ],
 )
 def test_refused_before_the_first_step(options, message):
     module = mlp()
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(ArgumentError, match=message):
         fit(module, RepresentationRefinement(**options))
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
 
@@ -194,7 +194,7 @@ def test_no_labels_are_refused_with_the_remedy():
             return self(batch[0]).square().mean()
 
     data = DataLoader(TensorDataset(images().tensors[0]), batch_size=16)
-    with pytest.raises(MisconfigurationException, match=r"class label.*target_fn=.*`sources=`"):
+    with pytest.raises(ArgumentError, match=r"class label.*target_fn=.*`source_fn=`"):
         fit(NoLabels(mlp().net), RepresentationRefinement(), train=data, val=False)
 
 
@@ -202,8 +202,8 @@ def test_layer_tied_to_an_embedding_is_refused():
     module = mlp()
     module.embedding = nn.Embedding(4, 8)
     module.embedding.weight = module.net[5].weight
-    with pytest.raises(MisconfigurationException, match=r"net\.5.*Embedding"):
-        fit(module, RepresentationRefinement("net.5"))
+    with pytest.raises(ArgumentError, match=r"net\.5.*Embedding"):
+        fit(module, RepresentationRefinement(layers="net.5"))
 
 
 # Beside others
@@ -213,11 +213,11 @@ def test_another_callback_before_ours_changes_nothing():
     """Its calibration pass runs the model too, and its evaluation at the start opens our ledgers."""
     alone, beside = refinement(probe=Probe(num_samples=32)), refinement(probe=Probe(num_samples=32))
     fit(mlp(), alone)
-    fit(mlp(), ActivationEntropy(Probe(num_samples=32)), beside)
+    fit(mlp(), NeuronCommunities(Probe(num_samples=32)), beside)
     assert alone.scalars == beside.scalars
     assert alone.initial == beside.initial
     after = refinement(probe=Probe(num_samples=32))
-    fit(mlp(), after, ActivationEntropy(Probe(num_samples=32)))
+    fit(mlp(), after, NeuronCommunities(Probe(num_samples=32)))
     assert alone.scalars == after.scalars
     for layer, ledger in alone.ledger.items():
         assert torch.equal(ledger.weights()["weight"], beside.ledger[layer].weights()["weight"])
@@ -248,7 +248,7 @@ def test_iterable_dataset_says_once_that_samples_have_no_ids():
         warnings.simplefilter("always")
         fit(mlp(), callback, train=DataLoader(Stream(), batch_size=16))
     assert sum("IterableDataset" in str(w.message) for w in caught) == 1
-    assert callback.samples == {}
+    assert callback.sample_table == {}
     assert callback.scalars["refinement/completeness_error"] < EXACT
     assert math.isfinite(callback.scalars["refinement/own_class_share"])
 
@@ -266,7 +266,7 @@ def test_explain_and_validate_after_the_fit():
     with torch.no_grad():
         torch.testing.assert_close(found.outputs.float(), module(x))  # the last of the layers is the head
     assert callback.explain(module, x, "net.3").outputs.shape == (8, 8)
-    with pytest.raises(ValueError, match=r"no ledger of layer 'net.1'.*net.3"):
+    with pytest.raises(ValueError, match=r"net\.3, net\.5; got 'net\.1'"):
         callback.explain(module, x, "net.1")
     parts = callback.ledger["net.5"].weights()["weight"].clone()
     last = dict(callback.scalars)
@@ -279,17 +279,17 @@ def test_explain_and_validate_after_the_fit():
 def test_table_trace_and_figures_are_written(tmp_path):
     logger = pl.loggers.TensorBoardLogger(tmp_path)
     # The pattern names a Flatten and activations, too, which are left out.
-    callback = refinement(trace=True, influence_every_n_steps=2, samples=["net.[0123]"], phases=2)
+    callback = refinement(update_log=True, influence_every_n_steps=2, track_samples=["net.[0123]"], phases=2)
     fit(mlp(), callback, logger=logger)
     (table,) = tmp_path.rglob("samples.csv")
     header, *rows = table.read_text().splitlines()
     names = {"sample_id", "target", "visits", "refinement/net.1", "refinement/net.3", "refinement/net.5"}
     assert set(header.split(",")) == names
     assert len(rows) == 64
-    assert callback.samples["visits"].tolist() == [2] * 64
+    assert callback.sample_table["visits"].tolist() == [2] * 64
     assert 0 <= callback.scalars["refinement/sample_gini/net.3"] < 1
-    (folder,) = [path for path in tmp_path.rglob("trace") if path.is_dir()]
-    found = load_trace(folder).influence(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
+    (folder,) = [path for path in tmp_path.rglob("updates") if path.is_dir()]
+    found = load_update_log(folder).influence(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
     assert found.sample_ids.shape == (5, 3)
     live = callback.influence(top_k=4)
     assert live.sample_ids.shape[1] == 4
@@ -320,7 +320,7 @@ def test_error_in_a_step_never_reaches_training():
     module, callback = mlp(), RepresentationRefinement()
 
     def destroy(trainer):
-        callback._tracer.recorder.ledgers["net.5"]._parts = {}
+        callback.ledger["net.5"]._parts = {}
 
     with pytest.warns(UserWarning, match="layer 'net.5' in a training step"):
         trainer = fit(module, callback, Fails(destroy))
