@@ -423,6 +423,10 @@ class RepresentationRefinement(MetricCallback[Divided]):
         if trainer.world_size > 1 and saved and self._run is not None:
             saved["run"] = self._run.state_dict(trainer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks belong to the model of the running fit, and a copy of the callback is not part of it.
+        return vars(self) | {"_attachment": None, "_hooks": None}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the state of the base class, the ledgers, and the tables of samples."""
         return super().state_dict() | {"run": dict(self._saved) if self._run is None else self._run.state_dict()}

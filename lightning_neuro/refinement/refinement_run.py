@@ -275,6 +275,10 @@ class RefinementRun:
         self._log = None
         self._ids = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy holds the ledgers and tables, but does not follow the training of the original.
+        return vars(self) | {"_steps": None, "_log": None, "_ids": None}
+
     def state_dict(self, trainer: "pl.Trainer | None" = None) -> dict[str, Any]:
         """What a resumed run needs; with a trainer, the tables of all ranks, and it must be called on every rank."""
         if self._log is not None:

@@ -1,6 +1,7 @@
 """RepresentationRefinement in Lightning's own training: what is recorded, said, written and left behind."""
 
 import math
+import pickle
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_neuro import NeuronCommunities, Probe, RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.update_log import load_update_log
+from tests.helpers import texts
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp, transformer
 
 EXACT = 1e-5
@@ -350,3 +352,208 @@ def test_second_fit_begins_anew():
     first = callback.ledger["net.5"].weights()["weight"].clone()
     fit(mlp(), callback)
     torch.testing.assert_close(callback.ledger["net.5"].weights()["weight"], first)
+
+
+# Options: each arrives where it is used
+
+
+def opened_with(**options):
+    """A callback with these options, and what its fit opened."""
+    found = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found["run"], found["hooks"] = callback._run, callback._hooks
+
+    callback = refinement(**options)
+    fit(mlp(), callback, Look(), max_epochs=1)
+    return callback, found["run"], found["hooks"]
+
+
+def test_the_limit_of_the_update_log_arrives(tmp_path):
+    with pytest.warns(UserWarning, match="size limit of 2,000 bytes"):
+        fit(mlp(), refinement(update_log=tmp_path, update_log_limit=2000))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("shard*.pt")) <= 2000
+    fit(mlp(), refinement(update_log=tmp_path, update_log_limit="1MB"))
+    assert 2000 < sum(path.stat().st_size for path in tmp_path.rglob("shard*.pt")) <= 1e6
+
+
+SMALL = {"num_sources": 1, "phases": 1, "track_samples": False}  # a ledger of 36 weights and 3 rows
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        # In double precision: parts, means, four times the parts in a step, twice two of its rows in an evaluation.
+        ({}, 36 * (2 * 3 + 4 * 3 + 2 * 2) * 8),
+        # Three layers, visits and class of 640 samples, and a row for samples without one.
+        ({"track_samples": "*"}, 8 * (3 + 2) * 641),
+        # A vector of 4 numbers for each of 16 inputs, class and flag.
+        ({"influence_every_n_steps": 1}, 641 * (8 * 16 * 4 + 9)),
+        # All weights in single precision, in each of 80 steps.
+        ({"mode": "pfahler2021"}, 80 * 36 * 4),
+    ],
+)
+def test_the_memory_limit_is_the_memory_that_is_needed(options, needed):
+    train = loader(640)
+    fit(mlp(), refinement(memory_limit=needed, **(SMALL | options)), train=train)
+    with pytest.raises(ArgumentError, match="`memory_limit`"):
+        fit(mlp(), refinement(memory_limit=needed - 1, **(SMALL | options)), train=train)
+
+
+def test_samples_are_tracked_where_the_user_says():
+    everywhere = ["net.5", "net.1", "net.3"]
+    for given, layers in [
+        (True, ["net.5"]),
+        ("*", everywhere),
+        (["net.1", "net.3"], everywhere),
+        ("net.1", ["net.5", "net.1"]),
+    ]:
+        callback, run, hooks = opened_with(track_samples=given)
+        assert run.tracking.table.layers == layers == list(hooks.layers)
+        assert list(run.ledgers) == ["net.5"] == list(run.ledgers)
+        ginis = {key.split("/")[2] for key in callback.scalars if key.startswith("refinement/sample_gini/")}
+        assert ginis == set(layers)
+        values = [callback.scalars[f"refinement/sample_gini/{layer}"] for layer in layers]
+        assert callback.scalars["refinement/sample_gini"] == pytest.approx(sum(values) / len(values))
+    callback, run, _ = opened_with(track_samples=False)
+    assert run.tracking is None and callback.sample_table == {}
+    assert not any("sample_gini" in key for key in callback.scalars)
+
+
+def test_the_mode_decides_whether_steps_are_kept():
+    callback, run, _ = opened_with(layers=["net.3", "net.5"])
+    assert callback.step_scores == run.step_scores == {}
+    callback, run, _ = opened_with(mode="pfahler2021", layers=["net.3", "net.5"], track_samples=False)
+    assert {layer: len(scores) for layer, scores in callback.step_scores.items()} == {"net.3": 4, "net.5": 4}
+    h = torch.randn(3, 8)
+    p = callback.ledger["net.5"].explain(h).refinement  # the ledger and the steps agree
+    assert torch.allclose(callback.step_scores["net.5"].scores(h).length, p.norm(dim=1), rtol=1e-4)
+    assert callback.step_scores["net.5"].influence(h, 3).sample_ids.shape == (3, 3)
+
+
+class TwoSteps(Module):
+    """Two optimisers that both step in every batch, so that the global step rises by two."""
+
+    def __init__(self):
+        super().__init__(mlp().net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return SGD(self.net[1].parameters(), lr=0.1), SGD(self.net[3:].parameters(), lr=0.1)
+
+
+class Refreshes(pl.Callback):
+    """Notes the steps after which the tracked inputs were updated."""
+
+    def __init__(self, callback):
+        self.callback, self.steps = callback, []
+
+    def on_train_batch_end(self, trainer, *_):
+        if self.callback.last_influence_step == trainer.global_step:
+            self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(1, [2, 4, 6, 8, 10, 12, 14, 16]), (3, [4, 6, 10, 12, 16]), (5, [6, 10, 16])]
+)
+def test_influence_is_updated_whenever_its_interval_has_passed(every, steps):
+    """With two optimisers a multiple of the interval may never be the global step."""
+    callback = refinement(influence_every_n_steps=every)
+    watch = Refreshes(callback)
+    fit(TwoSteps(), callback, watch)
+    assert watch.steps == steps
+    # The same moments as those of a probe.
+    probe, last = Probe(every_n_steps=every), 0
+    for step in range(2, 17, 2):
+        assert probe.due_at_step(step, last) == (step in steps)
+        last = step if step in steps else last
+    assert callback.influence().num_samples == 64
+
+
+def test_a_resumed_run_updates_influence_as_the_uninterrupted_one(tmp_path):
+    whole = refinement(influence_every_n_steps=3)
+    fit(mlp(), whole, train=loader(), max_epochs=4)
+    first = refinement(influence_every_n_steps=3)
+    trainer = fit(mlp(), first, train=loader(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    resumed = refinement(influence_every_n_steps=3)
+    watch = Refreshes(resumed)
+    fit(mlp(), resumed, watch, train=loader(), max_epochs=4, ckpt_path=tmp_path / "part.ckpt")
+    assert watch.steps == [6, 9, 12, 15]
+    one, other = whole.influence(), resumed.influence()
+    assert torch.equal(one.sample_ids, other.sample_ids)
+    torch.testing.assert_close(one.scores, other.scores)
+
+
+# Names and figures
+
+
+def test_class_names_are_those_of_the_sources():
+    names = ("ant", "bee", "cat", "dog")
+    callback = refinement(probe=Probe(class_names=names))
+    module = mlp()
+    fit(module, callback)
+    assert callback.result["net.5"].names == (*names, "other")
+    assert callback.explain(module, images(3).tensors[0]).sources == (*names, "other")
+    other = refinement(probe=Probe(class_names=names), source_fn=1, num_sources=4)
+    fit(mlp(), other)
+    assert other.result["net.5"].names == ("0", "1", "2", "3", "other")
+
+
+def test_figures_name_their_layers(tmp_path):
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    callback = refinement(
+        ["net.3", "net.5"], influence_every_n_steps=2, probe=Probe(class_names=["ant", "bee", "cat", "dog"])
+    )
+    drawn = {}
+
+    class Draws(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            tracking = callback._run.tracking
+            drawn.update(tracking.draw_influence(trainer, tracking.top_over_ranks(trainer), callback.class_names))
+
+    fit(mlp(), callback, Draws(), logger=logger)
+    drawn |= callback.draw(callback.result)
+    assert set(drawn) == {"sources", "influence/net.5"}
+    assert "net.3" in texts(drawn["sources"]) and "net.5" in texts(drawn["sources"])
+    assert "net.5" in texts(drawn["influence/net.5"]) and "dog" in texts(drawn["influence/net.5"])
+    assert "fc" in texts(callback.layer_metrics["net.5"].plot(callback.result["net.5"], layer="fc"))
+
+
+def test_results_compare_and_pickle():
+    callback, module = refinement(), mlp()
+    fit(module, callback)
+    result, explained = callback.result["net.5"], callback.explain(module, images(3).tensors[0])
+    for found in (result, explained):
+        twin = pickle.loads(pickle.dumps(found))
+        assert found == found and found != twin  # by identity, and without comparing tensors
+        for name, value in vars(found).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(getattr(twin, name), value, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert getattr(twin, name) == value
+    assert (result.num_units, result.num_samples, result.num_nonfinite) == (4, 32, 0)
+    after = pickle.loads(pickle.dumps(callback))
+    assert after.scalars == callback.scalars and list(after.ledger) == ["net.5"]
+
+
+def test_a_layer_given_to_the_probe_does_not_matter():
+    """It is for the callbacks that share the probe; these layers need not even exist here."""
+    plain, other = refinement(), refinement(probe=Probe(layers="net.2"))
+    fit(mlp(), plain)
+    fit(mlp(), other)
+    assert plain.scalars == other.scalars
+
+
+@pytest.mark.xfail(reason="the session still resolves the layers of a probe that no callback looks at", strict=True)
+def test_layers_of_the_probe_that_match_nothing_do_not_matter():
+    callback = refinement(probe=Probe(layers="nothing"))
+    fit(mlp(), callback)
+    assert callback.scalars["refinement/completeness_error"] < EXACT

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_neuro.refinement import influence
 from lightning_neuro.refinement.influence import (
+    Influence,
     contrast_directions,
     influence_scores,
     output_changes,
@@ -110,8 +111,13 @@ def test_the_strongest_by_sorting():
         assert found.scores[q].tolist() == [scores[i, q].item() for i in order]
     assert found.total.tolist() == pytest.approx(scores.sum(0).tolist())
     assert strongest(scores, ids, targets, top_k=99).sample_ids.shape == (3, 20)
-    own = torch.tensor([0, 1, 2])
-    assert found.same_class_rate(own) == pytest.approx((found.targets == own[:, None]).float().mean().item())
+
+
+def test_same_class_rate_by_hand():
+    targets = torch.tensor([[0, 0, 1, -1], [2, 2, 2, 2]])
+    found = Influence(torch.zeros(2, 4), torch.zeros(2, 4), targets, torch.zeros(2), 4)
+    assert found.same_class_rate(torch.tensor([0, 2])) == 6 / 8
+    assert found.same_class_rate(torch.tensor([1, 0])) == 1 / 8
 
 
 class Run:
