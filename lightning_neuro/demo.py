@@ -91,7 +91,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
     callbacks = [
         NeuronCommunities(probe, prog_bar="communities/modularity"),
         ActivationEntropy(probe, prog_bar="entropy/class_information"),
-        RepresentationRefinement(["fc1", "fc2"], probe, influence_every_n_steps=20),
+        RepresentationRefinement(probe, layers=["fc1", "fc2"], influence_every_n_steps=20),
         ObserverProbes(probe),
         ActivationTopology(probe, prog_bar="topology/purity"),
         ConceptPaths(probe, prog_bar="paths/auroc"),

@@ -66,7 +66,7 @@ def clip_norm(run):
 
 
 def clip_value(run):
-    run.follower.recorder.elementwise = True
+    run.follower.steps.elementwise = True
     run.backward()
     torch.nn.utils.clip_grad_value_(run.net.parameters(), 0.02)
     run.end()
@@ -137,7 +137,7 @@ def sometimes_no_gradient(run):
 def new_optimizer(run):
     if run.step == STEPS // 2:
         run.optimizers = [SGD(run.net.parameters(), lr=0.01, momentum=0.9)]
-        run.follower.recorder.attach(run.optimizers)
+        run.follower.attach(run.optimizers)
     plain(run)
 
 
@@ -201,7 +201,7 @@ def start(network, dtype, optimizers, warm_up=0):
             optimizer.step()
             optimizer.zero_grad()
     follower = Follower(net, width)
-    follower.recorder.attach(found)
+    follower.attach(found)
     return Run(follower, found)
 
 
@@ -266,7 +266,7 @@ def test_module_called_twice_and_tied_weights(optimizers):
     torch.manual_seed(0)
     net = Twice().double()
     run = Run(Follower(net, 6, layers=["1"]), optimizers(net))
-    run.follower.recorder.attach(run.optimizers)
+    run.follower.attach(run.optimizers)
     follower = train(run, plain)
     ledger = follower.ledgers["1"]
     for name, parts in ledger.weights().items():
@@ -289,7 +289,7 @@ def test_layer_that_some_batches_leave_out():
     torch.manual_seed(0)
     net = Sometimes(nn.Linear(6, 8), nn.Linear(8, CLASSES)).double()
     run = Run(Follower(net, 6), adam(weight_decay=0.01)(net))
-    run.follower.recorder.attach(run.optimizers)
+    run.follower.attach(run.optimizers)
     follower = train(run, sometimes)
     net.on = True
     assert follower.residual() <= 1e-10
@@ -334,14 +334,14 @@ def test_learning_rate_that_is_not_the_one_of_the_step_shows():
     run.optimizers = sgd()(run.net)
     group = run.optimizers[0].param_groups[0]
     run.optimizers[0].register_step_post_hook(lambda *_: group.update(lr=0.03))
-    run.follower.recorder.attach(run.optimizers)
+    run.follower.attach(run.optimizers)
     assert train(run, misread, 100).residual() > 1e-3
 
 
 def test_a_backward_pass_that_is_not_seen_shows_as_untraced():
     def half_blind(run):
         run.backward()
-        run.follower.recorder.taps.tracing = False
+        run.follower.steps.hooks.tracing = False
         x, y = run.follower.batch()
         torch.nn.functional.cross_entropy(run.net(x), y).backward()
         run.end()

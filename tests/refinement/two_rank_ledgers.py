@@ -29,7 +29,7 @@ def run(case, ranks, folder, *, epochs=2, ckpt_path=None):
     module.configure_optimizers = lambda: make(module.parameters())
     # Eight steps are planned in any case, so that phases are the same in a run that is stopped half way.
     probe = Probe(num_samples=32, source="train")
-    callback = RepresentationRefinement(LAYERS, probe, phases=[2, 5], on_error="raise")
+    callback = RepresentationRefinement(probe, layers=LAYERS, phases=[2, 5], on_error="raise")
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30)) if ranks > 1 else "auto"
     # Lightning's own sampler would shuffle.
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -40,7 +40,7 @@ def run(case, ranks, folder, *, epochs=2, ckpt_path=None):
     found = {
         "parts": {layer: ledger.weights() for layer, ledger in callback.ledger.items()},
         "phases": {layer: ledger.by_phase() for layer, ledger in callback.ledger.items()},
-        "samples": {key: torch.as_tensor(column) for key, column in callback.samples.items()},
+        "samples": {key: torch.as_tensor(column) for key, column in callback.sample_table.items()},
         "scalars": callback.scalars,
         "weights": {key: value.clone() for key, value in module.state_dict().items()},
     }

@@ -4,14 +4,16 @@ import csv
 import gc
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lightning_neuro.refinement.batch import TrainBatch
-from lightning_neuro.refinement.samples import SampleTable, gini, top_rows, top_samples, write_csv
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.refinement.sample_table import SampleTable, gini, top_rows, top_samples, write_csv
+from lightning_neuro.refinement.training_steps import TrainBatch
 
 
 def batch(ids, targets=None):
@@ -105,10 +107,26 @@ def test_what_has_no_row_is_counted_and_left_out():
     assert found["refinement/a"].tolist() == [1.0, 0.0, 4.0]
     assert found["target"].tolist() == [5, -1, 8]
     notes = table.notes()
-    assert notes["ids"].startswith("2 visits had a sample id outside 0 ... 2")
-    assert notes["nonfinite"].startswith("2 per-sample gradients were NaN")
-    assert notes["without_id"].startswith("5 per-sample gradients could be given to no sample")
+    assert "2 visits" in notes["ids"] and "0 ... 2" in notes["ids"]
+    assert notes["nonfinite"].startswith("2 ")
+    assert notes["without_id"].startswith("5 ")
     assert SampleTable(["a"], 3).notes() == {}
+
+
+def over_ranks(mine, other):
+    """The table of two ranks, as the first one sees it."""
+    theirs = iter(
+        [*other._refinement.values(), other._visits, other._targets, other._num_nonfinite, other._num_without_id]
+    )
+
+    class Strategy:
+        root_device = torch.device("cpu")
+
+        def reduce(self, tensor, reduce_op):
+            parts = torch.stack([tensor, torch.as_tensor(next(theirs))])
+            return parts.sum(0) if reduce_op == "sum" else parts.amax(0)
+
+    return mine.over_ranks(SimpleNamespace(world_size=2, strategy=Strategy()))
 
 
 def random_table(seed, steps=6):
@@ -134,12 +152,10 @@ def same(one, other):
 def test_shards_merge_to_the_whole():
     whole = random_table(0)
     feed(whole, torch.Generator().manual_seed(1), 6)
-    merged = random_table(0).merged(random_table(1))
+    merged = over_ranks(random_table(0), random_table(1))
     assert merged.arrays()["sample_id"].tolist() == whole.arrays()["sample_id"].tolist()
     for name, column in whole.arrays().items():
         assert merged.arrays()[name] == pytest.approx(column, abs=1e-14)
-    with pytest.raises(ValueError, match="the same layers"):
-        whole.merged(SampleTable(["a"], 12))
 
 
 def test_a_target_that_only_one_shard_knows_is_known_to_the_whole():
@@ -148,8 +164,8 @@ def test_a_target_that_only_one_shard_knows_is_known_to_the_whole():
     show(other, "a", [1.0, 1.0], batch([1, 2], [1, 0]))
     for table in (one, other):
         table.commit("a", rate(1.0))
-    assert one.merged(other).arrays()["target"].tolist() == [2, 1, 0]
-    assert other.merged(one).arrays()["target"].tolist() == [2, 1, 0]
+    assert over_ranks(one, other).arrays()["target"].tolist() == [2, 1, 0]
+    assert over_ranks(other, one).arrays()["target"].tolist() == [2, 1, 0]
 
 
 def test_what_was_pending_is_not_part_of_a_state():
@@ -174,13 +190,13 @@ def test_resume_is_as_uninterrupted():
     feed(second, generator, 3)
     assert same(second, whole)
     assert torch.equal(saved["visits"], first._visits)
-    with pytest.raises(ValueError, match=r"\['a', 'b'\] and 12 samples; this one of \['a'\] and 12"):
+    with pytest.raises(ValueError, match=r"\['a'\] and 12 samples; got \['a', 'b'\] and 12"):
         SampleTable(["a"], 12).load_state_dict(saved)
 
 
 def test_wrong_sizes_are_refused():
-    for layers, samples in (([], 3), (["a"], 0)):
-        with pytest.raises(ValueError, match="must not be empty"):
+    for layers, samples, name in (([], 3, "layers"), (["a"], 0, "num_samples")):
+        with pytest.raises(ArgumentError, match=name):
             SampleTable(layers, samples)
     assert SampleTable(["a", "b"], 999).num_bytes == 8 * 4 * 1000
 
@@ -193,9 +209,9 @@ def test_gini_is_the_mean_difference_over_twice_the_mean(seed):
     assert gini(values) == pytest.approx(expected, abs=1e-12)
 
 
-def test_gini_of_nothing_is_none():
-    assert gini(torch.zeros(4)) is None
-    assert gini(torch.zeros(0)) is None
+def test_gini_of_nothing_is_undefined():
+    assert math.isnan(gini(torch.zeros(4)))
+    assert math.isnan(gini(torch.zeros(0)))
     assert gini(torch.ones(1)) == 0.0
 
 
@@ -207,7 +223,8 @@ def test_the_top_is_ordered_and_its_rows_are_readable():
         "refinement/a": np.array([1.0, 6.0, 3.0]),
     }
     assert top_samples(arrays, "a", 2)["sample_id"].tolist() == [7, 9]
-    assert top_rows(arrays, "a", 2) == [[1, 7, "-", 3, "6", "60.00%"], [2, 9, 0, 4, "3", "30.00%"]]
+    rows = top_rows(arrays, "a", 2, ["cat", "dog"])
+    assert rows == [[1, 7, "no label", 3, "6", "60.00%"], [2, 9, "cat", 4, "3", "30.00%"]]
     assert top_rows(SampleTable(["a"], 2).arrays(), "a") == []
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 
-from lightning_neuro.refinement.optimisers import momentum_before, step_parts, used_gradient, why_inexact
+from lightning_neuro.refinement.optimizer_steps import momentum_before, step_parts, used_gradient, why_inexact
 
 PARTS = 3
 SHAPE = (4, 5)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Adam
 
-from lightning_neuro.refinement.batch import TrainBatch
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.ledger import RefinementLedger
-from lightning_neuro.refinement.operators import Sources
-from lightning_neuro.refinement.recorder import StepRecorder, find_layers
+from lightning_neuro.refinement.sources import Sources
+from lightning_neuro.refinement.traced_layers import find_layers
+from lightning_neuro.refinement.training_steps import TrainBatch, TrainingSteps
 
 
 class Diary:
@@ -34,20 +35,20 @@ class Broken(Diary):
         raise RuntimeError("commit")
 
 
-def recorded(net, observers=(), ledgers=("0",), optimizers=None):
+def followed(net, observers=(), ledgers=("0",), optimizers=None, **options):
     layers = find_layers(net, "*")
     errors = []
     books = {name: RefinementLedger(layers[name][0], num_sources=2) for name in ledgers}
-    recorder = StepRecorder(layers, books, observers, lambda layer, error: errors.append((layer, str(error))))
     optimizers = optimizers or [SGD(net.parameters(), lr=0.25)]
-    recorder.attach(optimizers)
-    return recorder, optimizers, errors
+    report = lambda layer, error: errors.append((layer, str(error)))  # noqa: E731
+    steps = TrainingSteps(GradientHooks(layers), books, observers, optimizers, report, **options)
+    return steps, optimizers, errors
 
 
-def backward(recorder, net, num=4):
-    recorder.begin(TrainBatch(torch.arange(num)), Sources(torch.arange(num) % 2, 3))
+def backward(steps, net, num=4):
+    steps.begin(TrainBatch(torch.arange(num)), Sources(torch.arange(num) % 2, 3))
     net(torch.ones(num, 2)).sum().backward()
-    recorder.end()
+    steps.end()
 
 
 def two():
@@ -57,12 +58,12 @@ def two():
 
 def test_pages_of_two_accumulated_passes_a_zeroed_one_and_a_step():
     net, diary = two(), Diary()
-    recorder, (optimizer,), errors = recorded(net, [diary])
-    backward(recorder, net)
+    steps, (optimizer,), errors = followed(net, [diary])
+    backward(steps, net)
     optimizer.zero_grad()
     diary.pages.clear()
-    backward(recorder, net)
-    backward(recorder, net)
+    backward(steps, net)
+    backward(steps, net)
     optimizer.step()
     ids = [0, 1, 2, 3]
     first = [("drop", "1"), ("see", "1", ids), ("drop", "0"), ("see", "0", ids)]
@@ -74,63 +75,62 @@ def test_pages_of_two_accumulated_passes_a_zeroed_one_and_a_step():
         ("commit", "1", 0.25),
     ]
     assert errors == []
-    recorder.remove()
+    steps.remove()
 
 
 def test_rate_holds_the_clipping_that_a_ledger_found():
     net, diary = two(), Diary()
-    recorder, (optimizer,), _ = recorded(net, [diary])
-    backward(recorder, net)
+    steps, (optimizer,), _ = followed(net, [diary])
+    backward(steps, net)
     norm = float(nn.utils.clip_grad_norm_(net.parameters(), 0.5))
     diary.pages.clear()
     optimizer.step()
     for page in diary.pages:
         assert page[2] == pytest.approx(0.25 * 0.5 / norm, rel=1e-4)
     assert len(diary.pages) == 2
-    recorder.remove()
+    steps.remove()
 
 
 def test_rate_is_of_a_sample_among_those_of_all_ranks():
     net, diary = two(), Diary()
-    recorder, (optimizer,), _ = recorded(net, [diary])
-    recorder.world_size = 2
-    backward(recorder, net)
+    steps, (optimizer,), _ = followed(net, [diary], world_size=2)
+    backward(steps, net)
     diary.pages.clear()
     optimizer.step()
     assert diary.pages == [("commit", "0", 0.125), ("commit", "1", 0.125)]
-    recorder.remove()
+    steps.remove()
 
 
 def test_each_optimiser_commits_its_own_layers_at_its_rate():
     net, diary = two(), Diary()
     optimizers = [SGD(net[0].parameters(), lr=0.5), Adam(net[1].parameters(), lr=0.125)]
-    recorder, _, _ = recorded(net, [diary], optimizers=optimizers)
+    steps, _, _ = followed(net, [diary], optimizers=optimizers)
     for optimizer, page in zip(optimizers, [("commit", "0", 0.5), ("commit", "1", 0.125)], strict=True):
-        backward(recorder, net)
+        backward(steps, net)
         diary.pages.clear()
         optimizer.step()
         assert diary.pages == [page]
-    recorder.remove()
+    steps.remove()
 
 
 def test_passes_outside_a_training_batch_are_not_seen():
     net, diary = two(), Diary()
-    recorder, _, _ = recorded(net, [diary])
+    steps, _, _ = followed(net, [diary])
     net(torch.ones(4, 2)).sum().backward()
     assert diary.pages == []
-    recorder.begin(TrainBatch(torch.arange(4)), Sources(torch.zeros(4).long(), 3))
+    steps.begin(TrainBatch(torch.arange(4)), Sources(torch.zeros(4).long(), 3))
     loss = net(torch.ones(4, 2)).sum()
-    recorder.end()
+    steps.end()
     loss.backward()  # whose samples these are is not known any more
     assert not any(page[0] == "see" for page in diary.pages)
-    recorder.remove()
+    steps.remove()
 
 
 def test_errors_are_reported_and_never_reach_training():
     net, diary = two(), Diary()
-    recorder, (optimizer,), errors = recorded(net, [Broken(), diary])
-    recorder.ledgers["0"].step = None  # not callable
-    backward(recorder, net)
+    steps, (optimizer,), errors = followed(net, [Broken(), diary])
+    steps.ledgers["0"].step = None  # not callable
+    backward(steps, net)
     before = net[0].weight.detach().clone()
     optimizer.step()
     assert not torch.equal(net[0].weight, before)
@@ -138,64 +138,63 @@ def test_errors_are_reported_and_never_reach_training():
     assert layers == ["1", "0", "0", "0", "1"]
     assert [error for _, error in errors][:2] == ["see", "see"]
     assert [error for _, error in errors][3:] == ["commit", "commit"]
-    assert list(recorder.broken) == ["0"]  # it missed a step
+    assert list(steps.broken) == ["0"]  # it missed a step
     # The one that works is told all the same.
     assert ("commit", "1", 0.25) in diary.pages
-    recorder.remove()
+    steps.remove()
 
 
 def test_a_broken_ledger_takes_part_in_the_sum_over_ranks_with_nothing():
     net = two()
-    recorder, (optimizer,), errors = recorded(net)
     sums = []
-    recorder.mean_over_ranks = lambda tensor: sums.append(tensor.clone()) or tensor
-    backward(recorder, net)
+    steps, (optimizer,), errors = followed(net, mean_over_ranks=lambda tensor: sums.append(tensor.clone()) or tensor)
+    backward(steps, net)
     optimizer.step()
-    recorder.broken["0"] = RuntimeError("on this rank")
-    parts = recorder.ledgers["0"].weights()["weight"].clone()
+    steps.broken["0"] = RuntimeError("on this rank")
+    parts = steps.ledgers["0"].weights()["weight"].clone()
     optimizer.zero_grad()
-    backward(recorder, net)
+    backward(steps, net)
     optimizer.step()
     assert len(sums) == 2
     assert sums[0].any()
     assert not sums[1].any()
     assert sums[0].shape == sums[1].shape
-    assert torch.equal(recorder.ledgers["0"].weights()["weight"], parts)
+    assert torch.equal(steps.ledgers["0"].weights()["weight"], parts)
     assert errors == []
-    recorder.remove()
+    steps.remove()
 
 
 def test_where_a_gradient_is_zero_it_tells_no_rate_for_the_others():
     net, diary = two(), Diary()
     nn.init.zeros_(net[1].weight)  # so the first layer's gradient is 0
-    recorder, (optimizer,), errors = recorded(net, [diary])
-    backward(recorder, net)
+    steps, (optimizer,), errors = followed(net, [diary])
+    backward(steps, net)
     diary.pages.clear()
     optimizer.step()
     assert diary.pages == [("commit", "0", 0.25), ("commit", "1", 0.25)]
     assert errors == []
-    recorder.remove()
+    steps.remove()
 
 
 def test_a_step_that_a_fused_optimiser_skips_is_dropped_for_its_own_layers():
     net, diary = two(), Diary()
     optimizers = [SGD(net[0].parameters(), lr=0.5, fused=True), Adam(net[1].parameters(), lr=0.125, fused=True)]
-    recorder, _, errors = recorded(net, [diary], ledgers=("0", "1"), optimizers=optimizers)
-    backward(recorder, net)
+    steps, _, errors = followed(net, [diary], ledgers=("0", "1"), optimizers=optimizers)
+    backward(steps, net)
     diary.pages.clear()
-    before = [recorder.ledgers[layer].weights()["weight"].clone() for layer in "01"]
+    before = [steps.ledgers[layer].weights()["weight"].clone() for layer in "01"]
     optimizers[0].found_inf = torch.tensor(1.0)
     optimizers[0].step()
     assert diary.pages == [("drop", "0")]
     optimizers[1].found_inf = torch.tensor(0.0)
     optimizers[1].step()
     assert diary.pages == [("drop", "0"), ("commit", "1", 0.125)]
-    assert torch.equal(recorder.ledgers["0"].weights()["weight"], before[0])
-    ledger = recorder.ledgers["1"]
+    assert torch.equal(steps.ledgers["0"].weights()["weight"], before[0])
+    ledger = steps.ledgers["1"]
     torch.testing.assert_close(ledger.weights()["weight"].sum(0), net[1].weight.detach().double())
     assert ledger.untraced_share < 1e-5
     assert errors == []
-    recorder.remove()
+    steps.remove()
 
 
 def test_two_optimisers_on_one_layer_are_refused():
@@ -205,30 +204,30 @@ def test_two_optimisers_on_one_layer_are_refused():
         optimizers = [
             SGD([value for name, value in named.items() if name.startswith(part)], lr=0.1) for part in (first, second)
         ]
-        with pytest.raises(MisconfigurationException, match=r"`layers` names '0', which two optimizers.*Leave"):
-            recorded(net, optimizers=optimizers)
+        with pytest.raises(ArgumentError, match=r"`layers`.*two optimizers.*'0'"):
+            followed(net, optimizers=optimizers)
         assert not any(optimizer._optimizer_step_post_hooks for optimizer in optimizers)
 
 
 def test_a_layout_without_samples_is_reported_with_its_layer():
     net = two()
-    recorder, _, errors = recorded(net)
-    recorder.begin(None, Sources(torch.zeros(3).long(), 3))
+    steps, _, errors = followed(net)
+    steps.begin(None, Sources(torch.zeros(3).long(), 3))
     net(torch.ones(4, 2)).sum().backward()
     assert [layer for layer, _ in errors] == ["1", "0"]
     assert "3 samples" in errors[0][1]
-    recorder.remove()
+    steps.remove()
 
 
 def test_all_hooks_go():
     net = two()
-    recorder, (optimizer,), _ = recorded(net)
+    steps, (optimizer,), _ = followed(net)
     assert optimizer._optimizer_step_post_hooks
-    recorder.remove()
+    steps.remove()
     assert not optimizer._optimizer_step_post_hooks
     assert not any(module._forward_hooks for module in net.modules())
-    backward(recorder, net)
-    assert not recorder.ledgers["0"]._pending
+    backward(steps, net)
+    assert not steps.ledgers["0"]._pending
 
 
 # Which layers
@@ -249,7 +248,7 @@ class Named(nn.Module):
 def test_the_default_is_the_head():
     assert list(find_layers(Named(), None)) == ["head"]
     assert list(find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(2, 2, 1), nn.ReLU()), None)) == ["2"]
-    with pytest.raises(MisconfigurationException, match=r"no linear or convolution layer.*RepresentationRefinement\("):
+    with pytest.raises(ArgumentError, match=r"no trained linear or convolution layer.*RepresentationRefinement\("):
         find_layers(nn.Sequential(nn.ReLU()), None)
 
 
@@ -261,7 +260,7 @@ def test_the_default_is_a_layer_that_learns():
     assert list(find_layers(net, None)) == ["other"]  # by its bias
     attention = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
     assert list(find_layers(attention, None)) == ["0"]
-    with pytest.raises(MisconfigurationException, match="no linear or convolution layer"):
+    with pytest.raises(ArgumentError, match="no trained linear or convolution layer"):
         find_layers(nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), None)
 
 
@@ -271,10 +270,10 @@ def test_tied_layers_that_differ_are_refused():
         module.weight = owner.weight
     net[1].bias = net[0].bias
     for layer in "01":
-        with pytest.raises(MisconfigurationException, match=f"`layers` names '{layer}'.*stride, padding"):
+        with pytest.raises(ArgumentError, match=rf"`layers`.*'{layer}'.*stride, padding"):
             find_layers(net, layer)
     for layer in "23":
-        with pytest.raises(MisconfigurationException, match=f"`layers` names '{layer}'.*a bias of its own"):
+        with pytest.raises(ArgumentError, match=rf"`layers`.*'{layer}'.*a bias of its own"):
             find_layers(net, layer)
 
 
@@ -284,14 +283,14 @@ def test_all_owners_of_a_weight():
 
 
 def test_layers_that_cannot_be_traced():
-    with pytest.raises(MisconfigurationException, match=r"`layers` names 'norm'.*BatchNorm1d.*Linear, Conv1d"):
+    with pytest.raises(ArgumentError, match=r"`layers`.*'norm'.*BatchNorm1d.*Linear, Conv1d"):
         find_layers(Named(), "norm")
-    with pytest.raises(MisconfigurationException, match="`samples` names 'norm'"):
-        find_layers(Named(), "norm", "samples")
+    with pytest.raises(ArgumentError, match=r"`track_samples`.*'norm'"):
+        find_layers(Named(), "norm", "track_samples")
     tied = Named()
     tied.head.weight = tied.embedding.weight
     with pytest.raises(
-        MisconfigurationException,
-        match=r"'head', .* shares its weight with a module of type Embedding",
+        ArgumentError,
+        match=r"'head'.* shares its weight with a module of type Embedding",
     ):
         find_layers(tied, "head")

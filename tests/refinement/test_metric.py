@@ -9,8 +9,8 @@ from torch.optim import SGD, AdamW
 
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
-from lightning_neuro.refinement.operators import Sources
 from lightning_neuro.refinement.result import RefinementResult
+from lightning_neuro.refinement.sources import Sources
 
 K = 3
 LAYERS = {
@@ -206,7 +206,14 @@ def test_without_labels_or_with_other_sources_there_is_no_own_class():
 
 
 def result_with(**options):
-    values = {"num_nonfinite": 0, "norm": 1.0, "completeness_error": 1e-6, "initial_share": 0.1}
+    values = {
+        "num_units": 4,
+        "num_samples": 3,
+        "num_nonfinite": 0,
+        "norm": 1.0,
+        "completeness_error": 1e-6,
+        "initial_share": 0.1,
+    }
     tables = {"shares": torch.eye(3).double(), "phase_shares": torch.ones(3, 1) / 3, "counts": torch.ones(3).double()}
     tables["squares"] = torch.ones(3).double()
     tables["phase_shares"][-1] = 0.04

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_neuro.refinement.explanation import RefinementExplanation
 from lightning_neuro.refinement.plot import MAX_ROWS, plot_refinement
-from lightning_neuro.refinement.result import RefinementResult
+from lightning_neuro.refinement.result import RefinementExplanation, RefinementResult
 
 
 def result(num=3, phases=4):
@@ -14,7 +13,7 @@ def result(num=3, phases=4):
     by_phase = torch.arange((num + 1) * phases).view(num + 1, phases).double()
     counts = torch.full((num + 1,), 7).double()
     names = (*(f"c{k}" for k in range(num)), "other")
-    return RefinementResult(0, 1.0, 1e-6, 0.1, shares, by_phase, counts, counts / 2, 0.0, names, "", True)
+    return RefinementResult(4, 28, 0, 1.0, 1e-6, 0.1, shares, by_phase, counts, counts / 2, 0.0, names, "", True)
 
 
 def explanation(num=3):
@@ -44,7 +43,7 @@ def test_heat_maps_of_two_layers():
     assert "fc1" in left.get_title()
     assert "28 samples" in left.get_title()
     assert f"{result().own_class_share_null:.2f}" in left.get_xlabel()  # the null stands beside
-    assert "class of the sample explained" in left.get_ylabel()
+    assert "class of the explained sample" in left.get_ylabel()
     assert figure.axes[2].images[0].get_array().shape == (5, 5)
 
 

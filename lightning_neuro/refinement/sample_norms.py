@@ -1,8 +1,8 @@
-"""How long each sample's own weight gradient is, from a layer's inputs and output gradients, without a backward pass.
+"""The norm of the weight gradient of each sample, from inputs and output gradients of a layer, without a backward pass.
 
-The weight gradient of one sample is G = sum over positions p (pixels, tokens) of d_p a_p^T, with the layer's input a_p
-there (for a convolution: the patch under the kernel) and the output gradient d_p. A bias counts as a weight on a
-constant input of 1.
+The weight gradient of one sample is the sum over positions p (pixels, tokens) of d_p a_p^T, where a_p is the input of
+the layer at this position (for a convolution: the patch under the kernel) and d_p the output gradient. A bias counts as
+a weight with a constant input of 1.
 """
 
 from collections.abc import Iterator
@@ -11,31 +11,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# What is worked on at a time should stay in a CPU's cache; a GPU wants work for all of its cores.
+from lightning_neuro.checks import ArgumentError, describe, require
+from lightning_neuro.refinement.layer_gradients import CONVOLUTIONS, OPERATORS, Convolution
+
+# One chunk should fit into the cache of a CPU; a GPU needs work for all of its cores.
 _CPU_CHUNK_BYTES = 4 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
 
 
 def gradient_norms(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
-    """|G| of each sample: how hard it pulls at the weights and the bias of a layer.
+    """The norm |G| of the gradient of weight and bias that each sample causes.
 
-    A linear layer that sees one position a sample has a closed form, |d| |a|. Elsewhere the cheaper of two ways is
-    taken, by the layer's size: |G|^2 = sum_pq <a_p, a_q> <d_p, d_q> (Gram form), or G itself, a few samples at a time.
+    For a linear layer with one position per sample, |G| = |d| |a|. Otherwise the cheaper of two forms is used,
+    depending on the size of the layer: |G|^2 = sum_pq <a_p, a_q> <d_p, d_q> (Gram form), or G itself, for a few samples
+    at a time.
 
     Args:
         module: `nn.Linear`, or `nn.Conv1d`, `Conv2d`, `Conv3d` with any stride, padding, dilation and groups.
-        inputs: The layer's input, (N, ..., in) for linear layers and (N, channels, ...) for convolutions; any floating
-            dtype. It is brought to the gradients' dtype, in which the layer ran.
-        gradients: The gradient of the loss with respect to the layer's output, laid out the same way.
+        inputs: Input of the layer, (N, ..., in) for linear layers and (N, channels, ...) for convolutions; any floating
+            dtype. It is converted to the dtype of the gradients, in which the layer ran.
+        gradients: Gradient of the loss with respect to the output of the layer, in the same layout.
 
     Returns:
         (N,), in units of the loss per unit of weight: float32, or float64 for float64 gradients. In half precision the
-        products G are rounded, their squares are added up in float32.
+        products G are rounded, and their squares are summed in float32.
 
     Raises:
-        ValueError: If the layer is of another type or the shapes do not belong to it.
+        ArgumentError: If the layer is of another type, or the shapes do not fit it.
 
     Source:
         Goodfellow, *Efficient per-example gradient computations*, arXiv 1510.01799 (2015), for the closed form.
@@ -51,7 +53,7 @@ def gradient_norms(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tens
     """
     _check(module, inputs, gradients)
     inputs = inputs.to(gradients.dtype)
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         squares, bias = _convolution(module, inputs, gradients), gradients.flatten(2).sum(2, dtype=_wide(gradients))
     elif inputs.ndim == 2:
         squares, bias = _square(inputs) * _square(gradients), gradients
@@ -60,7 +62,7 @@ def gradient_norms(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tens
         squares, bias = _tokens(inputs, gradients), gradients.sum(1, dtype=_wide(gradients))
     if module.bias is not None:
         squares = squares + _square(bias)
-    # The Gram form can fall below 0 by rounding where its terms cancel.
+    # If its terms cancel, rounding can make the Gram form negative.
     norms: Tensor = squares.clamp(min=0).sqrt()
     return norms
 
@@ -86,18 +88,18 @@ def _square_of_sum(inputs: Tensor, gradients: Tensor) -> Tensor:
     """|sum_p d_p a_p^T|^2 of (N, in, P) and (N, out, P)."""
     if not _gram_is_cheaper(inputs.shape[1], gradients.shape[1], inputs.shape[2]):
         return _square(torch.bmm(gradients, inputs.mT).flatten(1))
-    # Its terms have both signs, so rounded ones would not do.
+    # Its terms have both signs, so they must not be rounded to half precision.
     inputs, gradients = inputs.to(_wide(inputs)), gradients.to(_wide(gradients))
     return (torch.bmm(inputs.mT, inputs) * torch.bmm(gradients.mT, gradients)).sum((1, 2))
 
 
 def _gram_is_cheaper(features: int, out: int, positions: int) -> bool:
-    """Whether P^2 (in + out) multiplications beat P in out; measured, the times cross where these do."""
+    """Whether P^2 (in + out) multiplications are fewer than P in out; the measured times cross at the same point."""
     return positions * (features + out) <= features * out
 
 
 def _cost(features: int, out: int, positions: int) -> int:
-    """Numbers that one sample's products take."""
+    """How many numbers the products of one sample hold."""
     return 2 * positions**2 if _gram_is_cheaper(features, out, positions) else features * out
 
 
@@ -108,15 +110,15 @@ def _chunks(inputs: Tensor, gradients: Tensor, bytes_per_sample: int) -> Iterato
 
 
 def unfold(module: Convolution, inputs: Tensor) -> Tensor:
-    """The patches that a convolution's kernel lies on.
+    """The patches of the input under the kernel of a convolution, one for each position of the output.
 
     Args:
         module: The convolution.
         inputs: (N, channels, ...).
 
     Returns:
-        (N, channels x kernel, positions): its output is the weight, flattened to (out, channels x kernel), times this
-        (group by group).
+        (N, channels x kernel, positions). The output of the layer is its weight, flattened to (out, channels x kernel),
+        times the patches (group by group).
 
     Example:
         >>> import torch
@@ -146,17 +148,17 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _check(module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
-    if isinstance(module, _CONVOLUTIONS):
-        ndim, features, out, axis = 2 + len(module.kernel_size), module.in_channels, module.out_channels, 1
-        fits = inputs.ndim == gradients.ndim == ndim
-    elif isinstance(module, nn.Linear):
+    require(isinstance(module, OPERATORS), "module", "be nn.Linear, nn.Conv1d, Conv2d or Conv3d", module)
+    if isinstance(module, CONVOLUTIONS):
+        features, out, axis = module.in_channels, module.out_channels, 1
+        fits = inputs.ndim == gradients.ndim == 2 + len(module.kernel_size)
+    else:
+        assert isinstance(module, nn.Linear)
         features, out, axis = module.in_features, module.out_features, -1
         fits = inputs.ndim >= 2 and inputs.shape[:-1] == gradients.shape[:-1]
-    else:
-        raise ValueError(f"module must be nn.Linear, nn.Conv1d, Conv2d or Conv3d; got {type(module).__name__}.")
     fits = fits and len(inputs) == len(gradients) and (inputs.shape[axis], gradients.shape[axis]) == (features, out)
     if not fits:
-        raise ValueError(
-            f"inputs and gradients must be a batch of {module}'s inputs and outputs; got the shapes"
-            f" {tuple(inputs.shape)} and {tuple(gradients.shape)}."
+        raise ArgumentError(
+            f"`inputs` and `gradients` must belong to a batch of inputs and outputs of {module}; got"
+            f" {describe(inputs)} and {describe(gradients)}."
         )

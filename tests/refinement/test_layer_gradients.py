@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_neuro.refinement import operators
-from lightning_neuro.refinement.operators import Sources, apply, samples_first, source_gradients, why_unsupported
+from lightning_neuro.refinement import layer_gradients as operators
+from lightning_neuro.refinement.layer_gradients import (
+    layer_output,
+    samples_first,
+    source_gradients,
+    why_unsupported,
+)
+from lightning_neuro.refinement.sources import Sources
 
 B = 7
 NUM = 4
@@ -95,8 +101,8 @@ def test_apply_is_the_layer_with_other_weights(name):
     inputs = torch.randn(B, *shape, dtype=torch.float64)
     other = {key: torch.randn_like(value) for key, value in layer.named_parameters()}
     expected = torch.func.functional_call(layer, other, inputs)
-    assert torch.equal(apply(layer, inputs, other["weight"], other.get("bias")), expected)
-    assert torch.equal(apply(layer, inputs, layer.weight, layer.bias), layer(inputs))
+    assert torch.equal(layer_output(layer, inputs, other["weight"], other.get("bias")), expected)
+    assert torch.equal(layer_output(layer, inputs, layer.weight, layer.bias), layer(inputs))
 
 
 # Where the samples are
@@ -135,7 +141,7 @@ def test_samples_are_found_in_each_layout():
     ],
 )
 def test_other_layouts_are_refused_with_their_shape(layer, shape, num):
-    with pytest.raises(ValueError, match=rf"shape \({shape[0]}, .*{num} samples.*`sources=`.*cat"):
+    with pytest.raises(ValueError, match=rf"shape \({shape[0]}, .*{num} samples.*`source_fn`.*cat"):
         samples_first(layer, numbered(*shape), layer(numbered(*shape)).detach(), num)
 
 
@@ -149,4 +155,4 @@ def test_reasons_against_a_layer():
     assert "ConvTranspose2d" in why_unsupported(nn.ConvTranspose2d(2, 2, 1))
     assert "run the module once" in why_unsupported(nn.LazyLinear(2))
     assert "MultiheadAttention" in why_unsupported(nn.MultiheadAttention(4, 2).out_proj)
-    assert "parametrisation" in why_unsupported(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert "parametrization" in why_unsupported(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))

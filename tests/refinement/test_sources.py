@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import Probe, RepresentationRefinement
-from lightning_neuro.refinement.sources import rows_of
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.refinement.sources import source_rows
 from tests.models import Module, fit, images, loader, mlp
 
 OTHER = 4
@@ -38,9 +38,9 @@ class Views(Module):
 
 
 def test_views_of_a_batch_are_refused_with_the_remedy():
-    callback = RepresentationRefinement(samples=False)
+    callback = RepresentationRefinement(track_samples=False)
     told = said(lambda: fit(Views(mlp().net), callback))
-    assert sum("shape (32, 8)" in text and "`sources=`" in text for text in told) == 1
+    assert sum("shape (32, 8)" in text and "`source_fn" in text for text in told) == 1
     assert not parts_of(callback)[:OTHER].any()  # nobody is blamed for what is not known
 
 
@@ -60,19 +60,19 @@ def test_whole_numbers_of_any_size_are_sources(dtype):
     for kind in (torch.int64, dtype):
         data = DataLoader(TensorDataset(x, y, y.to(kind)), batch_size=16)
         callback = RepresentationRefinement(
-            sources=lambda batch: batch[2], num_sources=3, probe=Probe(source=list(data)), on_error="raise"
+            source_fn=lambda batch: batch[2], num_sources=3, probe=Probe(source=list(data)), on_error="raise"
         )
         fit(mlp(), callback, train=data, val=False)
         runs.append(parts_of(callback))
     assert torch.equal(*runs)
-    rows = rows_of((x, torch.tensor([0, 5, 2], dtype=dtype)), None, lambda batch: batch[1], 3)
+    rows = source_rows((x, torch.tensor([0, 5, 2], dtype=dtype)), None, lambda batch: batch[1], 3)
     assert rows.tolist() == [0, 3, 2]
     assert rows.dtype == torch.int64
 
 
 @pytest.mark.parametrize("batch", [torch.ones(5, 2), (torch.ones(5, 2), "text"), {"text": "", "x": [torch.ones(5)]}])
 def test_unlabelled_samples_of_any_batch_are_counted(batch):
-    assert rows_of(batch, None, "class", 3).tolist() == [3] * 5
+    assert source_rows(batch, None, None, 3).tolist() == [3] * 5
 
 
 class Unlabelled(Module):
@@ -85,7 +85,7 @@ def test_unlabelled_training_batches_are_other_and_said_once():
     callback = RepresentationRefinement(probe=Probe(source=list(loader(32))))
     told = said(lambda: fit(Unlabelled(mlp().net), callback, train=data, val=False))
     assert sum("a training batch has no class labels" in text for text in told) == 1
-    assert sum("100% of its refinement came from training samples without a class" in text for text in told) == 1
+    assert sum("100% of its refinement" in text for text in told) == 1
     assert parts_of(callback)[OTHER].any()
     assert not parts_of(callback)[:OTHER].any()
     assert callback.scalars["refinement/own_class_share"] == pytest.approx(0, abs=1e-9)
@@ -94,9 +94,9 @@ def test_unlabelled_training_batches_are_other_and_said_once():
 def test_layer_that_never_ran_is_named_once():
     module = mlp()
     module.spare = nn.Linear(3, 3)
-    told = said(lambda: fit(module, RepresentationRefinement(["spare", "net.5"])))
-    assert sum("layer 'spare' did not run" in text for text in told) == 1
-    assert not any("'net.5' did not run" in text for text in told)
+    told = said(lambda: fit(module, RepresentationRefinement(layers=["spare", "net.5"])))
+    assert sum("layer 'spare' was not called" in text for text in told) == 1
+    assert not any("'net.5' was not called" in text for text in told)
 
 
 class Rivals(Module):
@@ -113,7 +113,7 @@ class Rivals(Module):
 def test_two_optimisers_on_one_layer_are_refused_before_the_first_step():
     module = Rivals()
     before = [value.clone() for value in module.state_dict().values()]
-    with pytest.raises(MisconfigurationException, match=r"'net\.5'.*two optimizers"):
+    with pytest.raises(ArgumentError, match=r"two optimizers.*'net\.5'"):
         fit(module, RepresentationRefinement())
     assert all(torch.equal(one, two) for one, two in zip(before, module.state_dict().values(), strict=True))
     assert not any(m._forward_hooks for m in module.modules())
@@ -141,7 +141,7 @@ def resumed(tmp_path, saved, callback, epochs=4):
 @pytest.mark.parametrize("other", [{"num_sources": 5}, {"num_sources": 4, "phases": 1}])
 def test_resume_with_other_arguments_says_so(tmp_path, other):
     saved = {"num_sources": 4, "phases": [2, 5]}
-    with pytest.raises(MisconfigurationException, match=r"'net\.5' does not fit `sources`, `num_sources` or `phases`"):
+    with pytest.raises(ArgumentError, match=r"`num_sources` and `phases`.*'net\.5'"):
         resumed(tmp_path, saved, RepresentationRefinement(**other))
 
 
@@ -166,7 +166,7 @@ class TwoViews(Module):
 
 
 def test_views_of_a_batch_are_traced_where_the_user_says_whose_they_are() -> None:
-    callback = RepresentationRefinement(sources=lambda batch: torch.cat([batch[1], batch[1]]), num_sources=4)
+    callback = RepresentationRefinement(source_fn=lambda batch: torch.cat([batch[1], batch[1]]), num_sources=4)
     fit(TwoViews(mlp().net), callback, max_epochs=3)
     assert callback.scalars["refinement/completeness_error"] < 1e-5
     assert callback.scalars["refinement/untraced_share"] < 1e-5

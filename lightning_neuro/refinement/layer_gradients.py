@@ -1,8 +1,6 @@
-"""Linear layers and convolutions as operators on their weights: apply, and the weight gradient source by source."""
+"""The weight gradient of a linear or convolution layer, split by the source of the samples that caused it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -10,47 +8,21 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
-Operator = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-OPERATORS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from lightning_neuro import batches
+from lightning_neuro.refinement.sources import Sources
 
-# Multiplications up to which a linear layer's split is one matrix product over all sources. It costs as many times the
-# weight gradient as there are sources, but never makes an accelerator wait for the host to sort the labels.
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Operator = nn.Linear | Convolution
+OPERATORS = (nn.Linear, *CONVOLUTIONS)
+
+# Up to this many multiplications the gradient of a linear layer is split by one matrix product over all sources. It
+# costs as many times the weight gradient as there are sources, but the host never has to read the labels.
 ONE_PRODUCT = 2**27
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Which source each sample of a batch belongs to.
-
-    Attributes:
-        rows: (B,) int64, in 0 .. num - 1.
-        num: Number of sources.
-    """
-
-    rows: Tensor
-    num: int
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """Samples per source, (num,) float64 (float32 where a device lacks it)."""
-        ones = torch.ones(len(self.rows), dtype=ledger_dtype(self.rows.device), device=self.rows.device)
-        return ones.new_zeros(self.num).index_add_(0, self.rows, ones)
-
-    @cached_property
-    def members(self) -> dict[int, Tensor]:
-        """Source -> positions of its samples in the batch; reads the labels on the host."""
-        order = torch.argsort(self.rows, stable=True)
-        sizes = torch.bincount(self.rows, minlength=self.num).tolist()
-        return {source: part for source, part in enumerate(torch.split(order, sizes)) if len(part)}
-
-
-def ledger_dtype(device: torch.device) -> torch.dtype:
-    """What additive statistics are kept in: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def why_unsupported(module: nn.Module) -> str:
-    """Why a module's refinement cannot be traced, or an empty string."""
+    """The reason why the refinement of a module cannot be computed; empty if it can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weight without calling it"
     if not isinstance(module, OPERATORS):
@@ -58,39 +30,51 @@ def why_unsupported(module: nn.Module) -> str:
     if isinstance(module.weight, UninitializedParameter):
         return "its weight has no shape yet; run the module once before the fit"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed from other parameters (a parametrisation); remove the parametrisation"
+        return "its weight is computed from other parameters (a parametrization), which must be removed first"
     return ""
 
 
-def apply(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's output for other weights than its own."""
+def parameters_of(module: Operator) -> Mapping[str, nn.Parameter]:
+    """The parameters of a layer by name: `"weight"`, and `"bias"` if it has one."""
+    return {name: value for name, value in module._parameters.items() if value is not None}
+
+
+def layer_output(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the layer would return with another weight and bias; its hooks do not run."""
     if isinstance(module, nn.Linear):
         return F.linear(inputs, weight, bias)
     output: Tensor = module._conv_forward(inputs, weight, bias)
     return output
 
 
-def samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Bring the batch's samples to the first dimension of a layer's inputs and output gradients.
+def weights_on_cpu(module: nn.Module) -> list[Tensor]:
+    """Copies of the weight and, if there is one, the bias of a layer."""
+    parameters = (getattr(module, name) for name in ("weight", "bias"))
+    return [parameter.detach().to("cpu", copy=True) for parameter in parameters if parameter is not None]
 
-    Linear layers may have them second, after the time; where both dimensions are as long, the first is taken.
+
+def samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Bring the samples of the batch to the first dimension of a layer's inputs and output gradients.
+
+    Linear layers may have them in the second dimension, after the time. If both dimensions have the size of the batch,
+    the first one is taken.
 
     Raises:
-        ValueError: If neither has the batch's number of samples.
+        ValueError: If neither dimension has the number of samples of the batch.
     """
     unbatched = inputs.ndim == (1 if isinstance(module, nn.Linear) else module.weight.ndim - 1)
     if unbatched:
         inputs, gradients = inputs[None], gradients[None]
-    rows = inputs.shape[0]
-    if rows == num_samples:
+    dim = batches.sample_dim(inputs, num_samples)
+    if dim == 0:
         return inputs, gradients
-    if isinstance(module, nn.Linear) and inputs.ndim == 3 and inputs.shape[1] == num_samples:
-        return inputs.transpose(0, 1), gradients.transpose(0, 1)  # recurrent and attention layers: time first
-    # Never a guess: k times as many rows may be views one after the other, or positions of each sample.
+    if dim == 1 and isinstance(module, nn.Linear) and inputs.ndim == 3:  # recurrent and attention layers: time first
+        return inputs.transpose(0, 1), gradients.transpose(0, 1)
+    # No guess is made: k times as many rows may be k views of the batch, or k positions of each sample.
     raise ValueError(
         f"its input of shape {tuple(inputs.shape)} does not have the {num_samples} samples of the batch in its first"
-        " dimension. Say whose each row is with `sources=`, for two views of a batch for example"
-        " `sources=lambda batch: torch.cat([batch[1], batch[1]])`"
+        " dimension, so it is not known to which sample each row belongs. Return the source of each row from"
+        " `source_fn`; for two views of a batch, `source_fn=lambda batch: torch.cat([batch[1], batch[1]])`"
     )
 
 
@@ -99,13 +83,13 @@ def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, source
 
     Args:
         module: The layer.
-        inputs: (B, ..., features) or (B, channels, ...), what the layer was given.
-        gradients: Gradient with respect to its output, same layout.
-        sources: The samples' sources.
+        inputs: Its input, (B, ..., features) or (B, channels, ...).
+        gradients: Gradient of the loss with respect to its output, in the same layout.
+        sources: The sources of the samples.
 
     Returns:
-        `"weight"`: (sources, *weight shape), and `"bias"`: (sources, outputs) where the layer has one; their sum over
-        the sources is the gradient of a usual backward pass.
+        `"weight"`: (sources, *weight shape), and `"bias"`: (sources, outputs) if the layer has one. Summed over the
+        sources they are the gradient of an ordinary backward pass.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -113,14 +97,14 @@ def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, source
         >>> source_gradients(layer, inputs, gradients, Sources(torch.tensor([0, 1]), 2))["weight"].tolist()
         [[[1.0, 2.0]], [[3.0, 4.0]]]
     """
-    # As autocast does: the layer multiplied in the lower precision, and its gradient has the products of these values.
+    # As under autocast: the layer multiplied in the lower precision, so its gradient consists of the rounded values.
     inputs = inputs.to(gradients.dtype)
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     inputs, gradients = inputs.to(dtype), gradients.to(dtype)
     split: dict[str, Tensor] = {}
     if isinstance(module, nn.Linear):
         inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients))
-        split["weight"] = _linear(inputs, gradients, sources)
+        split["weight"] = _linear_weight(inputs, gradients, sources)
         per_sample = gradients.sum(1)
     else:
         split["weight"] = gradients.new_zeros(sources.num, *module.weight.shape)
@@ -132,8 +116,8 @@ def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, source
     return split
 
 
-def _linear(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
-    """Of inputs (B, positions, in) and gradients (B, positions, out): (sources, out, in)."""
+def _linear_weight(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
+    """(B, positions, in) inputs and (B, positions, out) gradients -> (sources, out, in)."""
     num_in, num_out = inputs.shape[-1], gradients.shape[-1]
     if sources.num * num_in * gradients.numel() <= ONE_PRODUCT:
         chosen = F.one_hot(sources.rows, sources.num).to(inputs.dtype)
@@ -145,14 +129,14 @@ def _linear(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
     return split
 
 
-def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, gradients: Tensor) -> Tensor:
+def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:
     dims = module.weight.ndim - 2
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         inputs, padding = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode), [0] * dims
     else:
         padding = list(module.padding)
-    weight = module.weight.detach().to(gradients.dtype)  # only its shape is looked at
+    weight = module.weight.detach().to(gradients.dtype)  # only its shape is used
     _, gradient, _ = torch.ops.aten.convolution_backward(
         gradients,
         inputs,
@@ -168,8 +152,3 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, grad
     )
     result: Tensor = gradient
     return result
-
-
-def parameters_of(module: Operator) -> Mapping[str, nn.Parameter]:
-    """The parameters whose refinement is traced, by name: `"weight"`, and `"bias"` where there is one."""
-    return {name: value for name, value in module._parameters.items() if value is not None}

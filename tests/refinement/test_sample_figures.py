@@ -5,8 +5,9 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
+from lightning_neuro.figures import INK, OTHER, VALUE
 from lightning_neuro.refinement.influence import Influence
-from lightning_neuro.refinement.sample_plot import is_image, plot_influence, plot_top_samples
+from lightning_neuro.refinement.plot import is_image, plot_influence, plot_top_samples
 from tests.models import images
 
 
@@ -45,10 +46,10 @@ def tiles(figure, across):
 
 def test_the_top_is_drawn_in_order_with_class_id_and_size():
     arrays = table()
-    figure = plot_top_samples(arrays, "fc", torch.rand(60, 1, 8, 8), count=12, classes=["cat", "dog"])
+    figure = plot_top_samples(arrays, "fc", torch.rand(60, 1, 8, 8), count=12, class_names=["cat", "dog"])
     order = np.argsort(-arrays["refinement/fc"])[:12]
     mean = arrays["refinement/fc"].mean()
-    names = {-1: "?", 0: "cat", 1: "dog"}
+    names = {-1: "no label", 0: "cat", 1: "dog"}
     expected = [
         f"{names[arrays['target'][i]]}  #{2 * i}\n{arrays['refinement/fc'][i] / mean:.1f} x mean" for i in order
     ]
@@ -65,7 +66,7 @@ def test_each_tile_is_its_own_sample():
     figure = plot_top_samples(arrays, "fc", pictures, count=5)
     order = np.argsort(-arrays["refinement/fc"])[:5]
     greens = [row[1] for row in tiles(figure, [0, 1, 2, 3, 4])[0]]
-    assert greens == [128 * (2 * i % 4 == 0) for i in order]
+    assert greens == [127 * (2 * i % 4 == 0) for i in order]
     assert all(pixel[0] == 255 for pixel in tiles(figure, [0, 1, 2, 3, 4])[0])
 
 
@@ -76,12 +77,12 @@ def test_influence_has_a_row_an_input():
     assert said[:3] == ["class 0", "class 0  #0\n10", "class 1  #1\n9"]
     assert said[5] == "class 1\n→ class 2"
     colors = [to_hex(text.get_color()) for text in figure.axes[0].texts]
-    assert colors[1:5] == ["#0072b2", "#d55e00", "#d55e00", "#0072b2"]
+    assert colors[1:5] == [VALUE, OTHER, OTHER, VALUE]
     title = " ".join(text.get_text() for text in figure.texts)
     assert "of 99 training samples" in title and "direction: contrast" in title and "■ same class" in title
     bare = plot_influence(found, torch.rand(3, 1, 8, 8), images(12))
     assert words(bare)[0] == "input" and "same class" not in " ".join(text.get_text() for text in bare.texts)
-    assert {to_hex(text.get_color()) for text in bare.axes[0].texts} == {"#000000"}
+    assert {to_hex(text.get_color()) for text in bare.axes[0].texts} == {INK}
 
 
 def test_the_input_stands_apart_from_its_samples():
@@ -115,9 +116,9 @@ def test_samples_that_are_no_images_are_grey(pictures):
 
 
 def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="at least one visited sample"):
+    with pytest.raises(ValueError, match="`arrays`"):
         plot_top_samples({name: column[:0] for name, column in table().items()}, "fc", images(1))
-    with pytest.raises(ValueError, match="at least one input"):
+    with pytest.raises(ValueError, match="`influence`"):
         plot_influence(influence(0, 3), [], images(1))
 
 

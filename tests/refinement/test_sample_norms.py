@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from lightning_neuro.refinement import norms
-from lightning_neuro.refinement.norms import gradient_norms, unfold
+from lightning_neuro.refinement import sample_norms as norms
+from lightning_neuro.refinement.sample_norms import gradient_norms, unfold
 
 LAYERS = {
     "linear": (nn.Linear(7, 5), (7,)),
@@ -152,8 +152,8 @@ def test_the_patches_are_those_of_the_convolution():
 @pytest.mark.parametrize(
     ("module", "inputs", "gradients", "said"),
     [
-        (nn.ConvTranspose1d(2, 2, 1), (1, 2, 3), (1, 2, 3), "module must be nn.Linear.*ConvTranspose1d"),
-        (nn.Linear(2, 3), (2,), (3,), r"Linear\(in_features=2.*\(2,\) and \(3,\)"),
+        (nn.ConvTranspose1d(2, 2, 1), (1, 2, 3), (1, 2, 3), "`module` must be nn.Linear.*ConvTranspose1d"),
+        (nn.Linear(2, 3), (2,), (3,), r"Linear\(in_features=2.*\(2,\) and .*\(3,\)"),
         (nn.Linear(2, 3), (4, 2), (5, 3), "batch of"),
         (nn.Linear(2, 3), (4, 6, 2), (4, 5, 3), "batch of"),
         (nn.Linear(2, 3), (4, 3), (4, 3), "batch of"),

@@ -1,15 +1,15 @@
-"""The table of training samples: how much each has refined each layer since training began.
+"""The table of training samples: how much each of them has refined each layer since training began.
 
-One step changes a layer's weights, and sample i's own part of the change is -rate G_i, with its weight gradient G_i and
-rate = learning rate x (gradient that the optimiser used / raw gradient). Its refinement of the layer is the length of
-this part, r_i = rate |G_i|, added up over the steps. What momentum and an adaptive optimiser make of the part later is
-left out: the table ranks samples, the ledger of the classes is the exact account.
+A step changes the weights of a layer; the part of the change that sample i caused is -rate G_i, where G_i is its weight
+gradient and rate = learning rate x (gradient that the optimiser used / raw gradient). Its refinement of the layer is
+the length of this part, r_i = rate |G_i|, summed over the steps. What momentum and adaptive optimisers make of this
+part in later steps is not included: the table ranks samples, and the exact account is that of the ledgers.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
 import numpy as np
@@ -17,33 +17,37 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro.refinement.batch import TrainBatch
-from lightning_neuro.refinement.norms import gradient_norms
+from lightning_neuro.checks import ArgumentError, check_int, require
+from lightning_neuro.figures import class_name
+from lightning_neuro.ranks import over_ranks
+from lightning_neuro.refinement.sample_norms import gradient_norms
+from lightning_neuro.refinement.sources import ledger_dtype
+from lightning_neuro.refinement.training_steps import TrainBatch
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _PREFIX = "refinement/"
 
 
 class SampleTable:
-    """Refinement of each layer by each training sample, cumulated over the steps.
+    """Accumulates over training how much each sample refined each layer.
 
-    It watches training steps as an `Observer`. What is seen is kept as one number a sample until the step is known to
-    have happened; nothing waits for the device. Memory: 8 bytes x (layers + 2) x samples, on the model's device.
+    It is a `StepObserver` of training steps. Until the optimiser makes its step, one number per sample is kept; nothing
+    waits for the device. Memory: 8 bytes x (layers + 2) x samples, on the device of the model.
 
-    A sample's visit counts once a micro-batch, at the first commit of any layer. Gradients of several micro-batches
-    before a step add; for a module that is called several times in a pass, the sum of the calls' norms stands for the
-    norm of their sum, of which it is an upper bound.
+    A sample is counted as visited once per micro-batch, when the first of the layers is committed. Gradients of several
+    micro-batches before a step add up. If a module is called several times in a pass, the sum of the norms of its calls
+    is used for the norm of their sum; it is an upper bound.
 
     Args:
         layers: Names of the layers.
-        num_samples: Samples in the dataset: ids are 0 ... num_samples - 1. Others are left out and counted.
+        num_samples: Number of samples in the dataset: ids are 0 ... num_samples - 1. Others are left out and counted.
 
     Raises:
-        ValueError: If there is no layer or no sample.
+        ArgumentError: If there is no layer or no sample.
 
     Example:
         >>> import torch
-        >>> from lightning_neuro.refinement.batch import TrainBatch
+        >>> from lightning_neuro.refinement.training_steps import TrainBatch
         >>> table = SampleTable(["fc"], num_samples=5)
         >>> batch = TrainBatch(ids=torch.tensor([3, 1]), targets=torch.tensor([0, 1]))
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -54,10 +58,10 @@ class SampleTable:
     """
 
     def __init__(self, layers: Sequence[str], num_samples: int) -> None:
-        if not layers or num_samples < 1:
-            raise ValueError(f"layers and num_samples must not be empty; got {list(layers)} and {num_samples}.")
+        require(len(layers) > 0, "layers", "hold at least one name", layers)
+        check_int("num_samples", num_samples, minimum=1)
         self.num_samples = num_samples
-        # One row more than samples: what has no row of its own goes there, without asking the device which it is.
+        # One more row than samples, for ids that have no row: so the host never has to read the ids.
         self._refinement = {layer: torch.zeros(num_samples + 1, dtype=torch.float64) for layer in layers}
         self._visits = torch.zeros(num_samples + 1, dtype=torch.int64)
         self._targets = torch.full((num_samples + 1,), -1, dtype=torch.int64)
@@ -77,10 +81,10 @@ class SampleTable:
         return 8 * (len(self._refinement) + 2) * (self.num_samples + 1)
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Keep the samples' gradient norms until the step is known to have happened."""
+        """Keep the gradient norms of the samples until the optimiser makes its step."""
         if layer not in self._refinement:
             return
-        # A layer that folds tokens into its batch dimension, say, does not tell whose is whose.
+        # For example, a layer that folds tokens into the batch dimension does not tell to which sample each belongs.
         if batch.ids is None or len(batch.ids) != len(inputs):
             self._num_without_id += len(inputs)
         else:
@@ -89,7 +93,7 @@ class SampleTable:
     def commit(self, layer: str, rate: Tensor) -> None:
         """Add what is pending, times `rate`."""
         for batch, norms in self._pending.pop(layer, ()):
-            self._to(norms.device)
+            self._move(norms.device)
             rows = batch.rows(self.num_samples, norms.device)
             values = norms.to(self._refinement[layer].dtype) * rate
             finite = values.isfinite()
@@ -106,7 +110,7 @@ class SampleTable:
         self._pending.pop(layer, None)
 
     def values(self, layer: str) -> Tensor:
-        """The refinement of one layer by each visited sample, in the order of their ids: (visited,)."""
+        """How much each visited sample refined one layer, in the order of their ids: (visited,)."""
         return self._refinement[layer][:-1][self._visits[:-1] > 0]
 
     def arrays(self) -> Arrays:
@@ -122,52 +126,34 @@ class SampleTable:
         return {name: column.cpu().numpy() for name, column in columns.items()}
 
     def notes(self) -> dict[str, str]:
-        """What was left out of the table: kind -> a sentence that the user must be told once."""
+        """What was left out of the table: kind -> a sentence to be shown once."""
         notes = {}
         if outside := int(self._visits[-1]):
-            notes["ids"] = f"{outside:,} visits had a sample id outside 0 ... {self.num_samples - 1:,}: left out."
+            notes["ids"] = (
+                f"{outside:,} visits had a sample id outside 0 ... {self.num_samples - 1:,} and are left out."
+            )
         if nonfinite := int(self._num_nonfinite):
-            notes["nonfinite"] = f"{nonfinite:,} per-sample gradients were NaN or infinite: left out."
+            notes["nonfinite"] = f"{nonfinite:,} per-sample gradients were NaN or infinite and are left out."
         if self._num_without_id:
             notes["without_id"] = (
-                f"{self._num_without_id:,} per-sample gradients could be given to no sample id: left out."
+                f"{self._num_without_id:,} per-sample gradients could not be assigned to a sample id and are left out."
             )
         return notes
 
-    def merged(self, *others: "SampleTable") -> "SampleTable":
-        """The table of several shards of the training: sums, and the larger target where they differ.
-
-        Raises:
-            ValueError: If the tables are not of the same layers and number of samples.
-        """
-        whole = SampleTable(self.layers, self.num_samples)
-        whole.load_state_dict(self.state_dict())
-        for other in others:
-            if (other.layers, other.num_samples) != (self.layers, self.num_samples):
-                raise ValueError("the tables must be of the same layers and number of samples.")
-            state = other.state_dict()
-            for layer, values in state["refinement"].items():
-                whole._refinement[layer] += values
-            whole._visits += state["visits"]
-            whole._num_nonfinite += state["num_nonfinite"]
-            whole._num_without_id += state["num_without_id"]
-            whole._targets = torch.maximum(whole._targets, state["targets"])
-        return whole
-
     def over_ranks(self, trainer: "pl.Trainer") -> "SampleTable":
-        """The table of all ranks, the same on each; every rank must ask."""
+        """The table of all ranks, the same on each of them: sums, and the larger target. Call it on every rank."""
         if trainer.world_size == 1:
             return self
-
         whole = SampleTable(self.layers, self.num_samples)
         whole._refinement = {layer: reduced(trainer, values, "sum") for layer, values in self._refinement.items()}
-        whole._visits, whole._targets = reduced(trainer, self._visits, "sum"), reduced(trainer, self._targets, "max")
+        whole._visits = reduced(trainer, self._visits, "sum")
+        whole._targets = reduced(trainer, self._targets, "max")
         whole._num_nonfinite = reduced(trainer, self._num_nonfinite, "sum")
-        whole._num_without_id = int(reduced(trainer, torch.tensor(self._num_without_id), "sum"))
+        whole._num_without_id = over_ranks(trainer, self._num_without_id, "sum")
         return whole
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, on the CPU; what is pending is not part of it."""
+        """What a resumed run needs, on the CPU, without what is pending."""
         return {
             "refinement": {layer: values.to("cpu", copy=True) for layer, values in self._refinement.items()},
             "visits": self._visits.to("cpu", copy=True),
@@ -177,78 +163,86 @@ class SampleTable:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state.
+        """Continue from a saved state.
 
         Raises:
-            ValueError: If it is of other layers or another number of samples.
+            ArgumentError: If it belongs to other layers or to another number of samples.
         """
         saved = list(state["refinement"]), len(state["visits"]) - 1
         if saved != (self.layers, self.num_samples):
-            raise ValueError(
-                f"the saved table is of the layers {saved[0]} and {saved[1]} samples; this one of {self.layers} and"
-                f" {self.num_samples}."
+            raise ArgumentError(
+                f"The saved table must be one of the layers {self.layers} and {self.num_samples} samples; got"
+                f" {saved[0]} and {saved[1]}."
             )
         self._refinement = {layer: values.clone() for layer, values in state["refinement"].items()}
-        self._visits, self._targets = state["visits"].clone(), state["targets"].clone()
-        self._num_nonfinite, self._num_without_id = state["num_nonfinite"].clone(), state["num_without_id"]
+        self._visits = state["visits"].clone()
+        self._targets = state["targets"].clone()
+        self._num_nonfinite = state["num_nonfinite"].clone()
+        self._num_without_id = state["num_without_id"]
         self._pending = {}
 
-    def _to(self, device: torch.device) -> None:
+    def _move(self, device: torch.device) -> None:
         if self._visits.device == device:
             return
-        number = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self._refinement = {layer: values.to(device, number) for layer, values in self._refinement.items()}
-        self._visits, self._targets = self._visits.to(device), self._targets.to(device)
+        self._refinement = {
+            layer: values.to(device, ledger_dtype(device)) for layer, values in self._refinement.items()
+        }
+        self._visits = self._visits.to(device)
+        self._targets = self._targets.to(device)
         self._num_nonfinite = self._num_nonfinite.to(device)
 
 
-def reduced(trainer: "pl.Trainer", tensor: Tensor, reduce_op: str) -> Tensor:
-    """The `"sum"` or `"max"` of a tensor over all ranks; every rank must ask."""
-    # A copy: the reduction works in place.
-    result: Tensor = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device, copy=True), reduce_op=reduce_op)
+def reduced(trainer: "pl.Trainer", tensor: Tensor, reduce_op: Literal["sum", "max"]) -> Tensor:
+    """The sum or the maximum of a tensor over all ranks, as a new tensor. Call it on every rank."""
+    # A copy, because the reduction works in place.
+    copy = tensor.to(trainer.strategy.root_device, copy=True)
+    result: Tensor = trainer.strategy.reduce(copy, reduce_op=reduce_op)
     return result
 
 
-def gini(values: Tensor) -> float | None:
-    """How unevenly a quantity is spread over its holders.
+def gini(values: Tensor) -> float:
+    """Gini coefficient: how unevenly a quantity is distributed.
 
     Args:
         values: (n,) non-negative numbers.
 
     Returns:
-        0 if all hold the same, up to 1 - 1/n if one holds all; None where there is nothing to hold.
+        0 if all numbers are equal, up to 1 - 1/n if only one is positive; NaN if none is.
 
     Example:
         >>> gini(torch.tensor([1.0, 1.0, 1.0, 1.0])), gini(torch.tensor([0.0, 0.0, 0.0, 8.0]))
         (0.0, 0.75)
     """
-    ordered = values.double().sort().values if values.device.type != "mps" else values.cpu().double().sort().values
+    ordered = values.to(ledger_dtype(values.device)).sort().values
     total, count = float(ordered.sum()), len(ordered)
     if not total > 0:
-        return None
-    weights = 2 * torch.arange(1, count + 1, device=ordered.device, dtype=torch.float64) - count - 1
+        return float("nan")
+    weights = 2 * torch.arange(1, count + 1, device=ordered.device, dtype=ordered.dtype) - count - 1
     return float((weights * ordered).sum()) / (count * total)
 
 
 def top_samples(arrays: Mapping[str, Any], layer: str, count: int = 20) -> Arrays:
-    """The samples that refined a layer most, the first one first: the same columns, at most `count` long."""
+    """The rows of the samples that refined a layer most, in decreasing order; at most `count` of them."""
     order = np.argsort(-arrays[f"{_PREFIX}{layer}"], kind="stable")[:count]
     return {name: column[order] for name, column in arrays.items()}
 
 
-def top_rows(arrays: Mapping[str, Any], layer: str, count: int = 20) -> list[list[object]]:
-    """Rows (rank, sample id, target, visits, refinement, its share of the layer's) for a Markdown table."""
+def top_rows(
+    arrays: Mapping[str, Any], layer: str, count: int = 20, class_names: Sequence[str] | None = None
+) -> list[list[object]]:
+    """Rows for a Markdown table: rank, sample id, class, visits, refinement, and its fraction of the layer's total."""
     top, total = top_samples(arrays, layer, count), float(arrays[f"{_PREFIX}{layer}"].sum())
     columns = (top["sample_id"], top["target"], top["visits"], top[f"{_PREFIX}{layer}"])
-    return [
-        [rank, int(sample), int(target) if target >= 0 else "-", int(visits), f"{value:.4g}", f"{value / total:.2%}"]
-        for rank, (sample, target, visits, value) in enumerate(zip(*columns, strict=True), start=1)
-        if total > 0
-    ]
+    rows: list[list[object]] = []
+    for rank, (sample, target, visits, value) in enumerate(zip(*columns, strict=True), start=1):
+        if total > 0:
+            name = class_name(int(target), class_names)
+            rows.append([rank, int(sample), name, int(visits), f"{value:.4g}", f"{value / total:.2%}"])
+    return rows
 
 
 def write_csv(arrays: Mapping[str, Any], path: Path) -> None:
-    """Save the table, a row a sample; a file that is there stays whole until the new one is."""
+    """Save the table, one row per sample. An existing file is replaced only once the new one is complete."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -1,26 +1,28 @@
 """RepresentationRefinement in Lightning's own training: what is recorded, said, written and left behind."""
 
 import math
+import pickle
 import warnings
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_neuro import ActivationEntropy, Probe, RepresentationRefinement
-from lightning_neuro.refinement.trace import load_trace
+from lightning_neuro import NeuronCommunities, Probe, RepresentationRefinement
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.refinement.update_log import load_update_log
+from tests.helpers import texts
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp, transformer
 
 EXACT = 1e-5
 
 
 def refinement(layers=None, **options):
-    return RepresentationRefinement(layers, **({"on_error": "raise"} | options))
+    return RepresentationRefinement(layers=layers, **({"on_error": "raise"} | options))
 
 
 def with_optimizer(module, make):
@@ -143,7 +145,7 @@ def test_sources_of_ones_own():
     x, y = images().tensors
     where = torch.arange(64) % 3 + 5 * (torch.arange(64) % 7 == 0)
     train = DataLoader(TensorDataset(x, y, where), batch_size=16)
-    callback = refinement(sources=lambda batch: batch[2], num_sources=3, probe=Probe(source=list(train)))
+    callback = refinement(source_fn=lambda batch: batch[2], num_sources=3, probe=Probe(source=list(train)))
     fit(mlp(), callback, train=train, val=False)
     ledger = callback.ledger["net.5"]
     assert ledger.num_sources == 3
@@ -172,18 +174,18 @@ def test_targets_out_of_range_are_other():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sources": lambda batch: batch[1], "num_sources": 101}, "101 sources.*at most 100.*Group them"),
+        ({"source_fn": lambda batch: batch[1], "num_sources": 101}, "`num_sources`.*at most 100.*got 101"),
         ({"memory_limit": "1KB"}, r"ledgers would take .*net.5.*memory_limit.*1.*raise the limit|0.0 MB"),
-        ({"layers": "net.0"}, "`layers` names 'net.0'.*Flatten"),
+        ({"layers": "net.0"}, "`layers`.*'net.0'.*Flatten"),
         ({"layers": "nothing"}, "nothing"),
-        ({"trace": True}, "no logger has a folder"),
-        ({"layers": "net.[15]", "samples": "net.0"}, "`samples` names 'net.0'.*Flatten"),
+        ({"update_log": True}, "`update_log`.*folder"),
+        ({"layers": "net.[15]", "track_samples": "net.0"}, "`track_samples`.*'net.0'.*Flatten"),
     ],
 )
 def test_refused_before_the_first_step(options, message):
     module = mlp()
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(ArgumentError, match=message):
         fit(module, RepresentationRefinement(**options))
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
 
@@ -194,7 +196,7 @@ def test_no_labels_are_refused_with_the_remedy():
             return self(batch[0]).square().mean()
 
     data = DataLoader(TensorDataset(images().tensors[0]), batch_size=16)
-    with pytest.raises(MisconfigurationException, match=r"class label.*target_fn=.*`sources=`"):
+    with pytest.raises(ArgumentError, match=r"class label.*target_fn=.*`source_fn=`"):
         fit(NoLabels(mlp().net), RepresentationRefinement(), train=data, val=False)
 
 
@@ -202,8 +204,8 @@ def test_layer_tied_to_an_embedding_is_refused():
     module = mlp()
     module.embedding = nn.Embedding(4, 8)
     module.embedding.weight = module.net[5].weight
-    with pytest.raises(MisconfigurationException, match=r"net\.5.*Embedding"):
-        fit(module, RepresentationRefinement("net.5"))
+    with pytest.raises(ArgumentError, match=r"net\.5.*Embedding"):
+        fit(module, RepresentationRefinement(layers="net.5"))
 
 
 # Beside others
@@ -213,11 +215,11 @@ def test_another_callback_before_ours_changes_nothing():
     """Its calibration pass runs the model too, and its evaluation at the start opens our ledgers."""
     alone, beside = refinement(probe=Probe(num_samples=32)), refinement(probe=Probe(num_samples=32))
     fit(mlp(), alone)
-    fit(mlp(), ActivationEntropy(Probe(num_samples=32)), beside)
+    fit(mlp(), NeuronCommunities(Probe(num_samples=32)), beside)
     assert alone.scalars == beside.scalars
     assert alone.initial == beside.initial
     after = refinement(probe=Probe(num_samples=32))
-    fit(mlp(), after, ActivationEntropy(Probe(num_samples=32)))
+    fit(mlp(), after, NeuronCommunities(Probe(num_samples=32)))
     assert alone.scalars == after.scalars
     for layer, ledger in alone.ledger.items():
         assert torch.equal(ledger.weights()["weight"], beside.ledger[layer].weights()["weight"])
@@ -248,7 +250,7 @@ def test_iterable_dataset_says_once_that_samples_have_no_ids():
         warnings.simplefilter("always")
         fit(mlp(), callback, train=DataLoader(Stream(), batch_size=16))
     assert sum("IterableDataset" in str(w.message) for w in caught) == 1
-    assert callback.samples == {}
+    assert callback.sample_table == {}
     assert callback.scalars["refinement/completeness_error"] < EXACT
     assert math.isfinite(callback.scalars["refinement/own_class_share"])
 
@@ -266,7 +268,7 @@ def test_explain_and_validate_after_the_fit():
     with torch.no_grad():
         torch.testing.assert_close(found.outputs.float(), module(x))  # the last of the layers is the head
     assert callback.explain(module, x, "net.3").outputs.shape == (8, 8)
-    with pytest.raises(ValueError, match=r"no ledger of layer 'net.1'.*net.3"):
+    with pytest.raises(ValueError, match=r"net\.3, net\.5; got 'net\.1'"):
         callback.explain(module, x, "net.1")
     parts = callback.ledger["net.5"].weights()["weight"].clone()
     last = dict(callback.scalars)
@@ -279,17 +281,17 @@ def test_explain_and_validate_after_the_fit():
 def test_table_trace_and_figures_are_written(tmp_path):
     logger = pl.loggers.TensorBoardLogger(tmp_path)
     # The pattern names a Flatten and activations, too, which are left out.
-    callback = refinement(trace=True, influence_every_n_steps=2, samples=["net.[0123]"], phases=2)
+    callback = refinement(update_log=True, influence_every_n_steps=2, track_samples=["net.[0123]"], phases=2)
     fit(mlp(), callback, logger=logger)
     (table,) = tmp_path.rglob("samples.csv")
     header, *rows = table.read_text().splitlines()
     names = {"sample_id", "target", "visits", "refinement/net.1", "refinement/net.3", "refinement/net.5"}
     assert set(header.split(",")) == names
     assert len(rows) == 64
-    assert callback.samples["visits"].tolist() == [2] * 64
+    assert callback.sample_table["visits"].tolist() == [2] * 64
     assert 0 <= callback.scalars["refinement/sample_gini/net.3"] < 1
-    (folder,) = [path for path in tmp_path.rglob("trace") if path.is_dir()]
-    found = load_trace(folder).influence(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
+    (folder,) = [path for path in tmp_path.rglob("updates") if path.is_dir()]
+    found = load_update_log(folder).influence(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
     assert found.sample_ids.shape == (5, 3)
     live = callback.influence(top_k=4)
     assert live.sample_ids.shape[1] == 4
@@ -320,7 +322,7 @@ def test_error_in_a_step_never_reaches_training():
     module, callback = mlp(), RepresentationRefinement()
 
     def destroy(trainer):
-        callback._tracer.recorder.ledgers["net.5"]._parts = {}
+        callback.ledger["net.5"]._parts = {}
 
     with pytest.warns(UserWarning, match="layer 'net.5' in a training step"):
         trainer = fit(module, callback, Fails(destroy))
@@ -350,3 +352,208 @@ def test_second_fit_begins_anew():
     first = callback.ledger["net.5"].weights()["weight"].clone()
     fit(mlp(), callback)
     torch.testing.assert_close(callback.ledger["net.5"].weights()["weight"], first)
+
+
+# Options: each arrives where it is used
+
+
+def opened_with(**options):
+    """A callback with these options, and what its fit opened."""
+    found = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found["run"], found["hooks"] = callback._run, callback._hooks
+
+    callback = refinement(**options)
+    fit(mlp(), callback, Look(), max_epochs=1)
+    return callback, found["run"], found["hooks"]
+
+
+def test_the_limit_of_the_update_log_arrives(tmp_path):
+    with pytest.warns(UserWarning, match="size limit of 2,000 bytes"):
+        fit(mlp(), refinement(update_log=tmp_path, update_log_limit=2000))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("shard*.pt")) <= 2000
+    fit(mlp(), refinement(update_log=tmp_path, update_log_limit="1MB"))
+    assert 2000 < sum(path.stat().st_size for path in tmp_path.rglob("shard*.pt")) <= 1e6
+
+
+SMALL = {"num_sources": 1, "phases": 1, "track_samples": False}  # a ledger of 36 weights and 3 rows
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        # In double precision: parts, means, four times the parts in a step, twice two of its rows in an evaluation.
+        ({}, 36 * (2 * 3 + 4 * 3 + 2 * 2) * 8),
+        # Three layers, visits and class of 640 samples, and a row for samples without one.
+        ({"track_samples": "*"}, 8 * (3 + 2) * 641),
+        # A vector of 4 numbers for each of 16 inputs, class and flag.
+        ({"influence_every_n_steps": 1}, 641 * (8 * 16 * 4 + 9)),
+        # All weights in single precision, in each of 80 steps.
+        ({"mode": "pfahler2021"}, 80 * 36 * 4),
+    ],
+)
+def test_the_memory_limit_is_the_memory_that_is_needed(options, needed):
+    train = loader(640)
+    fit(mlp(), refinement(memory_limit=needed, **(SMALL | options)), train=train)
+    with pytest.raises(ArgumentError, match="`memory_limit`"):
+        fit(mlp(), refinement(memory_limit=needed - 1, **(SMALL | options)), train=train)
+
+
+def test_samples_are_tracked_where_the_user_says():
+    everywhere = ["net.5", "net.1", "net.3"]
+    for given, layers in [
+        (True, ["net.5"]),
+        ("*", everywhere),
+        (["net.1", "net.3"], everywhere),
+        ("net.1", ["net.5", "net.1"]),
+    ]:
+        callback, run, hooks = opened_with(track_samples=given)
+        assert run.tracking.table.layers == layers == list(hooks.layers)
+        assert list(run.ledgers) == ["net.5"] == list(run.ledgers)
+        ginis = {key.split("/")[2] for key in callback.scalars if key.startswith("refinement/sample_gini/")}
+        assert ginis == set(layers)
+        values = [callback.scalars[f"refinement/sample_gini/{layer}"] for layer in layers]
+        assert callback.scalars["refinement/sample_gini"] == pytest.approx(sum(values) / len(values))
+    callback, run, _ = opened_with(track_samples=False)
+    assert run.tracking is None and callback.sample_table == {}
+    assert not any("sample_gini" in key for key in callback.scalars)
+
+
+def test_the_mode_decides_whether_steps_are_kept():
+    callback, run, _ = opened_with(layers=["net.3", "net.5"])
+    assert callback.step_scores == run.step_scores == {}
+    callback, run, _ = opened_with(mode="pfahler2021", layers=["net.3", "net.5"], track_samples=False)
+    assert {layer: len(scores) for layer, scores in callback.step_scores.items()} == {"net.3": 4, "net.5": 4}
+    h = torch.randn(3, 8)
+    p = callback.ledger["net.5"].explain(h).refinement  # the ledger and the steps agree
+    assert torch.allclose(callback.step_scores["net.5"].scores(h).length, p.norm(dim=1), rtol=1e-4)
+    assert callback.step_scores["net.5"].influence(h, 3).sample_ids.shape == (3, 3)
+
+
+class TwoSteps(Module):
+    """Two optimisers that both step in every batch, so that the global step rises by two."""
+
+    def __init__(self):
+        super().__init__(mlp().net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return SGD(self.net[1].parameters(), lr=0.1), SGD(self.net[3:].parameters(), lr=0.1)
+
+
+class Refreshes(pl.Callback):
+    """Notes the steps after which the tracked inputs were updated."""
+
+    def __init__(self, callback):
+        self.callback, self.steps = callback, []
+
+    def on_train_batch_end(self, trainer, *_):
+        if self.callback.last_influence_step == trainer.global_step:
+            self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(1, [2, 4, 6, 8, 10, 12, 14, 16]), (3, [4, 6, 10, 12, 16]), (5, [6, 10, 16])]
+)
+def test_influence_is_updated_whenever_its_interval_has_passed(every, steps):
+    """With two optimisers a multiple of the interval may never be the global step."""
+    callback = refinement(influence_every_n_steps=every)
+    watch = Refreshes(callback)
+    fit(TwoSteps(), callback, watch)
+    assert watch.steps == steps
+    # The same moments as those of a probe.
+    probe, last = Probe(every_n_steps=every), 0
+    for step in range(2, 17, 2):
+        assert probe.due_at_step(step, last) == (step in steps)
+        last = step if step in steps else last
+    assert callback.influence().num_samples == 64
+
+
+def test_a_resumed_run_updates_influence_as_the_uninterrupted_one(tmp_path):
+    whole = refinement(influence_every_n_steps=3)
+    fit(mlp(), whole, train=loader(), max_epochs=4)
+    first = refinement(influence_every_n_steps=3)
+    trainer = fit(mlp(), first, train=loader(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    resumed = refinement(influence_every_n_steps=3)
+    watch = Refreshes(resumed)
+    fit(mlp(), resumed, watch, train=loader(), max_epochs=4, ckpt_path=tmp_path / "part.ckpt")
+    assert watch.steps == [6, 9, 12, 15]
+    one, other = whole.influence(), resumed.influence()
+    assert torch.equal(one.sample_ids, other.sample_ids)
+    torch.testing.assert_close(one.scores, other.scores)
+
+
+# Names and figures
+
+
+def test_class_names_are_those_of_the_sources():
+    names = ("ant", "bee", "cat", "dog")
+    callback = refinement(probe=Probe(class_names=names))
+    module = mlp()
+    fit(module, callback)
+    assert callback.result["net.5"].names == (*names, "other")
+    assert callback.explain(module, images(3).tensors[0]).sources == (*names, "other")
+    other = refinement(probe=Probe(class_names=names), source_fn=1, num_sources=4)
+    fit(mlp(), other)
+    assert other.result["net.5"].names == ("0", "1", "2", "3", "other")
+
+
+def test_figures_name_their_layers(tmp_path):
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    callback = refinement(
+        ["net.3", "net.5"], influence_every_n_steps=2, probe=Probe(class_names=["ant", "bee", "cat", "dog"])
+    )
+    drawn = {}
+
+    class Draws(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            tracking = callback._run.tracking
+            drawn.update(tracking.draw_influence(trainer, tracking.top_over_ranks(trainer), callback.class_names))
+
+    fit(mlp(), callback, Draws(), logger=logger)
+    drawn |= callback.draw(callback.result)
+    assert set(drawn) == {"sources", "influence/net.5"}
+    assert "net.3" in texts(drawn["sources"]) and "net.5" in texts(drawn["sources"])
+    assert "net.5" in texts(drawn["influence/net.5"]) and "dog" in texts(drawn["influence/net.5"])
+    assert "fc" in texts(callback.layer_metrics["net.5"].plot(callback.result["net.5"], layer="fc"))
+
+
+def test_results_compare_and_pickle():
+    callback, module = refinement(), mlp()
+    fit(module, callback)
+    result, explained = callback.result["net.5"], callback.explain(module, images(3).tensors[0])
+    for found in (result, explained):
+        twin = pickle.loads(pickle.dumps(found))
+        assert found == found and found != twin  # by identity, and without comparing tensors
+        for name, value in vars(found).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(getattr(twin, name), value, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert getattr(twin, name) == value
+    assert (result.num_units, result.num_samples, result.num_nonfinite) == (4, 32, 0)
+    after = pickle.loads(pickle.dumps(callback))
+    assert after.scalars == callback.scalars and list(after.ledger) == ["net.5"]
+
+
+def test_a_layer_given_to_the_probe_does_not_matter():
+    """It is for the callbacks that share the probe; these layers need not even exist here."""
+    plain, other = refinement(), refinement(probe=Probe(layers="net.2"))
+    fit(mlp(), plain)
+    fit(mlp(), other)
+    assert plain.scalars == other.scalars
+
+
+@pytest.mark.xfail(reason="the session still resolves the layers of a probe that no callback looks at", strict=True)
+def test_layers_of_the_probe_that_match_nothing_do_not_matter():
+    callback = refinement(probe=Probe(layers="nothing"))
+    fit(mlp(), callback)
+    assert callback.scalars["refinement/completeness_error"] < EXACT

@@ -1,9 +1,10 @@
-"""What every training sample did to a few small layers, kept on disk, to be asked about any input later.
+"""The update log: what every training sample did to a few small linear layers, kept on disk to be queried later.
 
-A linear layer's steps are written as their factors: the input a and the output gradient d of each sample, in half
-precision, each vector with a scale of its own, so that small gradients do not vanish. They come in shards,
-`shard-<rank>-<number>.pt`, each complete or absent: it is written under another name first. Beside them lie the layers'
-weights, before training in `initial.pt` and after it in `final.pt`. All are loaded with `weights_only=True`.
+A step of a linear layer is stored as its factors: the input a and the output gradient d of each sample, in half
+precision, each vector with its own scale so that small gradients do not vanish. They are written in shards,
+`shard-<rank>-<number>.pt`. Each shard is complete or absent, because it is first written under another name. The
+weights of the layers before training are in `initial.pt`, those after training in `final.pt`. All files are loaded with
+`weights_only=True`.
 """
 
 import os
@@ -16,40 +17,43 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_neuro.refinement.batch import TrainBatch
+from lightning_neuro.checks import ArgumentError, require
 from lightning_neuro.refinement.influence import (
     Influence,
     check_direction,
-    contrast_directions,
+    direction_name,
+    directions,
     influence_scores,
-    linear,
-    refinement_directions,
     strongest,
 )
+from lightning_neuro.refinement.layer_gradients import weights_on_cpu
+from lightning_neuro.refinement.options import Direction, parse_bytes
+from lightning_neuro.refinement.traced_layers import require_linear
+from lightning_neuro.refinement.training_steps import TrainBatch
 
 _FORMAT = 1
 Weights = dict[str, list[Tensor]]
 Rows = dict[str, Tensor]
 
 
-class TraceWriter:
-    """Writes the factors of chosen linear layers while they are trained.
+class UpdateLogWriter:
+    """Writes the updates of linear layers to disk while they are trained.
 
-    It watches training steps as an `Observer`. What is committed stays on the device until it fills a shard; then it
-    goes to the disk, the one moment at which training waits. Where the disk is full or the limit is reached, the trace
-    ends with the last complete shard, one warning says so, and training goes on.
+    It is a `StepObserver` of training steps. Committed updates stay on the device until they fill a shard; training
+    only waits while a shard is written. If the disk is full or the limit is reached, the log ends with the last
+    complete shard, a warning says so once, and training continues.
 
-    Size: 2 (in + out) + 24 bytes for each sample (each position, for tokens) in each step and layer.
+    Size: 2 (in + out) + 24 bytes for each sample (for tokens: each position) in each step and layer.
 
     Args:
-        folder: Where to write, a folder for each run; made if it is not there. With several ranks the same for all.
-        layers: Name -> the `nn.Linear` itself, before training.
-        size_limit: Bytes that this process may write.
-        shard_bytes: Bytes of factors in a shard.
-        rank: Of this process.
+        folder: The folder of the log, one for each run; created if necessary. All ranks use the same folder.
+        layers: Name -> `nn.Linear`, with its weights before training.
+        size_limit: How much this process may write: bytes, or a size such as "500MB".
+        shard_bytes: Bytes of updates in a shard.
+        rank: Rank of this process.
 
     Raises:
-        ValueError: If there is no layer, or one is not linear.
+        ArgumentError: If there is no layer, or one is not linear.
     """
 
     def __init__(
@@ -57,14 +61,16 @@ class TraceWriter:
         folder: Path | str,
         layers: Mapping[str, nn.Module],
         *,
-        size_limit: int = 10**9,
+        size_limit: int | str = "1GB",
         shard_bytes: int = 16 * 2**20,
         rank: int = 0,
     ) -> None:
-        if not layers:
-            raise ValueError("layers must hold at least one layer, got none.")
-        self.folder, self.size_limit, self.shard_bytes, self.rank = Path(folder), size_limit, shard_bytes, rank
-        self.layers = {name: linear(name, module) for name, module in layers.items()}
+        require(len(layers) > 0, "layers", "hold at least one layer", layers)
+        self.folder = Path(folder)
+        self.size_limit = parse_bytes("size_limit", size_limit)
+        self.shard_bytes = shard_bytes
+        self.rank = rank
+        self.layers = {name: require_linear(name, module, "layers") for name, module in layers.items()}
         self.closed = False
         self.num_shards = 0
         self._written = 0
@@ -73,10 +79,12 @@ class TraceWriter:
         self._buffer: dict[str, list[Rows]] = {}
         self._buffered = 0
         self._initial = self._weights()
-        self._started = self._broken = self._warned = False
+        self._started = False
+        self._broken = False
+        self._warned = False
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Keep the factors until the step is known to have happened."""
+        """Keep the factors until the optimiser makes its step."""
         if self.closed or layer not in self.layers or batch.ids is None or len(batch.ids) != len(inputs):
             return
         positions = inputs.shape[1:-1].numel()
@@ -87,7 +95,7 @@ class TraceWriter:
         self._pending.setdefault(layer, []).append(rows)
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Take what is pending into the trace, times `rate`; write a shard if it is full."""
+        """Add what is pending to the next shard, times `rate`; write the shard if it is full."""
         for rows in self._pending.pop(layer, ()):
             rows["d_scale"] = rows["d_scale"] * rate
             rows["step"] = torch.full_like(rows["id"], self._step[layer])
@@ -103,14 +111,16 @@ class TraceWriter:
         self._pending.pop(layer, None)
 
     def flush(self) -> None:
-        """Write what is there as a shard of its own."""
+        """Write what is collected as a shard."""
         if self.closed or not self._buffer:
             return
         layers = {
             layer: {name: torch.cat([rows[name] for rows in parts]).cpu() for name in parts[0]}
             for layer, parts in self._buffer.items()
         }
-        size, self._buffer, self._buffered = self._shard_size(), {}, 0
+        size = self._shard_size()
+        self._buffer = {}
+        self._buffered = 0
         if self._written + size > self.size_limit:
             self._close(f"its size limit of {self.size_limit:,} bytes is reached")
             return
@@ -123,9 +133,10 @@ class TraceWriter:
             self._close(f"it could not be written ({error})")
 
     def close(self) -> None:
-        """Write what is left, and the weights as they are now."""
+        """Write what is left, and the current weights."""
         self.flush()
-        self._pending, self._buffer = {}, {}
+        self._pending = {}
+        self._buffer = {}
         self.closed = True
         if self._started:
             try:
@@ -134,7 +145,7 @@ class TraceWriter:
                 self._warn(f"the final weights could not be written ({error})")
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the trace is, and all that is not in a shard yet, on the CPU."""
+        """How much is written, and what is not in a shard yet, on the CPU."""
         buffer = {
             layer: [{name: tensor.to("cpu", copy=True) for name, tensor in rows.items()} for rows in parts]
             for layer, parts in self._buffer.items()
@@ -144,21 +155,25 @@ class TraceWriter:
         return progress | {"step": dict(self._step), "buffer": buffer, "buffered": self._buffered, "initial": initial}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state: shards written after it, by the run that was broken off, are written anew.
+        """Continue from a saved state. Shards that the interrupted run wrote after it are replaced.
 
-        A folder without the earlier shards gets what follows, and a warning.
+        If the earlier shards are not in the folder, a warning says so, and the log holds what follows.
         """
-        self.num_shards, self._written = state["num_shards"], state["written"]
-        # Closed at the end of a run it may go on; broken off it may not.
-        self.closed = self._broken = state["broken"]
-        self._step, self._buffered, self._initial = dict(state["step"]), state["buffered"], dict(state["initial"])
+        self.num_shards = state["num_shards"]
+        self._written = state["written"]
+        # A log that was closed at the end of a run may continue; one that ended early may not.
+        self.closed = state["broken"]
+        self._broken = state["broken"]
+        self._step = dict(state["step"])
+        self._buffered = state["buffered"]
+        self._initial = dict(state["initial"])
         self._buffer = {layer: [dict(rows) for rows in parts] for layer, parts in state["buffer"].items()}
         devices = {layer: module.weight.device for layer, module in self.layers.items()}
         for layer, parts in self._buffer.items():
             for rows in parts:
                 rows.update({name: tensor.to(devices[layer]) for name, tensor in rows.items()})
         if missing := self._forget_from(self.num_shards):
-            self._warn(f"{len(missing)} shards of the run that goes on are not in {self.folder}; what follows is kept")
+            self._warn(f"{len(missing)} shards of the resumed run are not in {self.folder}; the log holds what follows")
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +182,7 @@ class TraceWriter:
         self._started = True
 
     def _forget_from(self, number: int) -> set[str]:
-        """Remove what an earlier run wrote here from this shard on; returns the shards before it that are not here."""
+        """Remove shards of an earlier run from this number on; returns the earlier shards that are missing."""
         kept = {f"shard-{self.rank}-{earlier:05d}.pt" for earlier in range(number)}
         present = {path.name for path in self.folder.glob(f"shard-{self.rank}-*.pt")}
         for name in present - kept:
@@ -176,7 +191,7 @@ class TraceWriter:
         return kept - present
 
     def _shard_size(self) -> int:
-        """Bytes of the next shard, a little too many rather than too few."""
+        """Upper bound of the bytes of the next shard."""
         rows = [tensor for parts in self._buffer.values() for part in parts for tensor in part.values()]
         weights = [weight for module in self.layers.values() for weight in module.parameters()]
         return (
@@ -184,7 +199,7 @@ class TraceWriter:
         )
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
-        """Write a file whole or not at all."""
+        """Write a file completely or not at all."""
         temporary = self.folder / f"{name}.{self.rank}.tmp"
         try:
             torch.save(content, temporary)
@@ -192,35 +207,34 @@ class TraceWriter:
             os.replace(temporary, self.folder / name)  # noqa: PTH105 - named, so that a test can make it fail
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            # torch reports a full disk as a RuntimeError of its own.
+            # torch reports a full disk as a RuntimeError.
             raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from error
 
     def _close(self, reason: str) -> None:
-        self._pending, self.closed, self._broken = {}, True, True
-        self._warn(f"{reason}. It holds the run up to its last complete shard, of {self.num_shards}; training goes on")
+        self._pending = {}
+        self.closed = True
+        self._broken = True
+        self._warn(
+            f"{reason}. The log ends with the last complete shard ({self.num_shards} shards); training continues"
+        )
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            rank_zero_warn(f"The trace of the training samples: {reason}.")
+            rank_zero_warn(f"Update log: {reason}.")
 
     def _weights(self) -> Weights:
-        return {
-            name: [
-                weight.detach().to("cpu", copy=True) for weight in (module.weight, module.bias) if weight is not None
-            ]
-            for name, module in self.layers.items()
-        }
+        return {name: weights_on_cpu(module) for name, module in self.layers.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
-    """What a `TraceWriter` left on disk; shards are read one at a time.
+class UpdateLog:
+    """The updates that an `UpdateLogWriter` left on disk. Shards are read one at a time.
 
     Attributes:
-        folder: Where it lies.
-        initial: Layer -> weight (out, in), and bias (out,) where there is one, before training.
-        final: The same after training, or as they were in the last shard if training broke off.
+        folder: The folder of the log.
+        initial: Layer -> weight (out, in) and, if there is one, bias (out,), before training.
+        final: The same after training; if training was interrupted, those of the last shard.
     """
 
     folder: Path
@@ -228,9 +242,10 @@ class Trace:
     final: Weights
 
     def shards(self) -> Iterator[dict[str, Rows]]:
-        """Layer -> rows, shard after shard; a row is a sample (a position) in a step: `id`, `target`, `step`, `a`, `d`.
+        """Yields for each shard: layer -> columns `id`, `target`, `step`, `a`, `d`.
 
-        `d` is times the rate: -d a^T is the sample's own change of the weight.
+        A row is a sample (for tokens: a position) in a step. `d` includes the rate: -d a^T is how this sample changed
+        the weight.
         """
         for path in sorted(self.folder.glob("shard-*.pt")):
             layers = torch.load(path, weights_only=True)["layers"]
@@ -240,25 +255,25 @@ class Trace:
         self,
         inputs: Tensor | Mapping[str, Tensor],
         top_k: int = 10,
-        direction: str | Tensor = "refinement",
+        direction: Direction | Tensor = "refinement",
         *,
         targets: Tensor | None = None,
     ) -> Influence:
-        """The training samples that pushed the layers' outputs for some inputs most.
+        """The training samples that pushed the outputs of the layers for some inputs most.
 
         Args:
-            inputs: The layer's input for Q samples in the final network, eval mode: (Q, in). With several layers:
-                name -> such inputs, and the scores of the named layers are added.
-            top_k: How many samples for each input.
-            direction: "refinement": along W_T h - W_0 h; "contrast": from the strongest rival class to the input's own,
-                where the layer is the classifier head; or a tensor, (Q, out), taken as long as it is.
-            targets: (Q,) the inputs' classes, for "contrast"; by default those that the head predicts.
+            inputs: Input of the layer for Q samples in the final network in evaluation mode: (Q, in). For several
+                layers: name -> such inputs; their scores are added.
+            top_k: Number of samples for each input.
+            direction: "refinement": along W_T h - W_0 h; "contrast": from the strongest rival class to the class of the
+                input, for the classifier head; or a tensor, (Q, out), which is not normalised.
+            targets: (Q,) classes of the inputs, for "contrast"; default: the classes that the head predicts.
 
         Returns:
             The strongest samples, their scores and classes.
 
         Raises:
-            ValueError: If a layer is not in the trace, or the shapes do not belong to it.
+            ArgumentError: If a layer is not in the log, or the shapes do not fit it.
         """
         check_direction(direction)
         by_layer = self._named(inputs)
@@ -269,63 +284,59 @@ class Trace:
             for layer in [name for name in by_layer if name in shard]:
                 rows, bias = shard[layer], len(self.final[layer]) > 1
                 part = influence_scores(rows["a"], rows["d"], by_layer[layer], along[layer], bias=bias)
-                # Samples met for the first time get new rows.
+                # Samples that appear for the first time get new rows.
                 ids, place = torch.unique(torch.cat([ids, rows["id"]]), return_inverse=True)
                 scores = torch.zeros(len(ids), scores.shape[1], dtype=torch.float64).index_add_(
                     0, place, torch.cat([scores, part.double()])
                 )
                 classes = torch.full_like(ids, -1).index_copy_(0, place, torch.cat([classes, rows["target"]]))
-        name = direction if isinstance(direction, str) else "given"
-        return strongest(scores, ids, classes, top_k=top_k, direction=name)
+        return strongest(scores, ids, classes, top_k=top_k, direction=direction_name(direction))
 
     def _named(self, inputs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(inputs, Tensor):
-            if len(self.final) > 1:
-                raise ValueError(f"the trace is of several layers: give inputs by name, of {', '.join(self.final)}.")
+            names = ", ".join(self.final)
+            require(len(self.final) == 1, "inputs", f"be given by name for a log of several layers: {names}", inputs)
             inputs = dict.fromkeys(self.final, inputs)
         for layer, h in inputs.items():
-            if layer not in self.final:
-                raise ValueError(f"the trace has no layer '{layer}'; it has {', '.join(self.final)}.")
+            require(layer in self.final, "inputs", f"name layers in the log ({', '.join(self.final)})", layer)
             features = self.final[layer][0].shape[1]
-            if h.ndim != 2 or h.shape[1] != features:
-                raise ValueError(f"the inputs of '{layer}' must be (Q, {features}); got {tuple(h.shape)}.")
-        if not inputs or len({len(h) for h in inputs.values()}) > 1:
-            raise ValueError("inputs must name at least one layer, and as many samples for each.")
+            fits = h.ndim == 2 and h.shape[1] == features
+            require(fits, "inputs", f"have the shape (Q, {features}) for layer '{layer}'", h)
+        alike = len({len(h) for h in inputs.values()}) == 1
+        require(alike, "inputs", "name at least one layer, with the same number of samples for each", inputs)
         return {layer: h.detach().cpu().float() for layer, h in inputs.items()}
 
-    def _along(self, layer: str, h: Tensor, direction: str | Tensor, targets: Tensor | None) -> Tensor:
-        if isinstance(direction, Tensor):
-            return direction.cpu().float()
+    def _along(self, layer: str, h: Tensor, direction: Direction | Tensor, targets: Tensor | None) -> Tensor:
         final, initial = ([weight.float() for weight in weights[layer]] for weights in (self.final, self.initial))
-        outputs = nn.functional.linear(h, *final)
-        if direction == "contrast":
-            return contrast_directions(outputs, None if targets is None else targets.cpu())
-        return refinement_directions(outputs - nn.functional.linear(h, *initial))
+        direction = direction.cpu().float() if isinstance(direction, Tensor) else direction
+        return directions(h, final, initial, direction, None if targets is None else targets.cpu())
 
 
-def load_trace(path: Path | str) -> Trace:
-    """Open a trace that a training run left on disk, complete or broken off.
+def load_update_log(path: Path | str) -> UpdateLog:
+    """Open the update log of a training run, complete or interrupted.
 
     Args:
-        path: Its folder.
+        path: The folder of the log.
 
     Raises:
-        FileNotFoundError: If there is no trace in it.
-        ValueError: If it was written by a later version of the package.
+        FileNotFoundError: If there is no update log in the folder.
+        ArgumentError: If it has a format that this version of the package does not read.
     """
     folder = Path(path)
     if not (folder / "initial.pt").is_file():
-        raise FileNotFoundError(f"There is no trace in {folder}: it has no file initial.pt.")
+        raise FileNotFoundError(f"There is no update log in {folder}, which has no file initial.pt.")
     first = torch.load(folder / "initial.pt", weights_only=True)
     if first["format"] != _FORMAT:
-        raise ValueError(f"The trace in {folder} has format {first['format']}; this version reads {_FORMAT}.")
+        raise ArgumentError(
+            f"`path` must be the folder of an update log of format {_FORMAT}; got format {first['format']} in {folder}."
+        )
     last = [folder / "final.pt"] if (folder / "final.pt").is_file() else sorted(folder.glob("shard-*.pt"))[-1:]
     final = torch.load(last[0], weights_only=True)["weights"] if last else first["weights"]
-    return Trace(folder, first["weights"], final)
+    return UpdateLog(folder, first["weights"], final)
 
 
 def _halved(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row over its largest number, in half precision, and these numbers."""
+    """Each row divided by its largest absolute value, in half precision, and these values."""
     scale = vectors.abs().amax(1, keepdim=True).to(torch.float32)
     return (vectors / torch.where(scale > 0, scale, 1)).half(), scale[:, 0]
 

@@ -1,10 +1,12 @@
-"""What is settled before the first step."""
+"""Options: what is checked at construction, and what is settled before the first step."""
 
 import pytest
 import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_neuro.refinement.plan import check_memory, check_phases, may_change_elements, parse_bytes, plan_phases
+from lightning_neuro import Probe, RepresentationRefinement
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.refinement.options import check_memory, parse_bytes
+from lightning_neuro.refinement.refinement_run import changes_elements, plan_phases
 from tests.models import fit, loader, mlp
 
 
@@ -14,7 +16,7 @@ class Asks(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.planned = plan_phases(trainer, self.phases)
-        self.elementwise = may_change_elements(trainer, pl_module)
+        self.elementwise = changes_elements(trainer, pl_module)
 
 
 def asked(phases=4, module=None, **options):
@@ -31,7 +33,7 @@ def test_equal_parts_of_the_planned_steps():
     assert asked(2, max_epochs=-1, max_steps=6).planned == (2, [3])
 
 
-def test_boundaries_of_ones_own():
+def test_boundaries_given_by_the_user():
     assert asked([2, 5]).planned == (3, [2, 5])
     assert asked((7,)).planned == (2, [7])
 
@@ -68,28 +70,41 @@ def test_when_elements_may_be_changed():
 
 @pytest.mark.parametrize("phases", [0, -1, 2.5, True, "ten", None, [3, 3], [5, 2], [0, 2], [1.5]])
 def test_wrong_phases(phases):
-    with pytest.raises(MisconfigurationException, match="`phases`"):
-        check_phases(phases)
+    with pytest.raises(ArgumentError, match="`phases`"):
+        RepresentationRefinement(phases=phases)
 
 
-def test_sizes():
-    read = {"1GB": 1e9, "500MB": 5e8, "1.5 KB": 1500, " 7B ": 7, "2TB": 2e12}
-    assert {text: parse_bytes("memory_limit", text) for text in read} == read
-    for wrong in ("1", "GB", "-1GB", "1 gb", 100, None, "1GB more"):
-        with pytest.raises(MisconfigurationException, match="`trace_limit` must be a size"):
-            parse_bytes("trace_limit", wrong)
+@pytest.mark.parametrize("name", ["memory_limit", "update_log_limit"])
+def test_sizes(name):
+    read = {"1GB": 1e9, "500MB": 5e8, "1.5 KB": 1500, " 7B ": 7, "2TB": 2e12, 100: 100}
+    assert {given: parse_bytes(name, given) for given in read} == read
+    for wrong in ("1", "GB", "-1GB", "1 gb", 0, -1, 1.5, True, None, "1GB more"):
+        with pytest.raises(ArgumentError, match=f"`{name}`"):
+            RepresentationRefinement(**{name: wrong})
+
+
+def test_a_source_function_needs_the_number_of_sources():
+    with pytest.raises(ArgumentError, match="`num_sources`"):
+        RepresentationRefinement(source_fn=2)
+    RepresentationRefinement(source_fn=2, num_sources=3)
 
 
 def test_memory_limit():
     sizes = {"fc1": 3_000_000, "fc2": 1_500_000}
     assert check_memory(sizes, 4.5e6) == "4.5 MB (fc1: 3.0 MB, fc2: 1.5 MB)"
-    with pytest.raises(MisconfigurationException, match=r"fc1: 3.0 MB, fc2: 1.5 MB\), more than .*\(4.4 MB\).*fewer"):
+    with pytest.raises(ArgumentError, match=r"fc1: 3.0 MB, fc2: 1.5 MB\).*got 4.4 MB.*`layers`"):
         check_memory(sizes, 4.4e6)
 
 
-def test_phases_end_in_a_fit_after_their_steps():
-    from lightning_neuro import RepresentationRefinement
+def test_the_probe_comes_first_and_layers_need_no_probe():
+    probe = Probe(num_samples=16)
+    assert RepresentationRefinement(probe).probe is probe
+    assert RepresentationRefinement(layers="fc*").probe == Probe()
+    with pytest.raises(ArgumentError, match="`probe`"):
+        RepresentationRefinement("fc*")
 
+
+def test_phases_end_in_a_fit_after_their_steps():
     callback = RepresentationRefinement(phases=[3, 8], on_error="raise")
     marks = []
 

@@ -1,7 +1,8 @@
 """The update rules of SGD, Adam and AdamW as recursions that are linear in the gradient, so that they can be split.
 
-Given its preconditioner (Adam's denominator), an update is linear in the gradients of all steps so far. So the gradient
-may be split into parts, each part run through the same rule, and the parts' weights add up to the real weights.
+Once its preconditioner (the denominator of Adam) is given, an update is linear in the gradients of all steps so far. So
+the gradient can be split into parts, each part can be run through the same rule, and the weights of the parts add up to
+the real weights.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ EXACT = (SGD, Adam, AdamW)
 
 
 def why_inexact(optimizer: Optimizer) -> str:
-    """Why an optimiser's steps cannot be split exactly, or an empty string."""
-    # By identity: a subclass may step otherwise.
+    """The reason why the steps of an optimiser cannot be split exactly; empty if they can."""
+    # Subclasses are not accepted, because they may step differently.
     if type(optimizer) not in EXACT:
         names = ", ".join(cls.__name__ for cls in EXACT)
         return f"{type(optimizer).__name__} is not one of {names}, whose steps are split exactly"
@@ -23,9 +24,9 @@ def why_inexact(optimizer: Optimizer) -> str:
 
 
 def used_gradient(group: dict[str, Any], state: dict[str, Any], gradient: Tensor) -> Tensor:
-    """The gradient that a finished step used, from what it left behind."""
+    """The gradient that a finished step used, from what the step left in the parameter and in the state."""
     if group.get("nesterov") and not group["weight_decay"] and not group["maximize"] and _foreach(group, gradient):
-        # This implementation adds the momentum to the parameter's gradient in place.
+        # This implementation adds the momentum to the gradient of the parameter in place.
         momentum: Tensor = group["momentum"] * state["momentum_buffer"]
         return gradient - momentum
     return gradient
@@ -33,12 +34,12 @@ def used_gradient(group: dict[str, Any], state: dict[str, Any], gradient: Tensor
 
 def _foreach(group: dict[str, Any], gradient: Tensor) -> bool:
     if group["foreach"] is None:
-        return gradient.is_cuda and group.get("fused") is None  # as torch itself decides
+        return gradient.is_cuda and group.get("fused") is None  # the default of torch
     return bool(group["foreach"])
 
 
 def momentum_before(state: dict[str, Any]) -> Tensor | None:
-    """The running mean of gradients that an optimiser already has, from training before."""
+    """The running mean of gradients that an optimiser holds from earlier training; None if it holds none."""
     buffer: Tensor | None = state.get("momentum_buffer", state.get("exp_avg"))
     return buffer
 
@@ -53,15 +54,15 @@ def step_parts(
     gradients: Tensor,
     first: bool,
 ) -> None:
-    """Make the step that an optimiser has just made on each part of a parameter.
+    """Repeat the step that an optimiser has just made for each part of a parameter.
 
     Args:
-        optimizer: One of those in `EXACT`.
-        group: The parameter's group, with the options of the step.
-        state: The parameter's state after the step.
-        parts: (parts, *shape), changed in place; their sum is the parameter.
-        means: (parts, *shape), changed in place: each part's running mean of gradients.
-        gradients: (parts, *shape), changed in place; their sum is the gradient that the optimiser used.
+        optimizer: One of the types in `EXACT`.
+        group: The parameter group, which holds the options of the step.
+        state: The state of the parameter after the step.
+        parts: (parts, *shape), changed in place; they sum to the parameter.
+        means: (parts, *shape), changed in place: the running mean of the gradients of each part.
+        gradients: (parts, *shape), changed in place; they sum to the gradient that the optimiser used.
         first: Whether the optimiser had no running mean before this step.
     """
     if group["maximize"]:
@@ -92,7 +93,7 @@ def _adam(
     elif decay:
         gradients.add_(parts * decay)
     means.mul_(beta1).add_(gradients * (1 - beta1))
-    # In double precision: 1 - beta2 ** 1 is .001, of which single precision would lose four digits.
+    # In double precision: 1 - beta2 ** 1 is .001, and single precision would lose four digits of it.
     step = torch.as_tensor(state["step"], device=parts.device, dtype=parts.dtype)
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].to(parts.dtype)
     denominator = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])

@@ -1,0 +1,203 @@
+"""What is tracked of single training samples in a fit: their table, their influence on a few inputs, and the files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_neuro import loggers
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.isolation import isolated_random_state
+from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.refinement.gradient_hooks import GradientHooks
+from lightning_neuro.refinement.influence import Influence
+from lightning_neuro.refinement.influence_table import InfluenceTable
+from lightning_neuro.refinement.loader_adapter import training_loaders
+from lightning_neuro.refinement.options import megabytes
+from lightning_neuro.refinement.plot import plot_influence, plot_top_samples
+from lightning_neuro.refinement.sample_table import SampleTable, top_rows, write_csv
+from lightning_neuro.refinement.training_steps import TrainBatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOP = 20
+# Inputs of the influence table, each of which takes a vector per training sample.
+NUM_INPUTS = 16
+
+
+class TrackedInputs(NamedTuple):
+    """The samples whose influence is tracked; all None on a rank without samples in the probe set.
+
+    Attributes:
+        layer_inputs: (Q, ..., in), their current input of the layer.
+        inputs: Their input of the model.
+        targets: (Q,) class labels, or None.
+    """
+
+    layer_inputs: Tensor | None
+    inputs: Any
+    targets: Tensor | None
+
+
+class SampleTracking:
+    """A `StepObserver` that fills the table of samples and the table of influence, and logs them.
+
+    Args:
+        layers: Names of the layers in the table; empty: there is no table.
+        num_samples: Number of samples in the training dataset.
+        head: Name and module of the layer whose influence is tracked, if any.
+        memory_limit: Bytes that both tables may take.
+        saved: The state of an earlier part of the run.
+
+    Raises:
+        ArgumentError: If the tables would take more memory.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        num_samples: int,
+        *,
+        head: tuple[str, nn.Linear] | None = None,
+        memory_limit: float = float("inf"),
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.table = SampleTable(layers, num_samples) if layers else None
+        self.influence_table = None if head is None else InfluenceTable(*head, num_samples)
+        self.inputs: TrackedInputs | None = None
+        size = 0 if self.table is None else self.table.num_bytes
+        size += 0 if self.influence_table is None else self.influence_table.num_bytes(NUM_INPUTS)
+        if size > memory_limit:
+            raise ArgumentError(
+                f"`memory_limit` must be at least {megabytes(size)}, which the tables of {num_samples:,} training"
+                f" samples need; got {megabytes(memory_limit)}. Raise it, name fewer layers in `track_samples`, or"
+                " leave out `influence_every_n_steps`."
+            )
+        try:
+            for name, table in self._tables().items():
+                if saved and name in saved:
+                    table.load_state_dict(saved[name])
+        except ValueError as error:
+            rank_zero_warn(
+                f"Per-sample tracking begins again at this step, because the saved state does not fit: {error}"
+            )
+
+    def _tables(self) -> dict[str, Any]:
+        tables = {"table": self.table, "influence": self.influence_table}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
+        """Show a backward pass to both tables."""
+        for table in self._tables().values():
+            table.see(layer, module, inputs, gradients, batch)
+
+    def commit(self, layer: str, rate: Tensor) -> None:
+        """Count what is pending in both tables."""
+        for table in self._tables().values():
+            table.commit(layer, rate)
+
+    def drop(self, layer: str) -> None:
+        """Forget what is pending in both tables."""
+        for table in self._tables().values():
+            table.drop(layer)
+
+    def find_inputs(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe_pass: ProbePass, hooks: GradientHooks
+    ) -> "TrackedInputs":
+        """The current state in the network of the first samples of the probe set."""
+        layer = "" if self.influence_table is None else self.influence_table.layer
+        found = [TrackedInputs(None, None, None)]
+
+        def keep(batch: ProbeBatch) -> None:
+            targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
+            found[0] = TrackedInputs(hooks.recorded[layer][0][0][:NUM_INPUTS], batch.inputs[:NUM_INPUTS], targets)
+
+        hooks.record(lambda: probe_pass.num_forwards)
+        try:
+            probe_pass.run(trainer, pl_module, keep, max_batches=1)
+        finally:
+            hooks.stop_recording()
+        return found[0]
+
+    def refresh(self, trainer: "pl.Trainer", found: "TrackedInputs") -> None:
+        """From now on, score against the inputs that rank 0 found. Call it on every rank."""
+        found = trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
+        if self.influence_table is not None and found.layer_inputs is not None:
+            self.influence_table.refresh(found.layer_inputs)
+            self.inputs = found
+
+    # Over all ranks
+
+    def table_over_ranks(self, trainer: "pl.Trainer") -> SampleTable | None:
+        """The table of all ranks. Call it on every rank."""
+        return None if self.table is None else self.table.over_ranks(trainer)
+
+    def top_over_ranks(self, trainer: "pl.Trainer") -> Influence | None:
+        """The strongest samples of all ranks for each input. Call it on every rank."""
+        return None if self.influence_table is None else self.influence_table.over_ranks(trainer).top()
+
+    def draw_influence(
+        self, trainer: "pl.Trainer", top: Influence | None, class_names: Sequence[str] | None
+    ) -> dict[str, "Figure"]:
+        """The inputs, with the training samples that moved them most next to them."""
+        if top is None or self.inputs is None or self.influence_table is None:
+            return {}
+        layer = self.influence_table.layer
+        figure = plot_influence(
+            top,
+            self.inputs.inputs,
+            _training_dataset(trainer),
+            layer=layer,
+            targets=self.inputs.targets,
+            class_names=class_names,
+        )
+        return {f"influence/{layer}": figure}
+
+    def log_top_samples(
+        self, trainer: "pl.Trainer", name: str, device: torch.device, class_names: Sequence[str] | None
+    ) -> Path | None:
+        """Log the samples that refined each layer most, and write the table to a file. Call it on every rank.
+
+        Returns:
+            The file, on rank 0 if the logger has a folder.
+        """
+        table = self.table_over_ranks(trainer)
+        folder = loggers.artefact_folder(trainer, name)
+        if table is None or not trainer.is_global_zero:
+            return None
+        arrays = table.arrays()
+        header = ("rank", "sample id", "class", "visits", "refinement", "fraction of the layer's total")
+        for layer in table.layers:
+            text = loggers.markdown_table(header, top_rows(arrays, layer, TOP, class_names))
+            loggers.log_text(trainer, f"{name}/top_samples/{layer}", text)
+
+        def draw() -> dict[str, "Figure"]:
+            images = _training_dataset(trainer)
+            return {
+                f"top_samples/{layer}": plot_top_samples(arrays, layer, images, count=TOP, class_names=class_names)
+                for layer in table.layers
+            }
+
+        # Datasets often augment what they return.
+        with isolated_random_state(device):
+            loggers.log_figures(trainer, name, draw)
+        if folder is None:
+            return None
+        write_csv(arrays, folder / "samples.csv")
+        return folder / "samples.csv"
+
+    def state_dict(self, trainer: "pl.Trainer | None" = None) -> dict[str, Any]:
+        """Both tables; with a trainer, those of all ranks, and it must be called on every rank."""
+        tables = self._tables()
+        if trainer is not None:
+            tables = {name: table.over_ranks(trainer) for name, table in tables.items()}
+        return {name: table.state_dict() for name, table in tables.items()}
+
+
+def _training_dataset(trainer: "pl.Trainer") -> Any:
+    return training_loaders(trainer)[0].dataset
