@@ -142,7 +142,8 @@ def main() -> None:
             for mutation in survivors:
                 line = mutation.path.read_text().splitlines()[mutation.line - 1].strip()
                 print(f"  survived: {mutation.path.relative_to(ROOT)}:{mutation.line}: {mutation.text!r} in {line}")
-            print(f"{method}: {len(chosen) - len(survivors)} of {len(chosen)} killed ({len(every)} possible)", flush=True)
+            score = f"{len(chosen) - len(survivors)} of {len(chosen)} killed"
+            print(f"{method}: {score} ({len(every)} possible)", flush=True)
             total, killed = total + len(chosen), killed + len(chosen) - len(survivors)
     print(f"all: {killed} of {total} killed ({killed / max(total, 1):.0%})")
 

@@ -1,65 +1,73 @@
-"""The base callback: on schedule, one metric per layer sees the probe's activations, and its results become curves."""
+"""The base class of all callbacks: one metric per layer sees the activations, and its results become curves.
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+The public half of `MetricCallback` is all that a new method needs; see `examples/own_method.py`. When it evaluates is
+decided in `scheduling.py` and `session.py`.
+"""
+
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import logging
-from lightning_neuro.arguments import check_metric, check_name
-from lightning_neuro.compat import Callback
-from lightning_neuro.isolation import isolated_random_state, why_off, without_inference_mode
-from lightning_neuro.metric import LayerResult
-from lightning_neuro.probe import Event, Probe, ProbeBatch
-from lightning_neuro.ranks import on_any_rank
-from lightning_neuro.samples import describe
+from lightning_neuro import loggers
+from lightning_neuro.checks import ArgumentError, check_metric, describe
+from lightning_neuro.keys import Entry, Table, key_of, with_keys
+from lightning_neuro.probe import Probe
+from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.ranks import FailedOnAnotherRankError, on_any_rank
+from lightning_neuro.results import LayerResult
+from lightning_neuro.scheduling import OnError, ScheduledCallback
+from lightning_neuro.session import Event
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+R = TypeVar("R")
+
 Memory = dict[str, Any]
 
-_SAVED = ("initial", "scalars", "_previous", "_last_epoch", "_last_step")
 
-
-class MetricCallback(Callback):
+class MetricCallback(ScheduledCallback, Generic[R]):
     """Logs any `torchmetrics.Metric` over activations, layer by layer, while the network trains.
 
-    Before the first step, then whenever the probe is due, the network runs over the probe's samples; a copy of the
-    metric per layer is updated with `metric.update(activations, targets)`, activations being (N, units), and what
-    `compute()` returns becomes curves.
+    Before the first step, then whenever the probe is due, the network runs over the probe set; a copy of the metric per
+    layer is updated with `metric.update(activations, targets)`, activations being (N, units), and what `compute()`
+    returns becomes curves. The type parameter `R` is what `compute()` returns.
+
+    To write a method of your own, derive from this class and override the hooks below "What a method may override";
+    they are listed in the order of an evaluation.
 
     Args:
         metric: The metric to copy for each layer. Its result may be a scalar (logged as the measure `value`), a mapping
             measure -> scalar, or a `LayerResult`.
-        probe: Which samples, which layers, when. Callbacks given no probe, or equal ones, share its passes.
-        name: The first part of every key; default: the callback's `family`, else the metric's class name in lower case.
+        probe: Which samples, which layers, when. Callbacks without a probe, or with equal ones, share its passes.
+        name: First part of every key. Default: the callback's `family`, else the metric's class name in lower case.
         prog_bar: Keys or globs of keys to show in the progress bar, such as `"communities/modularity"`.
-        on_error: What to do if an analysis fails: `"warn"` once and train on, or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and go on training, or `"raise"`.
 
     Keys:
-        ================================ =====================================================================
-        `<name>/<measure>/<layer>`       the measure at the layer
-        `<name>/<measure>`               its mean over the layers at which it is defined
-        `<name>/<measure>_initial/...`   for the measures in `baselines`: the value before the first step
-        ================================ =====================================================================
+        | key | value |
+        |---|---|
+        | `<name>/<measure>/<layer>` | the measure at the layer |
+        | `<name>/<measure>` | its mean over the layers at which it is defined, or a number of the whole network |
+        | `<name>/<measure>/<attribute>/<layer>` | for methods that tell attributes of the data apart |
+        | `<name>/<measure>/<attribute>/mean_over_layers` | its mean over layers |
+        | `<name>/<measure>_initial/...` | for the measures in `baselines`: the value before the first step |
 
-    Undefined values (NaN, infinite) are not logged: they would stop EarlyStopping.
+        Undefined values (NaN, infinite) are not logged: they would stop EarlyStopping.
 
     Attributes:
-        result: Layer -> latest result, exactly as the metric returned it.
+        result: Layer -> latest result, exactly as the metric returned it. Its tensors are not copied: do not change
+            them.
         scalars: Key -> latest known value.
         initial: Key -> value at the first evaluation, before training.
 
     Raises:
-        MisconfigurationException: For a wrong argument, at construction.
+        ArgumentError: For a wrong argument, at construction.
 
     Example:
         >>> from torchmetrics import MeanMetric
@@ -70,11 +78,15 @@ class MetricCallback(Callback):
     """
 
     family: ClassVar[str] = ""
+    """First part of the keys, unless `name` is given."""
     meanings: ClassVar[Mapping[str, str]] = {}
+    """Measure -> what it says, for the demo's table."""
     baselines: tuple[str, ...] = ()
-    charts: Mapping[str, tuple[str, ...]] = {}
+    """Measures whose value before training is logged as `<measure>_initial`."""
     histogram_name: ClassVar[str] = "histogram"
+    """What the histogram of a `LayerResult` is called."""
     needs_labels: bool = False
+    """Whether the method cannot do without class labels."""
 
     def __init__(
         self,
@@ -83,37 +95,34 @@ class MetricCallback(Callback):
         *,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
-        on_error: str = "warn",
+        on_error: OnError = "warn",
     ) -> None:
         check_metric(metric)
-        if not isinstance(probe, (Probe, type(None))):
-            raise MisconfigurationException(f"`probe` must be a lightning_neuro.Probe; got {type(probe).__name__}.")
-        if on_error not in ("warn", "raise"):
-            raise MisconfigurationException(f"`on_error` must be 'warn' or 'raise'; got {on_error!r}.")
-        name = self.family or type(metric).__name__.lower() if name is None else name
-        check_name(name)
-        prog_bar = (prog_bar,) if isinstance(prog_bar, str) else prog_bar
-        if not isinstance(prog_bar, Sequence) or not all(isinstance(pattern, str) for pattern in prog_bar):
-            raise MisconfigurationException(f"`prog_bar` must be a key or glob, or several; got {prog_bar!r}.")
         self.metric = metric
-        self.probe = probe or Probe()
-        self.name = name
-        self.prog_bar = tuple(prog_bar)
-        self.on_error = on_error
-        self.result: dict[str, Any] = {}
-        self.scalars: dict[str, float] = {}
-        self.initial: dict[str, float] = {}
-        self._metrics: dict[str, Metric] = {}
-        self._saved_metrics: dict[str, Any] = {}
-        self._previous: dict[str, Memory] = {}
-        self._last_epoch = self._last_step = -1
+        self.class_names: tuple[str, ...] | None = None
         self._failed: dict[str, Exception] = {}
-        self._warned: set[str] = set()
+        self._prepared = False
+        name = self.family or type(metric).__name__.lower() if name is None else name
+        super().__init__(probe, name=name, prog_bar=prog_bar, on_error=on_error)
 
-    # What a method changes
+    # What a method may override, in the order of an evaluation
+
+    def start_run(self) -> None:
+        """Called at construction and before a fit from step 0: forget everything of an earlier run."""
+        super().start_run()
+        self.result: dict[str, R] = {}
+        self.layer_metrics: dict[str, Metric] = {}
+        self._saved_metrics: dict[str, Any] = {}
+        self._memory: dict[str, Memory] = {}
+        self._baselines: Table = {}
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Called before every pass, for what a method must know of the activations beforehand."""
+
+    def observe(self, batch: ProbeBatch) -> None:
+        """Take in one batch of the pass. Default: show each layer's activations to the layer's metric."""
+        for layer, activations in batch.activations.items():
+            self.update_layer(layer, activations, batch)
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
         """Show one layer's activations in one batch to the layer's metric."""
@@ -122,278 +131,184 @@ class MetricCallback(Callback):
             targets = targets.repeat_interleave(len(activations) // len(targets))
         metric.update(activations, targets)
 
-    def measures(self, result: Any, previous: Memory | None) -> dict[str, float]:
-        """The scalars of one layer's result; `previous` is what `remember` kept of the evaluation before."""
+    def finalize(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", results: dict[str, R]) -> dict[str, R]:
+        """Called on all ranks after the metrics have computed: for work that ranks do together; returns the results."""
+        return results
+
+    def layer_measures(self, result: R, memory: Memory | None) -> Mapping[str, float]:
+        """Measure -> value of one layer; `memory` is what `remember` kept at the previous evaluation."""
         if isinstance(result, LayerResult):
             return dict(result.scalars())
-        return dict(result) if isinstance(result, Mapping) else {"value": result}
+        return dict(result) if isinstance(result, Mapping) else {"value": result}  # type: ignore[dict-item]
+
+    def attribute_measures(self, result: R, memory: Memory | None) -> Mapping[str, Mapping[str, float]]:
+        """Measure -> attribute -> value of one layer, for methods that tell attributes of the data apart."""
+        return {}
+
+    def network_measures(self, results: Mapping[str, R]) -> Mapping[str, float]:
+        """Measure -> value of the whole network; replaces the mean over layers of a measure of the same name."""
+        return {}
 
     def over_layers(self, measure: str, values: Sequence[float]) -> float:
-        """One number for the whole network."""
+        """One number for the whole network from a measure's values at all layers. Default: the mean."""
         return sum(values) / len(values)
 
-    def remember(self, result: Any) -> Memory:
-        """What to keep of one layer's result for the next evaluation: tensors and plain Python, for the checkpoint."""
+    def remember(self, result: R, memory: Memory | None) -> Memory:
+        """What to keep of one layer until the next evaluation: tensors and plain Python, for the checkpoint."""
         return {}
 
-    def draw(self, results: Mapping[str, Any]) -> dict[str, "Figure"]:
-        """Figures of all layers' results: the last part of the tag -> figure."""
+    def draw(self, results: Mapping[str, R]) -> dict[str, "Figure"]:
+        """Last part of the tag -> new figure of all layers' results. Called on rank 0 if a logger holds images."""
         return {}
 
-    # Lightning's hooks
+    def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> None:
+        """Called on all ranks after the scalars are logged: for tables, embeddings or files."""
 
-    @property
-    def state_key(self) -> str:
-        """Tells callbacks apart in a checkpoint."""
-        return self._generate_state_key(name=self.name)
-
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Share the pass with the callbacks that have an equal probe."""
-        # Here, before any callback evaluates: the first one's pass at the start of training shows it to all of them.
-        if stage == "fit" and trainer.global_step == 0:
-            self._forget()
-        for other in _ours(trainer):
-            if other is self:
-                break
-            if other.name == self.name:
-                raise MisconfigurationException(
-                    f"{type(other).__name__} and {type(self).__name__} both log under the name '{self.name}'. Give one"
-                    " of them another with `name=...`."
-                )
-            if other.probe.same_as(self.probe):
-                self.probe = other.probe
-
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers, so that a wrong name fails before the first step."""
-        if not why_off(trainer):
-            self.probe.attach(pl_module, self)
-
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate the untrained network; after a resume, put the last values back where callbacks look for them."""
-        if reason := why_off(trainer):
-            rank_zero_warn(f"{type(self).__name__} is off: {reason}.")
-            return
-        if self.scalars:
-            logging.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers="never")
-        else:
-            self._evaluate(trainer, pl_module, "start", loggers="now")
-        for pattern, near in logging.unmatched(self.prog_bar, self.scalars).items():
-            sentence = f"`prog_bar` has {pattern!r}, which is no key of {type(self).__name__}. Near: {near}"
-            self._warn_once(f"prog_bar/{pattern}", sentence)
-        self._log_layout(trainer)
-
-    def on_train_batch_end(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate if the probe counts in steps and this is one."""
-        step = trainer.global_step
-        if not why_off(trainer) and self.probe.due_at_step(step, self._last_step):
-            self._evaluate(trainer, pl_module, "step", loggers="now")
-
-    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers for a `trainer.validate` of its own."""
-        if trainer.state.fn == "validate" and not why_off(trainer):
-            self.probe.attach(pl_module, self)
-
-    def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate at the last validation of an epoch, so that callbacks that act after validation see the values."""
-        if why_off(trainer):
-            return
-        if trainer.state.fn == "validate" and self.probe.source == "train":
-            self._warn_once(
-                "validate", f"{self.name}: `trainer.validate` has no training data for the probe to look at."
-            )
-        elif trainer.state.fn == "validate":
-            self._evaluate(trainer, pl_module, "validate", loggers="epoch")
-        elif not trainer.sanity_checking and trainer.is_last_batch:
-            self._at_epoch_end(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate where the epoch ended without validation."""
-        self._at_epoch_end(trainer, pl_module)
-
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Let go of the model, the samples and the metrics' states."""
-        self._release()
-
-    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        """Let go of the model, the samples and the metrics' states."""
-        self._release()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had never stopped."""
-        metrics = {layer: metric.state_dict() for layer, metric in self._metrics.items()}
-        saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
-        return {"metrics": saved} | {name: getattr(self, name) for name in _SAVED}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state."""
-        self._saved_metrics = state_dict["metrics"]
-        for name in _SAVED:
-            setattr(self, name, state_dict[name])
-
-    # One evaluation
-
-    def _at_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        epoch = trainer.current_epoch
-        if epoch != self._last_epoch and not why_off(trainer) and self.probe.due_at_epoch(epoch):
-            self._evaluate(trainer, pl_module, "epoch", loggers="epoch")
-            self._last_epoch = epoch
-
-    def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Get ready for a pass of the probe."""
-        for metric in self._metrics.values():
+    def release(self) -> None:
+        """Called at the end of a run and after an exception: let go of the model, the samples and metric states."""
+        super().release()
+        for metric in self.layer_metrics.values():
             metric.reset()
-        self._failed = {}
-        with self._guard("the preparation"):
-            self.prepare(trainer, pl_module)
 
-    def observe(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the probe's pass; a layer that fails is noted and left out of this evaluation."""
-        if self.needs_labels and batch.targets is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs a class label (a whole number) for each sample, and the probe finds none."
-                f" The batch is {describe(batch.batch)}. Say where they are with `Probe(target_fn=lambda batch: ...)`."
-            )
-        for layer, activations in batch.activations.items():
-            try:
-                self.update(self.metric_at(layer, activations.device), activations, batch)
-            except Exception as error:
-                self._failed.setdefault(layer, error)
+    # What a method may use
 
     def metric_at(self, layer: str, device: torch.device) -> Metric:
         """The metric of one layer, on the device; made on first use, and given the state that was saved for it."""
-        if layer not in self._metrics:
-            self._metrics[layer] = metric = self.metric.clone()
+        if layer not in self.layer_metrics:
+            self.layer_metrics[layer] = metric = self.metric.clone()
             if layer in self._saved_metrics:
                 metric.load_state_dict(self._saved_metrics[layer])
-        return self._metrics[layer].to(device)
+        return self.layer_metrics[layer].to(device)
 
-    def _evaluate(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kind: str, *, loggers: logging.Loggers
-    ) -> None:
-        self._last_step = trainer.global_step
-        with isolated_random_state(pl_module.device), without_inference_mode():
-            self.result = self._results(trainer, pl_module, (kind, trainer.current_epoch, trainer.global_step))
-            measured = self._measured(self.result)
-            if trainer.global_step == 0 and kind == "start":
-                self.initial = self._keyed(measured)
-            scalars = self._keyed(measured | self._baselines())
-            self.scalars = self.scalars | scalars
-            logging.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, loggers=loggers)
-            with self._guard("the figures"):
-                self._log_pictures(trainer)
-
-    def _results(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> dict[str, Any]:
-        """One result per layer; what fails is left out, on all ranks alike, or one would wait for another forever."""
-        error: Exception | None = None
+    def update_layer(self, layer: str, activations: Tensor, batch: ProbeBatch) -> None:
+        """Call `update` with the layer's metric; a layer that fails is left out of this evaluation."""
         try:
-            self.probe.refresh(trainer, pl_module, event)
-        except MisconfigurationException:
-            raise
-        except Exception as failure:
-            error = failure
-        if on_any_rank(trainer, error is not None):
-            self._report("the probe's pass over its samples", error)
-            return {}
-        results: dict[str, Any] = {}
-        for layer, metric in self._metrics.items():
+            self.update(self.metric_at(layer, activations.device), activations, batch)
+        except Exception as error:
+            self.note_failure(layer, error)
+
+    def note_failure(self, layer: str, error: Exception) -> None:
+        """Leave a layer out of this evaluation; all ranks will agree on it, and it is reported once."""
+        self._failed.setdefault(layer, error)
+
+    # One evaluation, as the session calls it
+
+    def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
+        """Get ready for a pass over the probe set."""
+        super().begin_evaluation(trainer, pl_module, event)
+        self._failed = {}
+        for metric in self.layer_metrics.values():
+            metric.reset()
+
+        def prepare() -> bool:
+            self.prepare(trainer, pl_module)
+            return True
+
+        self._prepared = self.attempt(trainer, "the preparation", prepare) or False
+
+    def show(self, batch: ProbeBatch) -> None:
+        """Take in one batch of the pass, if the method could prepare itself."""
+        if self.needs_labels and batch.targets is None:
+            raise ArgumentError(
+                f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in the"
+                f" batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
+            )
+        if self._prepared:
+            self.observe(batch)
+
+    def end_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, complete: bool) -> None:
+        """Compute, log and draw; where the pass was not complete there are no results."""
+        assert self.event is not None
+        self.class_names = self.probe_pass.class_names(trainer)
+        results = self._compute(trainer) if complete and self._prepared else {}
+        self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
+        table = self._table(self.result)
+        if self.event.kind == "start" and self.event.step == 0:
+            self.initial = with_keys(self.name, table)
+            self._baselines = {
+                Entry(f"{entry.measure}_initial", entry.layer): value
+                for entry, value in table.items()
+                if entry.measure in self.baselines and entry.attribute is None
+            }
+        layers = set(self.result)
+        start = {entry: value for entry, value in self._baselines.items() if entry.layer in layers or not entry.layer}
+        scalars = with_keys(self.name, table | (start if table else {}))
+        self.scalars = self.scalars | scalars
+        moment: loggers.Moment = "now" if self.event.kind in ("start", "step") else "epoch"
+        loggers.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, moment=moment)
+        if self.result:
+            with self.guarded("the figures"):
+                self._log_figures(trainer)
+            self.log_extra(trainer, self.result)
+
+    def _compute(self, trainer: "pl.Trainer") -> dict[str, R]:
+        """One result per layer; what fails is left out on all ranks alike, or one would wait for another forever."""
+        results: dict[str, R] = {}
+        for layer, metric in self.layer_metrics.items():
             if on_any_rank(trainer, layer in self._failed):
-                self._report(f"layer '{layer}'", self._failed.get(layer))
+                self.report(f"layer '{layer}'", self._failed.get(layer) or FailedOnAnotherRankError())
             elif metric.update_called:
-                error = None
-                try:
-                    results[layer] = metric.compute()
-                except MisconfigurationException:
-                    raise
-                except Exception as failure:
-                    error = failure
+                result = self.attempt(trainer, f"layer '{layer}'", metric.compute)
+                if result is not None:
+                    results[layer] = result
+                else:
                     # It broke off with the states of all ranks joined, over which a reset would stumble.
                     metric.unsync(should_unsync=metric._is_synced)
-                if on_any_rank(trainer, error is not None):
-                    results.pop(layer, None)
-                    self._report(f"layer '{layer}'", error)
             metric.reset()
         return results
 
-    def _measured(self, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-        """Measure -> layer -> value, where it is defined."""
-        measured: dict[str, dict[str, float]] = {}
+    def _table(self, results: Mapping[str, R]) -> Table:
+        """All defined values of an evaluation, with their means over layers."""
+        table: Table = {}
         for layer, result in results.items():
-            with self._guard(f"layer '{layer}'"):
-                for measure, value in self.measures(result, self._previous.get(layer)).items():
-                    if isfinite(value := float(value)):
-                        measured.setdefault(measure, {})[layer] = value
-                    else:
-                        self._warn_once(f"{layer}/{measure}", f"{self.name}/{measure}/{layer} is {value}: not logged.")
-                self._previous[layer] = self.remember(result)
-                for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
-                    self._warn_once(f"{layer}/{kind}", f"{self.name}, layer '{layer}': {note}")
-        return measured
+            with self.guarded(f"layer '{layer}'"):
+                memory = self._memory.get(layer)
+                entries = {Entry(m, layer): value for m, value in self.layer_measures(result, memory).items()}
+                for measure, attributes in self.attribute_measures(result, memory).items():
+                    entries |= {Entry(measure, layer, name): value for name, value in attributes.items()}
+                table |= {entry: float(value) for entry, value in entries.items() if self._is_defined(entry, value)}
+                self._memory[layer] = self.remember(result, memory)
+            for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
+                # What is wrong with the samples is wrong at all layers alike: one warning says it.
+                self.warn_once(f"{kind}/{note}", f"{self.name}, layer '{layer}': {note}")
+        groups: dict[Entry, list[float]] = {}
+        for entry, value in table.items():
+            groups.setdefault(entry._replace(layer=None), []).append(value)
+        means = {entry: self.over_layers(entry.measure, values) for entry, values in groups.items()}
+        with self.guarded("the whole network"):
+            network = {Entry(measure): value for measure, value in self.network_measures(results).items()}
+            means |= {entry: float(value) for entry, value in network.items() if self._is_defined(entry, value)}
+        return means | table
 
-    def _baselines(self) -> dict[str, dict[str, float]]:
-        """The values before training, as measures of their own."""
-        found: dict[str, dict[str, float]] = {}
-        for measure in self.baselines:
-            prefix = f"{self.name}/{measure}/"
-            layers = {key.removeprefix(prefix): v for key, v in self.initial.items() if key.startswith(prefix)}
-            found |= {f"{measure}_initial": layers} if layers else {}
-        return found
+    def _is_defined(self, entry: Entry, value: float) -> bool:
+        if not isfinite(float(value)):
+            key = key_of(self.name, entry)
+            self.warn_once(key, f"{key} is {float(value)}, so it is not logged.")
+            return False
+        return True
 
-    def _keyed(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        keyed: dict[str, float] = {}
-        for measure, layers in measured.items():
-            keyed[f"{self.name}/{measure}"] = self.over_layers(measure, list(layers.values()))
-            keyed.update({f"{self.name}/{measure}/{layer}": value for layer, value in layers.items()})
-        return keyed
-
-    def _log_pictures(self, trainer: "pl.Trainer") -> None:
-        if not self.result:
-            return
-        logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": fig for tag, fig in self.draw(self.result).items()})
+    def _log_figures(self, trainer: "pl.Trainer") -> None:
+        loggers.log_figures(trainer, self.name, lambda: self.draw(self.result))
         for layer, result in self.result.items():
             if isinstance(result, LayerResult):
-                logging.log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
+                loggers.log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
 
-    @contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """Keep an error of the analysis from ending the run."""
-        try:
-            yield
-        except MisconfigurationException:
-            raise
-        except Exception as error:
-            self._report(what, error)
+    # State
 
-    def _report(self, what: str, error: Exception | None) -> None:
-        if self.on_error == "raise" and error is not None:
-            raise error
-        reason = "it failed on another rank" if error is None else f"{type(error).__name__}: {error}"
-        message = f"{self.name}: the analysis of {what} failed and is left out; training goes on. {reason}"
-        self._warn_once(f"{what}/error", message)
+    def layers_of(self, measure: str) -> list[str]:
+        """The layers at which the measure is defined."""
+        return [layer for layer in self._memory if key_of(self.name, Entry(measure, layer)) in self.scalars]
 
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            rank_zero_warn(message)
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had never stopped."""
+        metrics = {layer: metric.state_dict() for layer, metric in self.layer_metrics.items()}
+        saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
+        baselines = [(*entry, value) for entry, value in self._baselines.items()]
+        return super().state_dict() | {"metrics": saved, "memory": self._memory, "baselines": baselines}
 
-    def _forget(self) -> None:
-        """Begin a new run: nothing of an earlier one must show in its curves."""
-        self.result, self.scalars, self._metrics, self._saved_metrics = {}, {}, {}, {}
-        self.initial, self._previous, self._warned = {}, {}, set()
-        self._last_epoch = self._last_step = -1
-
-    def _release(self) -> None:
-        self.probe.detach(self)
-        for metric in self._metrics.values():
-            metric.reset()
-
-    def _log_layout(self, trainer: "pl.Trainer") -> None:
-        """The last of our callbacks writes the layout for all: TensorBoard keeps one per run."""
-        if self is (ours := _ours(trainer))[-1]:
-            charts = {our.name: logging.multiline_charts(our.name, our.charts, our.scalars) for our in ours}
-            logging.log_layout(trainer, charts)
-
-
-def _ours(trainer: "pl.Trainer") -> list[MetricCallback]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, MetricCallback)]  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        super().load_state_dict(state_dict)
+        self._saved_metrics = state_dict["metrics"]
+        self._memory = state_dict["memory"]
+        self._baselines = {Entry(*entry): value for *entry, value in state_dict["baselines"]}

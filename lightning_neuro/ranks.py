@@ -19,6 +19,15 @@ class FailedOnAnotherRankError(RuntimeError):
         super().__init__("it failed on another rank")
 
 
+def explain(error: Exception) -> str:
+    """An error in words: its type and message, or that it happened on another rank."""
+    return (
+        "It failed on another rank."
+        if isinstance(error, FailedOnAnotherRankError)
+        else f"{type(error).__name__}: {error}"
+    )
+
+
 def on_any_rank(trainer: "pl.Trainer", condition: bool) -> bool:
     """Whether a condition holds on at least one rank."""
     return condition if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(condition, all=False)

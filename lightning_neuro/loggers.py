@@ -1,19 +1,23 @@
-"""The one door to any Lightning logger: scalars to all, pictures and text to those that can hold them, files beside."""
+"""The one door to Lightning's loggers: scalars to all of them, figures and text to those that can hold them, files."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_neuro.figures import free, pixels
+from lightning_neuro.keys import Entry, key_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Loggers = Literal["epoch", "now", "never"]
+Moment = Literal["epoch", "now", "never"]
 Layout = dict[str, dict[str, list[Any]]]
 
 
@@ -23,7 +27,7 @@ def log_scalars(
     scalars: Mapping[str, float],
     *,
     prog_bar: Iterable[str] = (),
-    loggers: Loggers,
+    moment: Moment,
 ) -> None:
     """Log values so that callbacks can monitor them, the progress bar can show them and every logger writes them.
 
@@ -32,7 +36,7 @@ def log_scalars(
         pl_module: Its module; called inside one of its hooks that allow logging.
         scalars: Key -> value; the same on every rank.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        loggers: When the loggers get them: `"epoch"`: with the values of the epoch that Lightning is about to write;
+        moment: When the loggers get them: `"epoch"`: with the values of the epoch that Lightning is about to write;
             `"now"`: directly, because between epochs Lightning would hold them back until its next logging step;
             `"never"`: they have them already.
     """
@@ -46,20 +50,20 @@ def log_scalars(
             key,
             value,
             prog_bar=any(fnmatchcase(key, pattern) for pattern in patterns),
-            logger=None if loggers == "epoch" else False,
+            logger=None if moment == "epoch" else False,
             on_step=after_step,
             on_epoch=not after_step,
             batch_size=1,
             add_dataloader_idx=False,
         )
-    if loggers != "epoch":
+    if moment != "epoch":
         # Reading them is what makes Lightning remember them for EarlyStopping and ModelCheckpoint ...
         trainer.callback_metrics, trainer.progress_bar_metrics  # noqa: B018
         if not after_step and trainer._results is not None:
             # ... and if it kept them as an epoch's, it would put them over newer ones when the first epoch ends.
             for key in scalars:
                 trainer._results.pop(f"{pl_module._current_fx_name}.{key}", None)
-    if loggers == "now":
+    if moment == "now":
         for logger in trainer.loggers:
             logger.log_metrics({**scalars, "epoch": trainer.current_epoch}, step=logging_step(trainer))
             logger.save()
@@ -80,20 +84,27 @@ def logging_step(trainer: "pl.Trainer") -> int:
     return step - 1 if trainer.lightning_module._current_fx_name == "on_train_epoch_end" else step
 
 
-def log_figures(trainer: "pl.Trainer", draw: Callable[[], Mapping[str, "Figure"]]) -> None:
-    """Draw figures and hand them to the loggers that hold images; where there is none, nothing is drawn."""
+def log_figures(trainer: "pl.Trainer", name: str, draw: Callable[[], Mapping[str, "Figure"]]) -> None:
+    """Draw figures on rank 0 and hand them to the loggers that hold images; where there is none, nothing is drawn.
+
+    Args:
+        trainer: The trainer.
+        name: First part of the tags.
+        draw: Returns last part of the tag -> figure. The figures are released once they are written.
+    """
     holders = [logger for logger in trainer.loggers if _writer(logger) is not None or hasattr(logger, "log_image")]
     if not holders or not trainer.is_global_zero:
         return
     step = logging_step(trainer)
     for tag, figure in draw().items():
-        image = _pixels(figure)
+        image = pixels(figure)
         for logger in holders:
             writer = _writer(logger)
             if writer is not None:
-                writer.add_image(tag, image, step, dataformats="HWC")
+                writer.add_image(f"{name}/{tag}", image, step, dataformats="HWC")
             else:
-                logger.log_image(key=tag, images=[image], step=step)  # type: ignore[attr-defined]
+                logger.log_image(key=f"{name}/{tag}", images=[image], step=step)  # type: ignore[attr-defined]
+        free(figure)
 
 
 def log_histogram(trainer: "pl.Trainer", tag: str, values: Tensor) -> None:
@@ -147,7 +158,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 def _cell(value: object) -> str:
     if not isinstance(value, float):
         return str(value).replace("|", "\\|").replace("\n", " ")
-    return "-" if value != value else f"{value:.3f}"
+    return "-" if isnan(value) else f"{value:.3f}"
 
 
 def artefact_folder(trainer: "pl.Trainer", name: str) -> Path | None:
@@ -169,25 +180,27 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.=-]", "_", name).lstrip(".") or "_"
 
 
-def multiline_charts(family: str, charts: Mapping[str, Sequence[str]], keys: Iterable[str]) -> dict[str, list[Any]]:
+def multiline_charts(
+    family: str, charts: Mapping[str, Sequence[str]], layers_of: Callable[[str], Iterable[str]]
+) -> dict[str, list[Any]]:
     """Charts for TensorBoard's Custom Scalars tab that show measures which belong together in one picture.
 
     Args:
         family: The first part of the keys.
-        charts: Title -> the measures in one chart; the first is also shown for all layers in one.
-        keys: The logged keys; a layer of theirs has a chart of its own.
+        charts: Title -> the measures in one chart; the first one is also shown for all layers in one chart.
+        layers_of: Returns the layers that a measure is logged for; each has a chart of its own.
     """
 
-    def tags(measures: Iterable[str], ending: str) -> list[str]:
-        return [f"^{re.escape(f'{family}/{measure}')}{ending}$" for measure in measures]
+    def tags(measures: Iterable[str], layer: str | None = None) -> list[str]:
+        return [f"^{re.escape(key_of(family, Entry(measure, layer)))}$" for measure in measures]
 
     found: dict[str, list[Any]] = {}
     for title, measures in charts.items():
-        found[f"{title}: mean over layers"] = ["Multiline", tags(measures, "")]
-        found[f"{measures[0]}: each layer"] = ["Multiline", tags(measures[:1], "/.*")]
-        prefix = f"{family}/{measures[0]}/"
-        for layer in (key.removeprefix(prefix) for key in keys if key.startswith(prefix)):
-            found[f"{title}: {layer}"] = ["Multiline", tags(measures, re.escape(f"/{layer}"))]
+        found[f"{title}: mean over layers"] = ["Multiline", tags(measures)]
+        every_layer = f"^{re.escape(key_of(family, Entry(measures[0])))}/[^/]*$"
+        found[f"{measures[0]}: each layer"] = ["Multiline", [every_layer]]
+        for layer in layers_of(measures[0]):
+            found[f"{title}: {layer}"] = ["Multiline", tags(measures, layer)]
     return found
 
 
@@ -206,13 +219,3 @@ def _writer(logger: Any) -> Any:
     """The logger's TensorBoard writer, by what it can do: loggers of both Lightning namespaces have one."""
     writer = getattr(logger, "experiment", None)
     return writer if hasattr(writer, "add_image") and hasattr(writer, "add_custom_scalars") else None
-
-
-def _pixels(figure: "Figure") -> Any:
-    """A figure as an (H, W, 3) array of bytes."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -1,15 +1,14 @@
-"""The fixed set of samples a probe looks at: found in the user's data once, the same ones all run."""
+"""The probe set: the fixed samples a probe looks at, chosen from the user's data once, the same throughout the run."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -24,97 +23,41 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-INPUT_KEYS = ("input", "inputs", "x", "image", "images", "pixel_values", "img", "data", "features", "input_ids")
-TARGET_KEYS = ("target", "targets", "y", "label", "labels")
+from lightning_neuro.batches import batch_length, class_labels, default_target
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.identity import number_in_group
+
 DEFAULT_BATCH_SIZE = 128
 
-BatchFunction = Callable[[Any], Any]
+TargetFunction = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """This rank's shard of the sample set.
+@dataclass(frozen=True, eq=False)
+class ProbeSet:
+    """This rank's share of the probe set.
 
     Attributes:
         batches: Collated batches on the CPU, as the user's loader would give them.
-        num_samples: Number of samples in them; batches that do not tell their size are not counted.
+        num_samples: Number of samples in them; batches whose size is not known are not counted.
         num_classes: Largest class label plus one; 0 without class labels.
+        class_names: Names of the classes as the dataset gives them, or None.
     """
 
     batches: tuple[Any, ...]
     num_samples: int
     num_classes: int
+    class_names: tuple[str, ...] | None = None
 
 
-def default_input(batch: Any) -> Any:
-    """The model's input in a batch: a tensor itself, the first of a sequence, or a dict's entry of a usual name."""
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        for key in INPUT_KEYS:
-            if key in batch:
-                return batch[key]
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
-        return batch[0]
-    raise MisconfigurationException(
-        f"The probe cannot tell which part of a batch is the model's input. The batch is {describe(batch)}. Say it with"
-        " `Probe(input_fn=lambda batch: ...)`."
-    )
-
-
-def default_target(batch: Any) -> Any:
-    """The target in a batch: the second of a sequence, or a dict's entry of a usual name; None where there is none."""
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in TARGET_KEYS if key in batch), None)
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1:
-        return batch[1]
-    return None
-
-
-def class_labels(targets: Any) -> Tensor | None:
-    """Targets as (N,) int64 class labels, or None where they are something else (a regression target, a mask)."""
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
-        return None
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        targets = targets[:, 0]
-    return targets.long() if targets.ndim == 1 else None
-
-
-def describe(value: Any) -> str:
-    """Say in a few words what a batch is made of, for error messages."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or '(none)'}"
-    if isinstance(value, (tuple, list)):
-        parts = ", ".join(describe(part) for part in value[:4])
-        return f"a {type(value).__name__} of {len(value)} ({parts})"
-    return f"a {type(value).__name__}"
-
-
-def batch_length(*values: Any) -> int | None:
-    """The number of samples in a batch, by the first tensor found in the values; None where there is none."""
-    for value in values:
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
-        children: Iterable[Any] = value.values() if isinstance(value, Mapping) else ()
-        if isinstance(value, (tuple, list)):
-            children = value
-        length = batch_length(*children)
-        if length is not None:
-            return length
-    return None
-
-
-def collect_samples(
+def load_probe_set(
     source: Any,
     *,
     num_samples: int,
     seed: int = 0,
-    target_fn: BatchFunction = default_target,
+    target_fn: TargetFunction = default_target,
     rank: int = 0,
     world_size: int = 1,
-) -> Samples:
+) -> ProbeSet:
     """Choose the samples and load them.
 
     From a map-style dataset, or the part of it that the loader's sampler draws from, the choice is drawn by a private
@@ -132,7 +75,7 @@ def collect_samples(
         world_size: Number of shares.
 
     Raises:
-        MisconfigurationException: If the source is empty or has fewer samples than there are ranks.
+        ArgumentError: If the source is empty or has fewer samples than there are ranks.
     """
     # Not `torch.manual_seed`, which would also seed accelerators that the caller does not isolate.
     torch.default_generator.manual_seed(seed)
@@ -147,16 +90,33 @@ def collect_samples(
         share = source if isinstance(source, DataLoader) else islice(source, rank, None, world_size)
         batches = list(_first_batches(share, -(-num_samples // world_size)))
     if not batches:
-        raise MisconfigurationException(
+        raise ArgumentError(
             f"The probe found no samples for rank {rank} of {world_size} in {_name(source)}. Give it a source with at"
             " least one sample a rank, for example `Probe(source=my_dataset)` or `Probe(source='train')`."
         )
     labels = [label for batch in batches if (label := class_labels(target_fn(batch))) is not None and len(label)]
-    return Samples(
+    return ProbeSet(
         batches=tuple(batches),
         num_samples=sum(batch_length(batch) or 0 for batch in batches),
         num_classes=max((int(label.max()) + 1 for label in labels), default=0),
+        class_names=class_names_of(getattr(source, "dataset", source)),
     )
+
+
+def class_names_of(dataset: Any) -> tuple[str, ...] | None:
+    """The names of the classes where a dataset, or the one it is a part of, has them in `classes`; else None."""
+    while isinstance(dataset, (Subset, ConcatDataset)):
+        dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
+    with suppress(Exception):  # a property of the user's may do anything
+        return as_class_names(dataset.classes)
+    return None
+
+
+def as_class_names(names: Any) -> tuple[str, ...] | None:
+    """A sequence of strings as a tuple; None for anything else that an attribute of such a name may hold."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names) or None
 
 
 def _name(source: Any) -> str:
@@ -180,7 +140,7 @@ def _load(loader: DataLoader[Any], indices: Sequence[int]) -> Iterator[Any]:
 
 
 def _chosen_batches(
-    loader: DataLoader[Any], num_samples: int, seed: int, target_fn: BatchFunction, rank: int, world_size: int
+    loader: DataLoader[Any], num_samples: int, seed: int, target_fn: TargetFunction, rank: int, world_size: int
 ) -> Iterator[Any]:
     indices = _sampled_indices(loader)
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
@@ -227,7 +187,7 @@ def _generator_kept(loader: DataLoader[Any]) -> Iterator[None]:
 
 
 def stratified(labels: Tensor) -> Tensor:
-    """An order of the samples in which every beginning holds as many of each class as it can.
+    """A permutation of the samples in which every prefix is as class-balanced as possible.
 
     Args:
         labels: (N,) integer labels, themselves in random order.
@@ -239,12 +199,7 @@ def stratified(labels: Tensor) -> Tensor:
         >>> stratified(torch.tensor([0, 0, 0, 1, 2])).tolist()
         [0, 3, 4, 1, 2]
     """
-    by_class = torch.argsort(labels, stable=True)
-    counts = torch.unique_consecutive(labels[by_class], return_counts=True)[1]
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    turn = torch.empty_like(by_class)
-    turn[by_class] = torch.arange(len(labels)) - starts
-    return torch.argsort(turn, stable=True)
+    return torch.argsort(number_in_group(labels), stable=True)
 
 
 def dataset_labels(dataset: Any) -> Tensor | None:

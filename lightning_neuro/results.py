@@ -1,4 +1,4 @@
-"""What the package's metrics share: their `compute()` returns a frozen result, which tells its scalars by name."""
+"""What the metrics of this package share: `compute()` returns a frozen result that lists its scalars by name."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -16,17 +16,18 @@ class LayerResult(Protocol):
         """Measure -> value, undefined ones left out."""
 
     def notes(self) -> Mapping[str, str]:
-        """Kind -> a sentence that the user must be told once: what was left out of the data, why nothing is defined."""
+        """Kind -> a warning for the user: what was left out of the data, or why a number is undefined."""
 
     def histogram(self) -> Tensor:
-        """The values whose distribution is worth a look."""
+        """The values whose distribution is logged."""
 
 
 class ResultMetric(Metric):
     """A metric whose `compute()` returns a frozen dataclass.
 
     torchmetrics looks for tensors inside whatever a metric returns, to clone them and to move them between devices, and
-    gives up on a frozen dataclass. So the result passes through it in an envelope that it does not look into.
+    cannot do so in a frozen dataclass. So the result passes through torchmetrics in an object that it does not look
+    into.
     """
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:

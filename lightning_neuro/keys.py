@@ -1,0 +1,70 @@
+"""The keys under which values are logged, and the table of values that they are made from.
+
+| key | what it is |
+|---|---|
+| `<family>/<measure>` | of the whole network, or the mean over layers |
+| `<family>/<measure>/<layer>` | of a layer (of attributes: their mean at the layer) |
+| `<family>/<measure>/<attribute>/<layer>` | of an attribute at a layer |
+| `<family>/<measure>/<attribute>/mean_over_layers` | of an attribute, the mean over layers |
+
+So the number of segments says what a key is. No part of it contains "/".
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+MEAN_OVER_LAYERS = "mean_over_layers"
+
+
+class Entry(NamedTuple):
+    """What a value in the table is of; without a layer it is of the whole network, or the mean over layers.
+
+    Attributes:
+        measure: What was measured.
+        layer: At which layer.
+        attribute: Of which attribute of the data.
+    """
+
+    measure: str
+    layer: str | None = None
+    attribute: str | None = None
+
+
+Table = dict[Entry, float]
+
+
+def key_of(family: str, entry: Entry) -> str:
+    """The key of a table's entry.
+
+    Example:
+        >>> key_of("observers", Entry("auroc", attribute="mark"))
+        'observers/auroc/mark/mean_over_layers'
+    """
+    last = entry.layer
+    if entry.attribute is not None and last is None:
+        last = MEAN_OVER_LAYERS
+    return "/".join(part for part in (family, entry.measure, entry.attribute, last) if part is not None)
+
+
+def parse_key(key: str) -> tuple[str, Entry]:
+    """The family and the entry of a key; the inverse of `key_of`.
+
+    Raises:
+        ValueError: If it is not a key of this package.
+
+    Example:
+        >>> parse_key("communities/modularity/relu3")
+        ('communities', Entry(measure='modularity', layer='relu3', attribute=None))
+    """
+    parts = key.split("/")
+    if not 2 <= len(parts) <= 4:
+        raise ValueError(f"`key` must have two to four parts separated by '/'; got {key!r}.")
+    family, measure = parts[:2]
+    if len(parts) == 4:
+        return family, Entry(measure, None if parts[3] == MEAN_OVER_LAYERS else parts[3], parts[2])
+    return family, Entry(measure, parts[2] if len(parts) == 3 else None)
+
+
+def with_keys(family: str, table: Mapping[Entry, float]) -> dict[str, float]:
+    """A table as key -> value."""
+    return {key_of(family, entry): value for entry, value in table.items()}
