@@ -157,7 +157,9 @@ def full_network(
 def _check_paths(paths: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
     for site, masks in paths.items():
         if site not in means:
-            raise ArgumentError(f"`paths` must have the layers {', '.join(means)}; got '{site}', which is none of them.")
+            raise ArgumentError(
+                f"`paths` must have the layers {', '.join(means)}; got '{site}', which is none of them."
+            )
         if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != len(means[site]):
             raise ArgumentError(
                 f"`paths` must be bool of shape (concepts, {len(means[site])}) in layer '{site}'; got {masks.dtype} of"

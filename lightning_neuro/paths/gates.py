@@ -21,7 +21,7 @@ from lightning_neuro.batches import first_tensor
 from lightning_neuro.capture import MAX_CALLS, uncompiled
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import evaluation_mode, without_inference_mode
-from lightning_neuro.layers import latest_layout, named_layers, resolve_layers
+from lightning_neuro.layers import named_layers, resolve_layers
 from lightning_neuro.paths.layer_outputs import (
     UnitAxes,
     broadcast,
@@ -31,6 +31,7 @@ from lightning_neuro.paths.layer_outputs import (
     unit_means,
     with_tensor,
 )
+from lightning_neuro.units import latest_layout
 
 
 class Site(NamedTuple):

@@ -33,7 +33,7 @@ def unit_axes(output: Tensor, num_samples: int, units_last: bool | None) -> Unit
     Args:
         output: A layer's output.
         num_samples: N.
-        units_last: Whether the units lie on the last dimension, as `lightning_neuro.layers.latest_layout` says; None if
+        units_last: Whether the units lie on the last dimension, as `lightning_neuro.units.latest_layout` says; None if
             it is not known.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Masked passes: the network with only a path active, and with all but the path, the paths of all concepts in one batch.
+"""Masked passes: the network with only a path active, and with all but the path, all concepts in one batch.
 
 A path "predicts" its concept for a sample if the masked network's prediction is one of the classes that the concept's
 samples have; for concepts that are classes, if it predicts the class.

@@ -64,9 +64,7 @@ def minimal_paths(
     def evaluate(paths: Paths) -> PathEvaluation:
         return evaluate_paths(model, inputs, targets, paths, layers=layers, ablation=ablation, num_others=num_others)
 
-    densities = minimal_densities(
-        scores, evaluate, retention=retention, informedness=informedness, num_steps=num_steps
-    )
+    densities = minimal_densities(scores, evaluate, retention=retention, informedness=informedness, num_steps=num_steps)
     return concept_paths(scores, densities), densities
 
 
