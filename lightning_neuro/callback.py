@@ -239,7 +239,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         if self.result:
             with self.guarded("the figures"):
                 self._log_figures(trainer)
-            self.log_extra(trainer, self.result)
+            self.attempt(trainer, "what is logged beside the scalars", lambda: self.log_extra(trainer, self.result))
 
     def _compute(self, trainer: "pl.Trainer") -> dict[str, R]:
         """One result per layer; what fails is left out on all ranks alike, or one would wait for another forever."""
@@ -270,7 +270,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
                 self._memory[layer] = self.remember(result, memory)
             for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
                 # What is wrong with the samples is wrong at all layers alike: one warning says it.
-                self.warn_once(f"{kind}/{note}", f"{self.name}, layer '{layer}': {note}")
+                self.warn_once(f"{kind}/{note}", f"{self.name}: {note} (First at layer '{layer}'.)")
         groups: dict[Entry, list[float]] = {}
         for entry, value in table.items():
             groups.setdefault(entry._replace(layer=None), []).append(value)
