@@ -33,11 +33,11 @@ def assert_same(result, expected, tolerance=1e-10):
             assert torch.allclose(ours, theirs, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("mode", ["correlation", "mostafa2021"])
+@pytest.mark.parametrize("mode", ["states", "mostafa2021"])
 def test_batches_and_shards_equal_the_whole(mode):
     activations, targets = batch()
     activations[5, 2] = math.nan
-    upper = activation_range(activations) if mode == "correlation" else None
+    upper = activation_range(activations) if mode == "states" else None
     whole = neuron_entropy(activations, targets, upper=upper, mode=mode)
     shards = []
     for part, labels in zip(activations.split(100), targets.split(100), strict=True):
@@ -49,7 +49,7 @@ def test_batches_and_shards_equal_the_whole(mode):
     for shard in shards:
         merged.merge_state(shard)
         merged.compute()  # must not be remembered at the next merge
-    if mode == "correlation":
+    if mode == "states":
         assert torch.equal(merged.upper, upper)
     assert_same(merged.compute(), whole)
 
@@ -75,16 +75,16 @@ def test_merging_needs_one_range_one_mode_and_one_layer():
     two.update(batch(seed=1)[0])
     with pytest.raises(ValueError, match="one range"):
         one.merge_state(two)
-    with pytest.raises(ValueError, match="mode 'correlation' with 10 bins"):
-        one.merge_state(NeuronEntropy(bins=5))
+    with pytest.raises(ValueError, match="mode 'states' with 10 bins"):
+        one.merge_state(NeuronEntropy(num_bins=5))
     with pytest.raises(ValueError, match="same number of units"):
         one.merge_state(other.metric_state | {"counts": torch.zeros(1, 3, 11, dtype=torch.int64)})
 
 
-@pytest.mark.parametrize("mode", ["correlation", "mostafa2021"])
+@pytest.mark.parametrize("mode", ["states", "mostafa2021"])
 def test_forward_gives_the_batch_and_adds_it(mode):
     activations, targets = batch()
-    upper = activation_range(activations) if mode == "correlation" else None
+    upper = activation_range(activations) if mode == "states" else None
     metric = NeuronEntropy(upper=upper, mode=mode)
     for part, labels in zip(activations.split(100), targets.split(100), strict=True):
         assert_same(metric(part, labels), neuron_entropy(part, labels, upper=upper, mode=mode))
@@ -287,7 +287,7 @@ def test_paper_mode_keeps_its_own_copy():
 
 def test_gradients_are_not_kept():
     activations, targets = batch()
-    for mode in ("correlation", "mostafa2021"):
+    for mode in ("states", "mostafa2021"):
         result = NeuronEntropy(mode=mode)(activations.requires_grad_(), targets)
         assert not result.total.requires_grad
 
@@ -299,7 +299,7 @@ def test_results_are_frozen():
         metric.compute().mode = "other"
 
 
-@pytest.mark.parametrize("mode", ["correlation", "mostafa2021"])
+@pytest.mark.parametrize("mode", ["states", "mostafa2021"])
 @pytest.mark.filterwarnings("ignore:.*was called before the")
 def test_compute_never_raises_on_poor_data(mode):
     metric = NeuronEntropy(mode=mode)
@@ -318,8 +318,8 @@ def test_compute_never_raises_on_poor_data(mode):
     ("options", "said"),
     [
         ({"mode": "x"}, "mode must be one of"),
-        ({"bins": 0}, "bins must be"),
-        ({"bins": True}, "bins must be"),
+        ({"num_bins": 0}, "bins must be"),
+        ({"num_bins": True}, "bins must be"),
         ({"miller_madow": None}, "miller_madow must be"),
         ({"num_classes": 0}, "num_classes must be None or an integer of at least 1, got 0"),
         ({"num_classes": 2.5}, "num_classes must be"),
@@ -333,7 +333,7 @@ def test_wrong_options_fail_in_the_constructor(options, said):
         NeuronEntropy(**options)
 
 
-@pytest.mark.parametrize("mode", ["correlation", "mostafa2021"])
+@pytest.mark.parametrize("mode", ["states", "mostafa2021"])
 def test_another_number_of_units_is_refused(mode):
     metric = NeuronEntropy(mode=mode)
     metric.update(torch.rand(5, 4))
@@ -363,8 +363,8 @@ def rank_main(rank, file):
     activations, targets = activations[order], targets[order]
     activations[0, 0] = math.nan
     own = slice(rank * 250, rank * 250 + 250)
-    for mode in ("correlation", "mostafa2021"):
-        upper = activation_range(activations) if mode == "correlation" else None
+    for mode in ("states", "mostafa2021"):
+        upper = activation_range(activations) if mode == "states" else None
         whole = neuron_entropy(activations, targets, upper=upper, mode=mode)
         metric = NeuronEntropy(upper=upper, mode=mode)
         metric.update(activations[own], targets[own])
