@@ -1,4 +1,4 @@
-"""What several test folders need: planted data, the words of a figure, a launcher for two processes."""
+"""What several test folders need: planted data, words of a figure, hooks of a model, a launcher for two processes."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +25,13 @@ def texts(figure: Any) -> str:
     from matplotlib.text import Text
 
     return " | ".join(text.get_text() for text in figure.findobj(Text) if text.get_text())
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """Every hook on a module or below it."""
+    kinds = [kind for kind in vars(nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]
+    assert "_forward_hooks" in kinds and "_backward_hooks" in kinds
+    return [f"{name}: {kind}" for name, part in module.named_modules() for kind in kinds if getattr(part, kind)]
 
 
 def run_two_ranks(module: str, folder: Path, *arguments: str, timeout: float = 150) -> Path:

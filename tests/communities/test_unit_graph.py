@@ -6,8 +6,8 @@ import torch
 from sklearn.metrics import matthews_corrcoef
 
 from lightning_neuro.communities import activation_graph
-from lightning_neuro.communities.unit_graph import WEIGHTS, merge_moments, moments
 from lightning_neuro.communities.mostafa2021 import class_graphs
+from lightning_neuro.communities.unit_graph import WEIGHTS, merge_moments, moments
 
 
 def activations(n=60, d=7, seed=0):

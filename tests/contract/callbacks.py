@@ -228,13 +228,6 @@ def assert_logged(callback: MetricCallback, module: Any, tolerance: float = 1e-5
     assert_close({key: callback.scalars[key] for key in expected}, expected, tolerance)
 
 
-def hooks_of(module: torch.nn.Module) -> list[str]:
-    """Every hook on a module or below it."""
-    kinds = [kind for kind in vars(torch.nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]
-    assert "_forward_hooks" in kinds and "_backward_hooks" in kinds
-    return [f"{name}: {kind}" for name, part in module.named_modules() for kind in kinds if getattr(part, kind)]
-
-
 class Act(pl.Callback):
     """Does something at a step, after the training batch."""
 

@@ -90,9 +90,3 @@ class Words(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden, _ = self.rnn(x)
         return self.head(self.act(self.mlp(hidden.transpose(0, 1))).mean(1))
-
-
-def hooks_of(module: nn.Module) -> list[str]:
-    """Every hook on a module or below it."""
-    kinds = [kind for kind in vars(nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]
-    return [f"{name}: {kind}" for name, part in module.named_modules() for kind in kinds if getattr(part, kind)]

@@ -9,8 +9,9 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.layers import resolve_layers
 from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_paths, refine_paths
 from lightning_neuro.stats import spearman
+from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, hooks_of, one_hot, planted, residual_net, trained
+from tests.paths.networks import Words, convnet, data, disjoint, one_hot, planted, residual_net, trained
 
 
 def logit_fall(net: nn.Module, x: Tensor, y: Tensor, module: nn.Module, fill: Tensor | None = None) -> Tensor:

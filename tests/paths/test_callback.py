@@ -29,8 +29,9 @@ from lightning_neuro.paths import (
 from lightning_neuro.paths import callback as callback_file
 from lightning_neuro.paths.gate_learning import initial_gates
 from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
+from tests.helpers import hooks_of
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp
-from tests.paths.networks import Residual, hooks_of, residual_net
+from tests.paths.networks import Residual, residual_net
 
 X, Y = images(32).tensors
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, refine_paths
 from lightning_neuro.identity import number_in_group
+from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, refine_paths
 from lightning_neuro.paths import masked_passes as module
 from lightning_neuro.paths.masked_passes import sample_path_pairs
+from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, hooks_of, one_hot, planted, residual_net, trained
+from tests.paths.networks import Words, convnet, data, disjoint, one_hot, planted, residual_net, trained
 
 
 def surgery(net: nn.Module, keep: dict[str, Tensor]) -> nn.Module:

@@ -10,7 +10,8 @@ from torch import nn
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, refine_paths
 from lightning_neuro.paths.gate_learning import initial_gates
-from tests.paths.networks import convnet, data, disjoint, hooks_of, one_hot, trained
+from tests.helpers import hooks_of
+from tests.paths.networks import convnet, data, disjoint, one_hot, trained
 
 
 def small() -> nn.Module:
@@ -167,7 +168,9 @@ def test_in_place_activations_change_nothing_for_learned_paths() -> None:
     for inplace in (False, True):
         net = convnet(inplace)
         scores = attribution_scores(net, x, y, layers)
-        found.append((NadPaths(net, layers, num_passes=2).fit(x, y).gates, refine_paths(net, x, y, scores, num_steps=3)))
+        found.append(
+            (NadPaths(net, layers, num_passes=2).fit(x, y).gates, refine_paths(net, x, y, scores, num_steps=3))
+        )
     for plain, inplace in zip(*found, strict=True):
         for name, gates in plain.items():
             torch.testing.assert_close(inplace[name], gates, equal_nan=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.paths import LayerPaths, PathResult, attribution_scores, concept_paths, path_similarity
-from lightning_neuro.paths.gates import GatedModel, Attribution, evaluating
+from lightning_neuro.paths.gates import Attribution, GatedModel, evaluating
 from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
 from tests.paths.networks import convnet, data, planted
 
