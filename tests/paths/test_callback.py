@@ -224,7 +224,7 @@ def test_a_model_without_logits_is_explained_before_the_first_step_and_forward_f
 
 def test_labels_beyond_the_logits_are_explained() -> None:
     data = DataLoader(TensorDataset(X, Y + 1), batch_size=16)
-    with pytest.raises(ArgumentError, match="0 to 3.*from 1 to 4"):
+    with pytest.raises(ArgumentError, match=r"0 to 3.*from 1 to 4"):
         fit(mlp(), ConceptPaths(), train=data, val=False)
 
 
@@ -357,7 +357,7 @@ def test_figures_are_written(tmp_path: Path) -> None:
 
 def test_options_that_exclude_each_other_are_refused() -> None:
     for options in ({"num_refinement_steps": 3}, {"concept_fn": len}):
-        with pytest.raises(ArgumentError, match="`mode`.*'nad'"):
+        with pytest.raises(ArgumentError, match=r"`mode`.*'nad'"):
             ConceptPaths(mode="nad", **options)  # type: ignore[arg-type]
 
 
@@ -395,7 +395,12 @@ def test_a_concept_can_be_a_key_of_the_batch() -> None:
     by_key = ConceptPaths(Probe(source=batches), concept_fn="kind", on_error="raise")
     by_function = ConceptPaths(Probe(source=batches), concept_fn=lambda batch: batch["label"] % 2, on_error="raise")
     for callback in (by_key, by_function):
-        fit(Dicts(mlp().net), callback, train=DataLoader([{"image": a, "label": b} for a, b in zip(X, Y)]), val=False)
+        fit(
+            Dicts(mlp().net),
+            callback,
+            train=DataLoader([{"image": a, "label": b} for a, b in zip(X, Y, strict=True)]),
+            val=False,
+        )
     assert by_key.scalars == by_function.scalars != {}
     assert len(by_key.result["net.2"].masks) == 2
 

@@ -254,11 +254,11 @@ def test_shared_modules_and_tokens_and_time_are_masked_at_their_own_place() -> N
 
 def test_wrong_paths_are_explained_and_nothing_is_left() -> None:
     net, (x, y) = convnet().train(), data(20, 4)
-    with pytest.raises(ValueError, match="`paths`.*12.*layer '8'"):
+    with pytest.raises(ValueError, match=r"`paths`.*12.*layer '8'"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 3, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="`paths`.*'8'"):
+    with pytest.raises(ValueError, match=r"`paths`.*'8'"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 12, dtype=torch.bool)}, layers="5")
-    with pytest.raises(ValueError, match="`concepts` must be below 2.*concept 3"):
+    with pytest.raises(ValueError, match=r"`concepts` must be below 2.*concept 3"):
         evaluate_paths(net, x, y, {"8": torch.ones(2, 12, dtype=torch.bool)})
     with pytest.raises(ValueError, match="ablation"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 12, dtype=torch.bool)}, ablation="none")
