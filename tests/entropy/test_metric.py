@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.entropy import NeuronEntropy, activation_range, merge_calibrations, neuron_entropy
 
 PER_UNIT = ("total", "on_off", "amplitude", "class_information")
@@ -73,11 +74,11 @@ def test_merging_needs_one_range_one_mode_and_one_layer():
     one, two, other = NeuronEntropy(), NeuronEntropy(), NeuronEntropy(upper=torch.ones(3))
     one.update(batch(seed=0)[0])
     two.update(batch(seed=1)[0])
-    with pytest.raises(ValueError, match="one range"):
+    with pytest.raises(ArgumentError, match="one range"):
         one.merge_state(two)
-    with pytest.raises(ValueError, match="mode 'states' with 10 bins"):
+    with pytest.raises(ArgumentError, match="10 bins"):
         one.merge_state(NeuronEntropy(num_bins=5))
-    with pytest.raises(ValueError, match="same number of units"):
+    with pytest.raises(ArgumentError, match="number of units"):
         one.merge_state(other.metric_state | {"counts": torch.zeros(1, 3, 11, dtype=torch.int64)})
 
 
@@ -103,9 +104,9 @@ def test_the_range_comes_from_all_calibration_batches_and_then_is_frozen():
     metric.update(activations[:10], targets[:10])
     assert metric.calibrated
     assert torch.allclose(metric.upper, activation_range(activations), rtol=1e-9)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ArgumentError, match="range"):
         metric.calibrate(activations)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ArgumentError, match="range"):
         metric.set_calibration(top, count)
 
 
@@ -225,7 +226,7 @@ def test_no_targets_no_class_information():
 
 def test_labels_beyond_num_classes_are_refused():
     metric = NeuronEntropy(num_classes=3)
-    with pytest.raises(ValueError, match="num_classes=3, got a label 3"):
+    with pytest.raises(ArgumentError, match=r"`targets`.*3.*label 3"):
         metric.update(torch.rand(2, 2), torch.tensor([0, 3]))
 
 
@@ -311,20 +312,20 @@ def test_compute_never_raises_on_poor_data(mode):
         assert "undefined" in result.notes()
     metric.update(torch.zeros(3, 2))
     assert metric.compute().scalars()["dead_share"] == 1.0
-    assert metric.compute().notes()["nonfinite"].startswith("5 of 9 samples")
+    assert "5 of 9 samples" in metric.compute().notes()["nonfinite"]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mode": "x"}, "mode must be one of"),
-        ({"num_bins": 0}, "bins must be"),
-        ({"num_bins": True}, "bins must be"),
-        ({"miller_madow": None}, "miller_madow must be"),
-        ({"num_classes": 0}, "num_classes must be None or an integer of at least 1, got 0"),
-        ({"num_classes": 2.5}, "num_classes must be"),
-        ({"upper": torch.ones(2, 2)}, "upper must be a floating tensor of shape"),
-        ({"upper": -torch.ones(2)}, "upper must hold positive"),
+        ({"mode": "x"}, "`mode`"),
+        ({"num_bins": 0}, "`num_bins`"),
+        ({"num_bins": True}, "`num_bins`"),
+        ({"miller_madow": None}, "`miller_madow`"),
+        ({"num_classes": 0}, "`num_classes`"),
+        ({"num_classes": 2.5}, "`num_classes`"),
+        ({"upper": torch.ones(2, 2)}, "`upper`"),
+        ({"upper": -torch.ones(2)}, "`upper`"),
         ({"uper": torch.ones(2)}, "uper"),
     ],
 )
@@ -337,7 +338,7 @@ def test_wrong_options_fail_in_the_constructor(options, said):
 def test_another_number_of_units_is_refused(mode):
     metric = NeuronEntropy(mode=mode)
     metric.update(torch.rand(5, 4))
-    with pytest.raises(ValueError, match="must have 4 units as before, got 3"):
+    with pytest.raises(ArgumentError, match=r"4 units.*3\)"):
         metric.update(torch.rand(5, 3))
 
 
@@ -377,7 +378,7 @@ def rank_main(rank, file):
         assert one_sided.compute().num_samples == 399
     apart = NeuronEntropy()
     apart.update(activations[own])
-    with pytest.raises(ValueError, match="one range"):
+    with pytest.raises(ArgumentError, match="one range"):
         apart.compute()
     torch.distributed.destroy_process_group()
 
