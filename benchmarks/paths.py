@@ -8,6 +8,7 @@ Times are ratios within one run: what is compared runs alternately, and the medi
 
 import argparse
 import copy
+import math
 import statistics
 import time
 import warnings
@@ -247,7 +248,7 @@ def compare(net: nn.Module, data: TensorDataset, layers: list[str] | None) -> No
         overlap = [mean_between(path_similarity(one[site], one[site])) for site in one]
         size = float(torch.cat([mask.flatten() for mask in one.values()]).double().mean())
         found = evaluate_paths(net, *judged, one).scalars()
-        rates = [found[key] for key in ("retention", "false_positive_rate", "auroc", "necessity")]
+        rates = [found.get(key, math.nan) for key in ("retention", "false_positive_rate", "auroc", "necessity")]
         print(f"{name:<20}" + "".join(f"{v:>14.3f}" for v in (size, mean(floor), mean(overlap), *rates)))
 
 

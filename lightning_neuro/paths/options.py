@@ -18,9 +18,9 @@ class PathOptions(TypedDict, total=False):
 
     Args:
         ablation: What replaces the output of a unit outside of the path: `"zero"`, or its `"mean"` over samples and
-            positions.
+            positions. Default: `"zero"`.
         hierarchy: A tree of the classes, as nested sequences of class numbers, such as `[[0, 2, [4, 6]], [5, 7, 9]]`;
-            see `tree_kinship`. With it, `hierarchy_correlation` is computed.
+            see `tree_kinship`. With it, `hierarchy_correlation` is computed. Default: none.
     """
 
     ablation: Ablation
