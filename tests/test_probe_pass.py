@@ -437,3 +437,15 @@ def test_source(source: Any, val: Any, expected: float, options: Any) -> None:
 def test_validation_switched_off_looks_at_training_data() -> None:
     watch = look(Probe(num_samples=64), mlp(), limit_val_batches=0)
     assert sum(batch.num_samples for batch in watch.passes[0]) == 64
+
+
+def test_labels_that_the_dataset_holds_are_read_without_loading_samples() -> None:
+    class Counted(TensorDataset):
+        loaded = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.loaded += 1
+            return super().__getitem__(index)
+
+    look(Probe(source=Counted(*images(64).tensors), num_samples=8), mlp())
+    assert Counted.loaded == 8

@@ -1,6 +1,8 @@
 """The callbacks that must pass the contract suite, and what its files share."""
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,9 +24,19 @@ from lightning_neuro import (
 )
 from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
 from lightning_neuro.probe_pass import ProbeBatch
+from tests.helpers import ROOT
 from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
+
+
+def from_examples(name: str) -> Any:
+    """A module of the folder `examples`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # A new method adds its line here.
@@ -37,6 +49,7 @@ CALLBACKS: dict[str, Make] = {
     "observers": ObserverProbes,
     "topology": ActivationTopology,
     "paths": ConceptPaths,
+    "example": from_examples("own_method").ActivationDimension,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
