@@ -77,13 +77,13 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
         "entropy, its parts, its initial value": ("total", "on_off", "amplitude", "total_initial"),
         "class information": ("class_information",),
     }
-    histogram_name = "unit_entropy"
     meanings = {  # noqa: RUF012
         "total": "entropy of a unit's state in bits, the mean over live units",
         "on_off": "the part of it that is being active or not",
         "class_information": "bits that a unit's state tells about the class",
         "dead_share": "fraction of units that were never active",
     }
+    histogram_name = "unit_entropy"
 
     def __init__(
         self,

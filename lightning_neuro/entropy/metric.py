@@ -101,7 +101,6 @@ class NeuronEntropy(ResultMetric):
         self.miller_madow = miller_madow
         self.num_classes = num_classes
         self.upper = given_range
-        self._calibration = _NO_CALIBRATION
         if mode == "mostafa2021":
             self.add_state("activations", [], dist_reduce_fx="cat")
         else:
@@ -109,6 +108,7 @@ class NeuronEntropy(ResultMetric):
             self.add_state("counts", torch.zeros(rows, 0, num_bins + 1, dtype=torch.int64), dist_reduce_fx="sum")
             self.add_state("largest_label", torch.tensor(-1), dist_reduce_fx="max")
         self.add_state("num_nonfinite", torch.tensor(0), dist_reduce_fx="sum")
+        self._calibration = _NO_CALIBRATION
 
     # The range
 

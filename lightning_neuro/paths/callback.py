@@ -1,28 +1,25 @@
 """Concept paths as training curves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import isnan
-from typing import TYPE_CHECKING, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
 
-from lightning_neuro.batches import BatchField, read_field
+from lightning_neuro.batches import BatchField
 from lightning_neuro.callback import MetricCallback
-from lightning_neuro.checks import ArgumentError, as_labels, check_choice, check_field, check_int, check_number, require
+from lightning_neuro.checks import ArgumentError, check_field, check_int, require
 from lightning_neuro.isolation import undisturbed
 from lightning_neuro.paths.evaluation import PathEvaluation
 from lightning_neuro.paths.gates import GatedModel, without_fused_kernels
 from lightning_neuro.paths.metric import LayerPaths
 from lightning_neuro.paths.networkx_export import paths_graph
-from lightning_neuro.paths.options import DEFAULT_DENSITY, Mode, PathOptions
+from lightning_neuro.paths.options import PathOptions
 from lightning_neuro.paths.path_search import PathSearch
 from lightning_neuro.paths.plot import plot_flow, plot_overlap, plot_reuse, plot_stability
-from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples
+from lightning_neuro.paths.previous_paths import Previous, previous_gates, to_remember, with_stability
+from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples, read_concepts
 from lightning_neuro.paths.result import PathResult
-from lightning_neuro.paths.similarity import stability
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.scheduling import OnError
@@ -49,20 +46,17 @@ class ConceptPaths(MetricCallback[PathResult]):
     Args:
         probe: Which samples, which layers, when; see `Probe`. To follow paths through the outputs of residual blocks,
             name the blocks, such as `Probe(layers="layer?.?")` for torchvision's ResNets.
-        mode: `"attribution"`, or `"nad"` for the masks of the paper (slow; in one process only).
-        density: Fraction of each layer's units that a path keeps; or `"minimal"` for the smallest fraction that retains
-            .9 of the accuracy at an informedness of .5, for each class.
         samples_per_class: Number of samples of each class that are used, half of them to find paths and half to
             evaluate them.
-        num_refinement_steps: Number of steps of relative refinement after the attribution; see `refine_paths`.
         concept_fn: Where the concept of each sample is found in a batch: a key, an index or a function of the batch.
             Concepts are integers (N,), negative for none. Default: the class.
+        hierarchy: A tree of the classes, as nested sequences of class numbers, such as `[[0, 2, [4, 6]], [5, 7, 9]]`,
+            for `hierarchy_correlation`.
         flow: The two concepts in the flow figure. Default: the two with the most similar paths.
-        nad_beta: Weight of sparseness in mode `"nad"`; see `NadPaths`.
         name: First part of the keys, instead of `paths`.
         prog_bar: Keys or globs of keys to show in the progress bar.
         on_error: `"warn"` or `"raise"`.
-        **options: Options of `LayerPaths`; see `PathOptions`.
+        **options: How paths are found (`density`, `ablation`, ...); see `PathOptions`.
 
     Keys:
         Of the whole network, as `paths/<measure>`, means over concepts:
@@ -132,72 +126,55 @@ class ConceptPaths(MetricCallback[PathResult]):
         self,
         probe: Probe | None = None,
         *,
-        mode: Mode = "attribution",
-        density: float | Literal["minimal"] = DEFAULT_DENSITY,
         samples_per_class: int = 32,
-        num_refinement_steps: int = 0,
         concept_fn: BatchField | None = None,
+        hierarchy: Sequence[Any] | None = None,
         flow: Sequence[int] | None = None,
-        nad_beta: float = 4.5,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
         on_error: OnError = "warn",
         **options: Unpack[PathOptions],
     ) -> None:
-        check_choice("mode", mode, get_args(Mode))
         check_int("samples_per_class", samples_per_class, minimum=1)
-        check_int("num_refinement_steps", num_refinement_steps, minimum=0)
         check_field("concept_fn", concept_fn)
-        check_number("nad_beta", nad_beta, "be a positive number", lambda value: value > 0)
-        only_classes = mode != "nad" or (not num_refinement_steps and concept_fn is None)
-        require(only_classes, "mode", "be 'attribution' with `num_refinement_steps` or `concept_fn`", mode)
+        self.search = search = PathSearch(**options)
+        only_classes = search.mode != "nad" or concept_fn is None
+        require(only_classes, "mode", "be 'attribution' with `concept_fn`", search.mode)
         integers = isinstance(flow, Sequence) and all(type(concept) is int and concept >= 0 for concept in flow)
         two = flow is None or (integers and len(set(flow)) == len(flow) == 2)
         require(two, "flow", "be two different concepts, integers >= 0", flow)
-        metric = LayerPaths(density=DEFAULT_DENSITY if density == "minimal" else density, **options)
-        self.mode = mode
-        self.density = density
+        metric = LayerPaths(density=search.initial_density, ablation=search.ablation, hierarchy=hierarchy)
         self.samples_per_class = samples_per_class
-        self.num_refinement_steps = num_refinement_steps
         self.concept_fn = concept_fn
         self.flow = flow
-        self.nad_beta = nad_beta
-        self._choice: SampleChoice | None = None
-        self._samples: ProbeSamples | None = None
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
-        self.metric: LayerPaths
-        self.search = PathSearch(mode, density, metric.ablation == "mean", num_refinement_steps, nad_beta)
 
     def start_run(self) -> None:
         """Forget an earlier run."""
         super().start_run()
         self.evaluation: PathEvaluation | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
-        self.previous: dict[str, dict[str, Tensor]] = {}
+        self.previous: Previous = {}
+        self._choice: SampleChoice | None = None
+        self._samples: ProbeSamples | None = None
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Choose the samples, in a pass of its own before the first evaluation."""
         self.evaluation = self._samples = None
         if trainer.world_size > 1:
-            require(self.mode != "nad", "mode", "be 'attribution' in more than one process", self.mode)
+            mode = self.search.mode
+            require(mode != "nad", "mode", "be 'attribution' in more than one process", mode)
         if self._choice is None:
             probe_pass = self.probe_pass
             self._choice = choose_samples(
                 trainer,
                 lambda visit: probe_pass.run(trainer, pl_module, visit),
-                self._concepts,
+                lambda batch: read_concepts(batch, self.concept_fn),
                 self.samples_per_class,
             )
         run = self.probe.forward_fn
         forward = None if run is None else lambda inputs: run(pl_module, inputs)
         self._samples = ProbeSamples(GatedModel(pl_module, self.probe_pass.layers, forward), self._choice)
-
-    def _concepts(self, batch: ProbeBatch) -> Tensor:
-        found = batch.targets
-        if self.concept_fn is not None:
-            value = read_field("concept_fn", self.concept_fn, batch.batch)
-            found = as_labels(value, batch.num_samples, name="concept_fn")
-        return torch.full((batch.num_samples,), -1) if found is None else found
 
     def observe(self, batch: ProbeBatch) -> None:
         """Compute the contributions of all units to the logits of the batch's own classes."""
@@ -214,7 +191,8 @@ class ConceptPaths(MetricCallback[PathResult]):
             samples.failure = error
 
     def _observe(self, batch: ProbeBatch, samples: ProbeSamples) -> None:
-        used, seen = samples.attribute(batch, self._concepts(batch), gradients=self.metric.ablation == "mean")
+        concepts = read_concepts(batch, self.concept_fn)
+        used, seen = samples.attribute(batch, concepts, gradients=self.search.ablation == "mean")
         for layer, reason in samples.gated.missing().items():
             self.warn_once(
                 f"{layer}/missing",
@@ -245,30 +223,19 @@ class ConceptPaths(MetricCallback[PathResult]):
         if not self.attempt(trainer, "the units' contributions", samples.require_attributed) or not results:
             return {}
         with undisturbed(trainer, pl_module), without_fused_kernels():
-            gates = {layer: known["gates"] for layer, known in self.previous.items() if "gates" in known}
+            gates = previous_gates(self.previous)
             # Where this fails there are no results: the attribution's paths are not those that the user wants.
             found = self.attempt(trainer, "the paths", lambda: self.search.find_paths(trainer, results, samples, gates))
             if found is None:
                 return {}
-            paths = found
+            paths = with_stability(found, self.previous)
             self.evaluation = self.attempt(
                 trainer, "the masked passes", lambda: self.search.evaluate(trainer, paths, samples)
             )
-        return self._with_stability(found)
-
-    def _with_stability(self, results: dict[str, PathResult]) -> dict[str, PathResult]:
-        compared = {}
-        for layer, result in results.items():
-            known = self.previous.get(layer)
-            if known is not None and known["paths"].shape == result.masks.shape:
-                left = stability(result.masks, known["paths"], result.overlap, result.self_overlap)
-                result = replace(result, stability=left)
-            compared[layer] = result
-            self.previous[layer] = {"paths": result.masks} | ({} if result.gates is None else {"gates": result.gates})
-        known_now = {layer: result.stability for layer, result in compared.items() if not isnan(result.stability)}
-        if known_now:
-            self.history.append((self.last_step, known_now))
-        return compared
+        self.previous |= to_remember(paths)
+        if known := {layer: result.stability for layer, result in paths.items() if not isnan(result.stability)}:
+            self.history.append((self.last_step, known))
+        return paths
 
     def network_measures(self, results: Mapping[str, PathResult]) -> Mapping[str, float]:
         """What the paths can do alone, and what is lost without them."""

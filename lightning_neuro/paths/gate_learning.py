@@ -6,7 +6,7 @@ gates start from the scores, so that tens of steps are enough. And each gate als
 which it must not predict its concept more often than the full network does: without this, paths say "c" to everything.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lightning_neuro.paths.gates import GatedModel, evaluating, modules_of_sites
 from lightning_neuro.paths.layer_outputs import modules_of, unit_means
 from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts
 from lightning_neuro.paths.options import DEFAULT_DENSITY, Layers
+from lightning_neuro.paths.top_units import Scores
 
 BETA = 0.5
 STEP = 0.1
@@ -32,13 +33,13 @@ def refine_paths(
     model: nn.Module,
     inputs: Any,
     targets: Tensor,
-    scores: Mapping[str, Tensor],
+    scores: Scores,
     *,
-    layers: Layers = None,
-    concepts: Tensor | None = None,
     density: float = DEFAULT_DENSITY,
     num_steps: int = 100,
     beta: float = BETA,
+    layers: Layers = None,
+    concepts: Tensor | None = None,
 ) -> Gates:
     """Learn which units each concept needs, starting from its attribution path.
 
@@ -47,12 +48,12 @@ def refine_paths(
         inputs: The model's input, for N samples.
         targets: (N,) class labels, integers.
         scores: Layer -> (concepts, units), as `attribution_scores` returns them.
-        layers: As for `evaluate_paths`.
-        concepts: (N,) the samples' concepts, integers; default: their classes.
         density: Density of the initial paths.
         num_steps: Number of gradient steps; 30 to 100 are usual. Each costs a forward and a backward pass over 2N
             samples.
         beta: Weight of sparseness: higher values give smaller paths.
+        layers: As for `evaluate_paths`.
+        concepts: (N,) the samples' concepts, integers; default: their classes.
 
     Returns:
         Layer -> (concepts, units), gate logits: a unit is on the path where they are positive.
@@ -78,7 +79,7 @@ def refine_paths(
         return refine(gated, samples, gates, known, weights, num_steps=num_steps, beta=beta)
 
 
-def initial_gates(scores: Mapping[str, Tensor], density: float) -> Gates:
+def initial_gates(scores: Scores, density: float) -> Gates:
     """Gate logits that are positive for the units with the highest scores.
 
     They are the scores minus a threshold, divided by the standard deviation of the scores.

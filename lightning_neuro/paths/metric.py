@@ -28,8 +28,8 @@ class LayerPaths(ResultMetric):
 
     Args:
         density: Fraction of the units that a path keeps; see `concept_paths`.
-        ablation: See `PathOptions`, as for `hierarchy`.
-        hierarchy: A tree of the classes.
+        ablation: `"zero"` or `"mean"`; see `attribution_scores`.
+        hierarchy: A tree of the classes, as nested sequences of class numbers; see `tree_kinship`.
         **kwargs: Options of torchmetrics.Metric.
 
     Raises:

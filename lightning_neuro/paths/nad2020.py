@@ -3,6 +3,7 @@
 Source: J. Hu et al., *Architecture Disentanglement for Deep Neural Networks* (NAD), arXiv 2003.13268, ICCV 2021.
 """
 
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from lightning_neuro.paths.gates import GatedModel, evaluating
 from lightning_neuro.paths.layer_outputs import check_classes, integer_labels, modules_of
 from lightning_neuro.paths.options import Layers
 
+BETA = 4.5
 
+
+@dataclass(eq=False)
 class NadPaths:
     """Finds the sub-architecture of each class by learning a gate for every unit.
 
@@ -57,31 +61,23 @@ class NadPaths:
         torch.Size([2, 4])
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers = None,
-        *,
-        beta: float = 4.5,
-        num_passes: int = 21,
-        batch_size: int = 16,
-        step: float = 0.1,
-        seed: int = 0,
-    ) -> None:
-        check_int("num_passes", num_passes, minimum=1)
-        check_int("batch_size", batch_size, minimum=1)
-        check_number("beta", beta, "be a positive number", lambda value: value > 0)
-        check_number("step", step, "be a positive number", lambda value: value > 0)
-        check_int("seed", seed)
-        self.model = model
-        self.layers = layers
-        self.beta = beta
-        self.num_passes = num_passes
-        self.batch_size = batch_size
-        self.step = step
-        self.seed = seed
-        self.gates: dict[str, Tensor] = {}
-        self.paths: dict[str, Tensor] = {}
+    model: nn.Module
+    layers: Layers = None
+    _: KW_ONLY
+    beta: float = BETA
+    num_passes: int = 21
+    batch_size: int = 16
+    step: float = 0.1
+    seed: int = 0
+    gates: dict[str, Tensor] = field(init=False, default_factory=dict)
+    paths: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_int("num_passes", self.num_passes, minimum=1)
+        check_int("batch_size", self.batch_size, minimum=1)
+        check_number("beta", self.beta, "be a positive number", lambda value: value > 0)
+        check_number("step", self.step, "be a positive number", lambda value: value > 0)
+        check_int("seed", self.seed)
 
     def fit(self, inputs: Any, targets: Tensor) -> "NadPaths":
         """Learn the paths of all classes that have samples.

@@ -1,7 +1,7 @@
 """Options of concept paths: their types, their documentation, and the defaults that several functions share."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from torch import nn
 
@@ -14,14 +14,22 @@ DEFAULT_DENSITY = 0.3
 
 
 class PathOptions(TypedDict, total=False):
-    """Options of `LayerPaths`, which `ConceptPaths` accepts as well.
+    """Options of `PathSearch`, how `ConceptPaths` finds paths.
 
     Args:
+        mode: `"attribution"`, or `"nad"` for the masks of the paper (slow; in one process only). Default:
+            `"attribution"`.
+        density: Fraction of each layer's units that a path keeps; or `"minimal"` for the smallest fraction that retains
+            .9 of the accuracy at an informedness of .5, for each class. Default: .3.
         ablation: What replaces the output of a unit outside of the path: `"zero"`, or its `"mean"` over samples and
             positions. Default: `"zero"`.
-        hierarchy: A tree of the classes, as nested sequences of class numbers, such as `[[0, 2, [4, 6]], [5, 7, 9]]`;
-            see `tree_kinship`. With it, `hierarchy_correlation` is computed. Default: none.
+        num_refinement_steps: Number of steps of relative refinement after the attribution; see `refine_paths`.
+            Default: 0.
+        nad_beta: Weight of sparseness in mode `"nad"`; see `NadPaths`. Default: 4.5.
     """
 
+    mode: Mode
+    density: float | Literal["minimal"]
     ablation: Ablation
-    hierarchy: Sequence[Any] | None
+    num_refinement_steps: int
+    nad_beta: float

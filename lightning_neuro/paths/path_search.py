@@ -7,20 +7,21 @@ passes. Both work on the samples that `ConceptPaths` keeps during an evaluation,
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_neuro.checks import check_choice, check_int, check_number, require
 from lightning_neuro.paths.evaluation import PathEvaluation, summarise
 from lightning_neuro.paths.gate_learning import initial_gates, refine
 from lightning_neuro.paths.minimal_density import minimal_densities
-from lightning_neuro.paths.nad2020 import NadPaths, learn_gates
-from lightning_neuro.paths.options import DEFAULT_DENSITY, Mode
+from lightning_neuro.paths.nad2020 import BETA, NadPaths, learn_gates
+from lightning_neuro.paths.options import DEFAULT_DENSITY, Ablation, Mode
 from lightning_neuro.paths.probe_samples import ProbeSamples
 from lightning_neuro.paths.result import PathResult
-from lightning_neuro.paths.top_units import concept_paths
+from lightning_neuro.paths.top_units import check_density, concept_paths
 from lightning_neuro.ranks import agreed, gather
 
 # With how many other concepts' paths each sample is run: all of them would cost more than everything else together.
@@ -31,13 +32,32 @@ Results = Mapping[str, PathResult]
 
 @dataclass(frozen=True)
 class PathSearch:
-    """How paths are found; the options are those of `ConceptPaths`."""
+    """How paths are found; see `PathOptions` for the attributes.
 
-    mode: Mode
-    density: float | Literal["minimal"]
-    mean_ablation: bool
-    num_refinement_steps: int
-    nad_beta: float
+    Raises:
+        ArgumentError: For a wrong option.
+    """
+
+    mode: Mode = "attribution"
+    density: float | Literal["minimal"] = DEFAULT_DENSITY
+    ablation: Ablation = "zero"
+    num_refinement_steps: int = 0
+    nad_beta: float = BETA
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("ablation", self.ablation, get_args(Ablation))
+        check_int("num_refinement_steps", self.num_refinement_steps, minimum=0)
+        check_number("nad_beta", self.nad_beta, "be a positive number", lambda value: value > 0)
+        if self.density != "minimal":
+            check_density(self.density)
+        refined = self.mode == "nad" and self.num_refinement_steps > 0
+        require(not refined, "mode", "be 'attribution' with `num_refinement_steps`", self.mode)
+
+    @property
+    def initial_density(self) -> float:
+        """The density of the paths that the metric computes, before minimal ones are searched for."""
+        return DEFAULT_DENSITY if self.density == "minimal" else self.density
 
     def find_paths(
         self, trainer: "pl.Trainer", results: Results, samples: ProbeSamples, previous: Mapping[str, Tensor]
@@ -67,7 +87,7 @@ class PathSearch:
     ) -> PathEvaluation:
         """Evaluate paths, by default those of the results, on one half of the samples of all ranks."""
         paths = {layer: result.masks for layer, result in results.items()} if paths is None else paths
-        fill = {layer: result.mean for layer, result in results.items()} if self.mean_ablation else None
+        fill = {layer: result.mean for layer, result in results.items()} if self.ablation == "mean" else None
         table = samples.masked_passes(trainer, paths, fill, half=half, num_others=NUM_OTHERS, ablate=ablate)
         return summarise(table, samples.choice.num_concepts)
 

@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_neuro.batches import concatenate_samples, select_samples
-from lightning_neuro.checks import ArgumentError
+from lightning_neuro.batches import BatchField, concatenate_samples, read_field, select_samples
+from lightning_neuro.checks import ArgumentError, as_labels
 from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_kernels
 from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
 from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts, masked_table
@@ -40,6 +40,18 @@ class SampleChoice:
     def num_concepts(self) -> int:
         """K."""
         return self.counts.shape[1]
+
+
+def read_concepts(batch: ProbeBatch, concept_fn: BatchField | None) -> Tensor:
+    """The concepts of a batch's samples, int64 (N,): what `concept_fn` finds, else the classes; -1 without any.
+
+    Raises:
+        ArgumentError: If `concept_fn` does not return one integer per sample.
+    """
+    found = batch.targets
+    if concept_fn is not None:
+        found = as_labels(read_field("concept_fn", concept_fn, batch.batch), batch.num_samples, name="concept_fn")
+    return torch.full((batch.num_samples,), -1) if found is None else found
 
 
 def choose_samples(

@@ -130,21 +130,19 @@ def reset(metric):
 
 
 def through_state_dict(metric):
-    file = io.BytesIO()
-    torch.save(metric.state_dict(), file)
-    file.seek(0)
+    with io.BytesIO() as file:
+        torch.save(metric.state_dict(), file)
+        saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     fresh = NeuronEntropy()
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(saved)
     return fresh
 
 
-COPIES = [
-    reset,
-    lambda metric: metric.clone(),
-    copy.deepcopy,
-    lambda metric: pickle.loads(pickle.dumps(metric)),
-    through_state_dict,
-]
+def through_pickle(metric):
+    return pickle.loads(pickle.dumps(metric))
+
+
+COPIES = [reset, NeuronEntropy.clone, copy.deepcopy, through_pickle, through_state_dict]
 
 
 @pytest.mark.parametrize("copied", COPIES)

@@ -373,15 +373,17 @@ def test_the_samples_are_chosen_once_and_counted(monkeypatch: pytest.MonkeyPatch
     assert callback.result["net.2"].num_samples == 20
 
 
-def test_every_option_reaches_the_metric_and_the_search() -> None:
-    shared = {"ablation": "mean", "hierarchy": [[0, 1], [2, 3]]}
-    assert shared.keys() == PathOptions.__annotations__.keys()
-    callback = ConceptPaths(density=0.2, num_refinement_steps=7, nad_beta=3.0, **shared)
-    assert {name: getattr(callback.metric, name) for name in shared} == shared
-    assert callback.metric.density == 0.2
-    assert callback.search == path_search.PathSearch("attribution", 0.2, True, 7, 3.0)
+def test_every_option_reaches_the_search_and_the_metric() -> None:
+    options: dict[str, Any] = {"mode": "attribution", "density": 0.2, "ablation": "mean", "nad_beta": 3.0}
+    options |= {"num_refinement_steps": 7}
+    assert options.keys() == PathOptions.__annotations__.keys()
+    callback = ConceptPaths(hierarchy=[[0, 1], [2, 3]], samples_per_class=9, concept_fn="kind", flow=(1, 0), **options)
+    assert vars(callback.search) == options
+    metric = callback.metric
+    assert (metric.density, metric.ablation, metric.hierarchy) == (0.2, "mean", [[0, 1], [2, 3]])
+    assert (callback.samples_per_class, callback.concept_fn, callback.flow) == (9, "kind", (1, 0))
     assert ConceptPaths(density="minimal").metric.density == ConceptPaths().metric.density == 0.3
-    assert not ConceptPaths().search.mean_ablation and ConceptPaths(mode="nad").search.mode == "nad"
+    assert ConceptPaths(mode="nad").search.mode == "nad"
 
 
 def test_a_concept_can_be_a_key_of_the_batch() -> None:
