@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 from lightning_neuro.batches import BatchField
 from lightning_neuro.callback import MetricCallback
-from lightning_neuro.checks import ArgumentError, check_field, check_int, require
+from lightning_neuro.checks import check_field, check_int, require
 from lightning_neuro.isolation import undisturbed
 from lightning_neuro.paths.evaluation import PathEvaluation
 from lightning_neuro.paths.gates import GatedModel, without_fused_kernels
@@ -179,20 +179,10 @@ class ConceptPaths(MetricCallback[PathResult]):
     def observe(self, batch: ProbeBatch) -> None:
         """Compute the contributions of all units to the logits of the batch's own classes."""
         samples = self._samples
-        if samples is None or samples.failure is not None:
+        found = samples.attribute(batch, self.concept_fn, self.search.ablation) if samples is not None else None
+        if samples is None or found is None:
             return
-        try:
-            self._observe(batch, samples)
-        except ArgumentError as error:
-            remedy = "If the model returns no logits, pass `Probe(forward_fn=lambda module, inputs: ...)`."
-            samples.failure = ArgumentError(f"{type(self).__name__}: {error} {remedy}")
-        except Exception as error:
-            # A model without derivatives must not cost the other callbacks this pass.
-            samples.failure = error
-
-    def _observe(self, batch: ProbeBatch, samples: ProbeSamples) -> None:
-        concepts = read_concepts(batch, self.concept_fn)
-        used, seen = samples.attribute(batch, concepts, gradients=self.search.ablation == "mean")
+        used, seen = found
         for layer, reason in samples.gated.missing().items():
             self.warn_once(
                 f"{layer}/missing",

@@ -117,6 +117,7 @@ class LayerPaths(ResultMetric):
             raise ArgumentError("`gradients` and `features` must be given for `ablation='mean'`; got None.")
         # The states must be usable outside of the inference mode in which Trainer.validate runs.
         with torch.inference_mode(False), torch.no_grad():
+            groups = groups.to(self.counts.device)
             numbers = self._next_numbers(groups) if numbers is None else numbers.to(groups.device)
             used = (numbers >= 0) & (groups >= 0)
             rows = [finite_rows(part).to(groups.device) for part in (values, slopes, means) if part is not None]
@@ -147,7 +148,7 @@ class LayerPaths(ResultMetric):
         return numbers
 
     def _add(self, total: Tensor, values: Tensor, groups: Tensor) -> None:
-        kept = torch.where((groups.to(values.device) >= 0)[:, None], values, 0.0)
+        kept = torch.where((groups >= 0)[:, None], values.to(groups.device), 0.0)
         total += group_sums(kept, groups, self.counts.shape[1])[0]
 
     def _grow(self, num_concepts: int, num_units: int) -> None:

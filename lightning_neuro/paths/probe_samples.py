@@ -12,6 +12,7 @@ from lightning_neuro.checks import ArgumentError, as_labels
 from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_kernels
 from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
 from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts, masked_table
+from lightning_neuro.paths.options import Ablation
 from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
 
@@ -115,17 +116,38 @@ class ProbeSamples:
         self._batches: list[Samples] = []
         self._num_seen = 0
 
-    def attribute(self, batch: ProbeBatch, concepts: Tensor, *, gradients: bool) -> tuple[Samples, Attribution]:
-        """Compute the contributions of all units for the used samples of the next batch, and keep the samples."""
+    def attribute(
+        self, batch: ProbeBatch, concept_fn: BatchField | None, ablation: Ablation
+    ) -> tuple[Samples, Attribution] | None:
+        """Compute the contributions of all units for the used samples of the next batch, and keep the samples.
+
+        A failure is noted and not raised: a model without derivatives must not cost other callbacks this pass.
+
+        Returns:
+            The samples and what was found, or None after a failure.
+        """
+        if self.failure is not None:
+            return None
+        try:
+            return self._attribute(batch, read_concepts(batch, concept_fn), ablation)
+        except ArgumentError as error:
+            remedy = "If the model returns no logits, pass `Probe(forward_fn=lambda module, inputs: ...)`."
+            self.failure = ArgumentError(f"ConceptPaths: {error} {remedy}")
+        except Exception as error:
+            self.failure = error
+        return None
+
+    def _attribute(self, batch: ProbeBatch, concepts: Tensor, ablation: Ablation) -> tuple[Samples, Attribution]:
+        targets = concepts if batch.targets is None else batch.targets
+        concepts = concepts.to(targets.device)
         numbers = self.choice.numbers[self._num_seen :][: batch.num_samples].to(concepts.device)
         self._num_seen += batch.num_samples
         rows = (numbers >= 0).nonzero().flatten()
         rows = rows if len(rows) else rows.new_zeros(1)  # a rank without used samples must have states, too
         inputs = select_samples(batch.inputs, rows, batch.num_samples)
-        targets = concepts if batch.targets is None else batch.targets
         targets = targets[rows].clamp(min=0)
         with without_fused_kernels():
-            seen = self.gated.attribute(inputs, targets, gradients=gradients)
+            seen = self.gated.attribute(inputs, targets, gradients=ablation == "mean")
         samples = Samples(inputs, targets, concepts[rows], numbers[rows], seen.logits)
         self._batches.append(samples)
         return samples, seen
