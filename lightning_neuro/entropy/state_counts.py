@@ -138,7 +138,7 @@ def _class_information(by_class: Tensor, miller_madow: bool) -> Tensor:
     return entropy_from_counts(by_class.sum(0), miller_madow=miller_madow) - (share * within).sum(0)
 
 
-def mostafa_entropy(activations: Tensor, *, num_bins: int = 10, num_nonfinite: int = 0) -> EntropyResult:
+def mostafa_entropy(activations: Tensor, *, num_bins: int, num_nonfinite: int) -> EntropyResult:
     """The entropy of Mostafa and Mondal: per unit, equal-width bins on (0, max), inactive samples left out.
 
     Args:

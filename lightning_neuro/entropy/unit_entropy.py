@@ -52,7 +52,9 @@ def neuron_entropy(
     """
     # Unlike a calibration by batches, this range is exact for any number of samples.
     automatic = upper is None and options.get("mode") != "mostafa2021"
-    metric = NeuronEntropy(upper=activation_range(activations) if automatic else upper, **options)
+    # And it is this process's own: it must not wait for other ranks.
+    own = activation_range(activations) if automatic else upper
+    metric = NeuronEntropy(upper=own, sync_on_compute=False, **options)
     metric.update(activations, targets)
     result: EntropyResult = metric.compute()
     return result

@@ -303,6 +303,7 @@ def test_results_are_frozen():
 def test_compute_never_raises_on_poor_data(mode):
     metric = NeuronEntropy(mode=mode)
     assert metric.compute().scalars() == {}
+    assert (metric.compute().num_samples, metric.compute().num_units) == (0, 0)
     for activations in (torch.zeros(0, 2), torch.full((5, 2), math.inf), torch.zeros(1, 2)):
         metric.update(activations)
         result = metric.compute()

@@ -167,6 +167,9 @@ def test_unlabelled_samples_count_for_the_entropy_but_not_for_the_class():
     assert result.class_information.item() == pytest.approx(1.0)
     assert result.on_off.item() == pytest.approx(h2(1 / 3))
     assert (result.num_samples, result.num_labelled) == (6, 4)
+    wide = neuron_entropy(activations.expand(6, 5), targets)
+    assert (wide.num_samples, wide.num_labelled, wide.largest_label) == (6, 4, 1)
+    assert neuron_entropy(activations).num_labelled == neuron_entropy(activations, mode="mostafa2021").num_labelled == 0
 
 
 def paper_loop(activations: torch.Tensor, bins: int = 10) -> list[float]:
@@ -263,7 +266,7 @@ def test_too_many_classes():
     activations = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
     result = neuron_entropy(activations, torch.arange(300))
     assert result.class_information is None
-    assert "label 299" in result.notes()["classes"]
+    assert "label 299" in result.notes()["classes"] and "0 to 255" in result.notes()["classes"]
     assert torch.equal(result.total, neuron_entropy(activations).total)
     assert neuron_entropy(activations, torch.arange(300) % 256).class_information is not None
 
