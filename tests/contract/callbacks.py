@@ -22,7 +22,7 @@ from lightning_neuro import (
     Probe,
     RepresentationRefinement,
 )
-from lightning_neuro.paths.halves import assign_turns, sample_keys
+from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
 from lightning_neuro.probe_pass import ProbeBatch
 from tests.helpers import ROOT
 from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
@@ -91,11 +91,11 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("memory_limit", 0),
     ],
     "entropy": [
-        ("mode", "corelation"),
+        ("mode", "correlation"),
         ("mode", None),
-        ("bins", 1),
-        ("bins", 2.5),
-        ("bins", True),
+        ("num_bins", 1),
+        ("num_bins", 2.5),
+        ("num_bins", True),
         ("calibrate", "last"),
         ("miller_madow", "yes"),
     ],
@@ -137,9 +137,9 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         *(("density", value) for value in (0, 1.5, -0.1, float("nan"), "small", True, None)),
         *(("samples_per_class", value) for value in (0, 1.5, "8")),
         ("ablation", "median"),
-        *(("refine_steps", value) for value in (-1, 2.5, True)),
+        *(("num_refinement_steps", value) for value in (-1, 2.5, True)),
         *(("hierarchy", value) for value in ("animals", [0, [1, 0]], [[0.5]], [], 3)),
-        ("concept_fn", "colour"),
+        ("concept_fn", 1.5),
         *(("flow", value) for value in ((1,), (1, 1), (0, "1"), 3)),
         *(("nad_beta", value) for value in (0, float("inf"), "4")),
     ],
@@ -196,9 +196,9 @@ def feed_contributions(callback: MetricCallback, metric: Any, net: Any, layer: s
     activations = net[: int(layer[-1]) + 1](x).detach().requires_grad_()
     logits = upper(activations)
     (gradients,) = torch.autograd.grad(logits[torch.arange(len(y)), y].sum(), activations)
-    turns = assign_turns(sample_keys(x, len(x)), y, per_concept=32)
+    numbers = numbers_in_concept(row_hashes(x, len(x)), y, per_concept=32)
     activations = activations.detach()
-    facts = {"turns": turns, "features": activations, "predictions": logits.argmax(1)}
+    facts = {"numbers": numbers, "features": activations, "predictions": logits.argmax(1)}
     metric.update(activations * gradients, y, **facts)
 
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from tests.contract.callbacks import hooks_of as hooks_of
 from tests.models import images
 
 

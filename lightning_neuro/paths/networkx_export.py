@@ -1,4 +1,4 @@
-"""Paths as a graph, for whoever wants to compute further with them."""
+"""Paths as a networkx graph, for further analysis."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 
 def paths_graph(paths: Mapping[str, Tensor]) -> "nx.DiGraph":
-    """A layered graph of the units that serve any concept.
+    """A layered graph of the units that are in any path.
 
     Args:
-        paths: Layer -> bool (concepts, units), the layers in the order in which data pass them.
+        paths: Layer -> bool (concepts, units), the layers in the order of the forward pass.
 
     Returns:
         A directed graph. Nodes are (layer, unit), with the attributes `layer`, `unit`, `depth` (number of the layer)
-        and `concepts` (a tuple of the concepts whose path it is on). An edge joins units of neighbouring layers that
-        share a concept, with the attributes `concepts` and `weight`, their number.
+        and `concepts` (a tuple of the concepts whose path contains the unit). An edge joins units of consecutive layers
+        that share a concept, with the attributes `concepts` and `weight`, their number.
 
     Example:
         >>> import torch

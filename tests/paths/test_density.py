@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_paths, minimal_paths
-from lightning_neuro.paths.selection import smallest_densities
+from lightning_neuro.paths.minimal_density import smallest_densities
 from tests.paths.networks import convnet, data, disjoint, one_hot, trained
 
 
@@ -47,7 +48,7 @@ def test_paths_are_nested_and_of_the_size_asked_for() -> None:
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), "all", True, None, torch.tensor([0.5, 0.0])])
 def test_a_density_that_is_no_share_is_refused(density: Any) -> None:
-    with pytest.raises(ValueError, match="density must be"):
+    with pytest.raises(ArgumentError, match="`density`"):
         concept_paths({"a": torch.ones(2, 3)}, density)
 
 
@@ -59,7 +60,7 @@ def test_bisection_finds_each_concepts_threshold() -> None:
         asked.append(densities)
         return densities >= truth
 
-    found = smallest_densities(passes, 6, steps=10)
+    found = smallest_densities(passes, 6, num_steps=10)
     assert len(asked) == 10
     assert ((found >= truth.clamp(max=1)) & (found - truth.clamp(max=1) <= 2**-10 + 1e-12)).all()
     assert found[-1] == 1
@@ -78,11 +79,11 @@ def test_the_smallest_paths_pass_where_smaller_ones_do_not() -> None:
     net, (x, y) = convnet(width=12), data(80, 4)
     trained(net, x, y)
     scores = {name: values[:4] for name, values in attribution_scores(net, x, y).items()}
-    paths, densities = minimal_paths(net, x, y, scores, retention=0.9, selectivity=0.5)
+    paths, densities = minimal_paths(net, x, y, scores, retention=0.9, informedness=0.5)
     found = evaluate_paths(net, x, y, paths)
     reached = densities < 1
     assert reached.any()
-    assert (found.retention[reached] >= 0.9).all() and (found.selectivity[reached] >= 0.5).all()
+    assert (found.retention[reached] >= 0.9).all() and (found.informedness[reached] >= 0.5).all()
     less = evaluate_paths(net, x, y, concept_paths(scores, (densities - 2**-7).clamp(min=1e-6)))
-    passed = (less.retention >= 0.9) & (less.selectivity >= 0.5)
+    passed = (less.retention >= 0.9) & (less.informedness >= 0.5)
     assert not passed[reached & (densities > 2**-7)].any()

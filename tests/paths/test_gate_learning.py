@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, refine_paths
-from lightning_neuro.paths.refinement import starting_gates
-from tests.paths.networks import convnet, data, disjoint, hooks_of, one_hot, trained
+from lightning_neuro.paths.gate_learning import initial_gates
+from tests.helpers import hooks_of
+from tests.paths.networks import convnet, data, disjoint, one_hot, trained
 
 
 def small() -> nn.Module:
@@ -39,7 +41,7 @@ def test_nad_goes_down_the_papers_objective(beta: float) -> None:
     net[4].bias.data[1] += (net(x)[:, 0] - net(x)[:, 1]).median().detach()  # so that it takes some for each class
     right = net(x).argmax(1) == y
     assert any(0 < int(right[rows].sum()) < 4 for label in (0, 1) for rows in (y == label).nonzero().flatten().split(4))
-    found = NadPaths(net, beta=beta, passes=3, batch_size=4, step=0.1, seed=7).fit(x, y)
+    found = NadPaths(net, beta=beta, num_passes=3, batch_size=4, step=0.1, seed=7).fit(x, y)
     draws = torch.Generator().manual_seed(7)
     for label in (0, 1):
         gates = [torch.randn(4, generator=draws), torch.randn(5, generator=draws)]
@@ -56,18 +58,18 @@ def test_nad_goes_down_the_papers_objective(beta: float) -> None:
 def test_nad_leaves_the_model_alone_and_classes_without_samples_undefined() -> None:
     net, (x, y) = convnet(), data(12, 3)
     before = copy.deepcopy(net.state_dict())
-    found = NadPaths(net, passes=1).fit(x, y)
+    found = NadPaths(net, num_passes=1).fit(x, y)
     assert net.training and hooks_of(net) == []
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     for name, gates in found.gates.items():
         assert gates[:3].isfinite().all() and gates[3:].isnan().all()
         assert not found.paths[name][3:].any()
-    again = NadPaths(net, passes=1).fit(x, y)
+    again = NadPaths(net, num_passes=1).fit(x, y)
     assert all(torch.equal(again.paths[name], paths) for name, paths in found.paths.items())
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    NadPaths(net, passes=1, seed=2).fit(x, y)
+    NadPaths(net, num_passes=1, seed=2).fit(x, y)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -77,14 +79,15 @@ def test_nad_leaves_the_model_alone_and_classes_without_samples_undefined() -> N
         ("beta", 0),
         ("beta", "x"),
         ("beta", float("inf")),
-        ("passes", 0),
-        ("passes", 1.5),
+        ("num_passes", 0),
+        ("num_passes", 1.5),
         ("batch_size", True),
         ("step", -1),
+        ("seed", 0.5),
     ],
 )
 def test_wrong_options_of_nad_are_named(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=argument):
+    with pytest.raises(ArgumentError, match=argument):
         NadPaths(convnet(), **{argument: value})
 
 
@@ -106,8 +109,8 @@ def test_rescaling_changes_raw_nad_and_neither_attribution_nor_refinement() -> N
         other = rescaled(net, scale)
         torch.testing.assert_close(other(x), net(x), rtol=1e-4, atol=1e-4)
         scores = attribution_scores(other, x, y)
-        refined = {name: gates > 0 for name, gates in refine_paths(other, x, y, scores, steps=20).items()}
-        nad = NadPaths(other, passes=60).fit(x, y).paths
+        refined = {name: gates > 0 for name, gates in refine_paths(other, x, y, scores, num_steps=20).items()}
+        nad = NadPaths(other, num_passes=60).fit(x, y).paths
         sizes[scale] = concept_paths(scores), refined, float(nad["5"][:4].double().mean())
     before, after = sizes.values()
     for name in before[0]:
@@ -119,11 +122,11 @@ def test_rescaling_changes_raw_nad_and_neither_attribution_nor_refinement() -> N
 def test_refinement_starts_at_the_attribution_path() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {"a": torch.randn(4, 20, generator=generator).double(), "b": torch.zeros(4, 6)}
-    gates = starting_gates(scores, 0.3)
+    gates = initial_gates(scores, 0.3)
     highest = scores["a"].argsort(1, descending=True)[:, :6]
     assert torch.equal((gates["a"] > 0).nonzero()[:, 1].reshape(4, 6), highest.sort(1).values)
     assert (gates["b"] == 0).all()
-    torch.testing.assert_close(starting_gates({"a": 7 * scores["a"]}, 0.3)["a"], gates["a"])
+    torch.testing.assert_close(initial_gates({"a": 7 * scores["a"]}, 0.3)["a"], gates["a"])
 
 
 def test_refined_paths_do_more_and_answer_falsely_less() -> None:
@@ -131,9 +134,9 @@ def test_refined_paths_do_more_and_answer_falsely_less() -> None:
     trained(net, x[:80], y[:80])
     scores = attribution_scores(net, x[:80], y[:80])
     plain = evaluate_paths(net, x[80:], y[80:], concept_paths(scores))
-    refined = {name: gates > 0 for name, gates in refine_paths(net, x[:80], y[:80], scores, steps=60).items()}
+    refined = {name: gates > 0 for name, gates in refine_paths(net, x[:80], y[:80], scores, num_steps=60).items()}
     found = evaluate_paths(net, x[80:], y[80:], refined)
-    assert found.scalars()["selectivity"] > plain.scalars()["selectivity"] + 0.1
+    assert found.scalars()["informedness"] > plain.scalars()["informedness"] + 0.1
     assert found.scalars()["retention"] > 0.9
     assert hooks_of(net) == [] and all(p.grad is None for p in net.parameters() if p.grad is not None and p.grad.any())
 
@@ -143,7 +146,7 @@ def test_more_sparseness_gives_smaller_paths() -> None:
     trained(net, x, y)
     scores = attribution_scores(net, x, y)
     sizes = [
-        sum(int((gates[:4] > 0).sum()) for gates in refine_paths(net, x, y, scores, steps=30, beta=beta).values())
+        sum(int((gates[:4] > 0).sum()) for gates in refine_paths(net, x, y, scores, num_steps=30, beta=beta).values())
         for beta in (0.01, 1.0, 20.0)
     ]
     assert sizes[0] > sizes[1] > sizes[2]
@@ -153,7 +156,7 @@ def test_refinement_keeps_planted_paths() -> None:
     x, y = one_hot()
     net = disjoint()
     scores = attribution_scores(net, x, y)
-    for gates in refine_paths(net, x, y, scores, steps=10, density=0.25).values():
+    for gates in refine_paths(net, x, y, scores, num_steps=10, density=0.25).values():
         assert ((gates > 0) <= (attribution_scores(net, x, y)["1"] > 0)).all()
         assert (gates > 0).any(1)[1:].all()
 
@@ -165,7 +168,9 @@ def test_in_place_activations_change_nothing_for_learned_paths() -> None:
     for inplace in (False, True):
         net = convnet(inplace)
         scores = attribution_scores(net, x, y, layers)
-        found.append((NadPaths(net, layers, passes=2).fit(x, y).gates, refine_paths(net, x, y, scores, steps=3)))
+        found.append(
+            (NadPaths(net, layers, num_passes=2).fit(x, y).gates, refine_paths(net, x, y, scores, num_steps=3))
+        )
     for plain, inplace in zip(*found, strict=True):
         for name, gates in plain.items():
             torch.testing.assert_close(inplace[name], gates, equal_nan=True)
@@ -176,8 +181,8 @@ def test_refinement_goes_down_its_objective() -> None:
     generator = torch.Generator().manual_seed(3)
     x, y = torch.randn(10, 3, generator=generator).double(), torch.arange(10) % 2
     scores = attribution_scores(net, x, y)
-    found = refine_paths(net, x, y, scores, steps=3, beta=0.7)
-    gates = [starting_gates(scores, 0.3)[name].double() for name in ("1", "3")]
+    found = refine_paths(net, x, y, scores, num_steps=3, beta=0.7)
+    gates = [initial_gates(scores, 0.3)[name].double() for name in ("1", "3")]
     with torch.no_grad():
         clean1 = net[1](net[0](x))
         clean2 = net[3](net[2](clean1))

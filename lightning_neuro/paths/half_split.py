@@ -1,0 +1,50 @@
+"""Two halves of the samples of each concept: paths are found on the first and evaluated on the second.
+
+The half of a sample depends on its content alone (a hash), and neither on the order of the samples nor on the ranks
+that hold them: shards give what a single process gives.
+"""
+
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from lightning_neuro.batches import samples_first, tensors_in
+from lightning_neuro.identity import canonical_order, number_in_group
+
+
+def row_hashes(inputs: Any, num_samples: int) -> Tensor:
+    """A hash of each sample's part of a model's inputs, int64 (N,), on the CPU."""
+    hashes = [0] * num_samples
+    for tensor in tensors_in(inputs):
+        rows = samples_first(tensor.detach(), num_samples)
+        if rows is None:
+            continue
+        rows = rows.cpu()
+        # In float32, whatever the precision of the run.
+        rows = rows.float() if rows.is_floating_point() else rows
+        rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(num_samples, -1).contiguous()
+        hashes = [crc32(row.tobytes(), known) for row, known in zip(rows.numpy(), hashes, strict=True)]
+    return torch.tensor(hashes, dtype=torch.int64)
+
+
+def numbers_in_concept(hashes: Tensor, concepts: Tensor, per_concept: int) -> Tensor:
+    """The number of each chosen sample within its concept; even numbers are the first half, odd ones the second.
+
+    Args:
+        hashes: int64 (N,), as `row_hashes` returns them.
+        concepts: (N,) integers, negative for none.
+        per_concept: How many samples of each concept are chosen: those with the smallest hashes.
+
+    Returns:
+        int64 (N,), -1 for samples that are not chosen.
+
+    Example:
+        >>> numbers_in_concept(torch.tensor([30, 10, 20, 5]), torch.tensor([0, 0, 0, 1]), per_concept=2).tolist()
+        [-1, 0, 1, 0]
+    """
+    order = canonical_order(concepts, hashes)
+    numbers = torch.empty_like(order)
+    numbers[order] = number_in_group(concepts[order])
+    return torch.where((concepts >= 0) & (numbers < per_concept), numbers, -1)

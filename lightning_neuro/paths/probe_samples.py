@@ -1,0 +1,207 @@
+"""The samples of the probe set that the callback uses: which they are, and what is kept of them for masked passes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_neuro.batches import BatchField, concatenate_samples, read_field, select_samples
+from lightning_neuro.checks import ArgumentError, as_labels
+from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_kernels
+from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
+from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts, masked_table
+from lightning_neuro.paths.options import Ablation
+from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.ranks import agreed, gather
+
+# The states are square in the number of concepts.
+MAX_CONCEPTS = 10_000
+
+RunPass = Callable[[Callable[[ProbeBatch], object]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleChoice:
+    """Which samples of the probe set are used; made once per run.
+
+    Attributes:
+        numbers: Of this rank's samples in the order of the pass: number within the concept, -1 for those not used; even
+            numbers are the first half, odd ones the second.
+        members: (M, 2) concept and class of all used samples of all ranks.
+        counts: float64 (2, concepts), used samples of either half on all ranks.
+    """
+
+    numbers: Tensor
+    members: Tensor
+    counts: Tensor
+
+    @property
+    def num_concepts(self) -> int:
+        """K."""
+        return self.counts.shape[1]
+
+
+def read_concepts(batch: ProbeBatch, concept_fn: BatchField | None) -> Tensor:
+    """The concepts of a batch's samples, int64 (N,): what `concept_fn` finds, else the classes; -1 without any.
+
+    Raises:
+        ArgumentError: If `concept_fn` does not return one integer per sample.
+    """
+    found = batch.targets
+    if concept_fn is not None:
+        found = as_labels(read_field("concept_fn", concept_fn, batch.batch), batch.num_samples, name="concept_fn")
+    return torch.full((batch.num_samples,), -1) if found is None else found
+
+
+def choose_samples(
+    trainer: "pl.Trainer", run_pass: RunPass, concepts_of: Callable[[ProbeBatch], Tensor], per_concept: int
+) -> SampleChoice:
+    """Choose the samples, the same ones on all ranks.
+
+    Args:
+        trainer: The trainer.
+        run_pass: Shows all batches of the probe set to a function.
+        concepts_of: The concepts of a batch's samples, (N,).
+        per_concept: How many samples of each concept to use.
+
+    Raises:
+        RuntimeError: On all ranks if the pass fails on one.
+        ArgumentError: For a concept of too high a number.
+    """
+    found: list[Tensor] = []
+
+    def visit(batch: ProbeBatch) -> None:
+        concepts = concepts_of(batch).cpu()
+        targets = concepts if batch.targets is None else batch.targets.cpu()
+        concepts = torch.where(targets >= 0, concepts, -1)
+        found.append(torch.stack([row_hashes(batch.inputs, len(concepts)), concepts, targets], dim=1))
+
+    agreed(trainer, lambda: run_pass(visit))
+    own = torch.cat(found) if found else torch.zeros(0, 3, dtype=torch.int64)
+    everyone = gather(trainer, own)
+    hashes, concepts, targets = torch.cat(everyone).T
+    numbers = numbers_in_concept(hashes, concepts, per_concept)
+    used = numbers >= 0
+    size = int(concepts.max()) + 1 if bool(used.any()) else 0
+    if size > MAX_CONCEPTS:
+        raise ArgumentError(
+            f"Concepts must be numbered from 0 to {MAX_CONCEPTS - 1} at most; got concept {size - 1}. Pass a"
+            " `concept_fn` that returns small numbers."
+        )
+    counts = [torch.bincount(concepts[used & (numbers % 2 == half)], minlength=size).double() for half in (0, 1)]
+    begin = sum(len(part) for part in everyone[: trainer.global_rank])
+    members = torch.stack([concepts[used], targets[used]], dim=1)
+    return SampleChoice(numbers[begin : begin + len(own)], members, torch.stack(counts))
+
+
+class ProbeSamples:
+    """This rank's used samples in one evaluation, on the model's device.
+
+    Args:
+        gated: The model.
+        choice: Which samples are used.
+
+    Attributes:
+        gated: The model.
+        choice: Which samples are used.
+        failure: Why the contributions could not be computed, or None.
+    """
+
+    def __init__(self, gated: GatedModel, choice: SampleChoice) -> None:
+        self.gated = gated
+        self.choice = choice
+        self.failure: Exception | None = None
+        self._batches: list[Samples] = []
+        self._num_seen = 0
+
+    def attribute(
+        self, batch: ProbeBatch, concept_fn: BatchField | None, ablation: Ablation
+    ) -> tuple[Samples, Attribution] | None:
+        """Compute the contributions of all units for the used samples of the next batch, and keep the samples.
+
+        A failure is noted and not raised: a model without derivatives must not cost other callbacks this pass.
+
+        Returns:
+            The samples and what was found, or None after a failure.
+        """
+        if self.failure is not None:
+            return None
+        try:
+            return self._attribute(batch, read_concepts(batch, concept_fn), ablation)
+        except ArgumentError as error:
+            remedy = "If the model returns no logits, pass `Probe(forward_fn=lambda module, inputs: ...)`."
+            self.failure = ArgumentError(f"ConceptPaths: {error} {remedy}")
+        except Exception as error:
+            self.failure = error
+        return None
+
+    def _attribute(self, batch: ProbeBatch, concepts: Tensor, ablation: Ablation) -> tuple[Samples, Attribution]:
+        targets = concepts if batch.targets is None else batch.targets
+        concepts = concepts.to(targets.device)
+        numbers = self.choice.numbers[self._num_seen :][: batch.num_samples].to(concepts.device)
+        self._num_seen += batch.num_samples
+        rows = (numbers >= 0).nonzero().flatten()
+        rows = rows if len(rows) else rows.new_zeros(1)  # a rank without used samples must have states, too
+        inputs = select_samples(batch.inputs, rows, batch.num_samples)
+        targets = targets[rows].clamp(min=0)
+        with without_fused_kernels():
+            seen = self.gated.attribute(inputs, targets, gradients=ablation == "mean")
+        samples = Samples(inputs, targets, concepts[rows], numbers[rows], seen.logits)
+        self._batches.append(samples)
+        return samples, seen
+
+    def require_attributed(self) -> bool:
+        """Raise what went wrong in `attribute`, if anything did."""
+        if self.failure is not None:
+            raise self.failure
+        return True
+
+    def classes(self) -> Tensor:
+        """Bool (concepts, classes): which classes the samples of each concept have, on all ranks."""
+        concepts, targets = self.choice.members.T
+        num_classes = self._batches[0].logits.shape[1]
+        return classes_of_concepts(concepts, targets, self.choice.num_concepts, num_classes)
+
+    def of_half(self, half: int) -> list[Samples]:
+        """The batches, with the samples of one half only, numbered within the half."""
+        batches = []
+        for inputs, targets, concepts, numbers, logits in self._batches:
+            used = (numbers >= 0) & (numbers % 2 == half)
+            rows = (used & logits.isfinite().all(1)).nonzero().flatten()
+            if len(rows):
+                some = select_samples(inputs, rows, len(targets))
+                batches.append(Samples(some, targets[rows], concepts[rows], numbers[rows] // 2, logits[rows]))
+        return batches
+
+    def joined(self, half: int) -> Samples:
+        """The samples of one half as one batch."""
+        batches = self.of_half(half)
+        if not batches:
+            raise ValueError(f"no sample of half {half + 1} is on this rank")
+        inputs, *columns = zip(*batches, strict=True)
+        lengths = [len(part) for part in columns[0]]
+        return Samples(concatenate_samples(inputs, lengths), *(torch.cat(parts) for parts in columns))
+
+    def masked_passes(
+        self,
+        trainer: "pl.Trainer",
+        paths: Mapping[str, Tensor],
+        fill: Mapping[str, Tensor] | None,
+        *,
+        half: int,
+        num_others: int,
+        ablate: bool,
+    ) -> Tensor:
+        """The table of masked passes over the samples of one half of all ranks; see `masked_table`."""
+
+        def own() -> Tensor:
+            known = self.classes()
+            tables = [
+                masked_table(self.gated, batch, paths, known, fill, num_others=num_others, ablate=ablate)
+                for batch in self.of_half(half)
+            ]
+            return torch.cat([torch.zeros(0, 7, dtype=torch.float64), *tables])
+
+        return torch.cat(gather(trainer, agreed(trainer, own)))
