@@ -8,8 +8,8 @@ from lightning_neuro.topology.metric import ActivationShape
 from lightning_neuro.topology.options import MapperOptions, TopologyOptions
 from lightning_neuro.topology.persistence import Persistence, compute_persistence
 from lightning_neuro.topology.plot import plot_graphs
-from lightning_neuro.topology.plot_homology import plot_homology
-from lightning_neuro.topology.plot_members import plot_members
+from lightning_neuro.topology.plot_diagrams import plot_homology
+from lightning_neuro.topology.plot_samples import plot_members
 from lightning_neuro.topology.purity import Purity, compute_purity
 from lightning_neuro.topology.radius import adaptive_eps
 from lightning_neuro.topology.result import TopologyResult

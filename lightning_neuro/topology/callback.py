@@ -16,12 +16,12 @@ from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.topology.drift import drift_between
 from lightning_neuro.topology.export import write_graphs
-from lightning_neuro.topology.layout import layout, point_positions
+from lightning_neuro.topology.layout import place_nodes, point_positions
 from lightning_neuro.topology.metric import ActivationShape
 from lightning_neuro.topology.options import TopologyOptions
 from lightning_neuro.topology.plot import plot_graphs
-from lightning_neuro.topology.plot_homology import plot_homology
-from lightning_neuro.topology.plot_members import plot_members
+from lightning_neuro.topology.plot_diagrams import plot_homology
+from lightning_neuro.topology.plot_samples import plot_members
 from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.sample_images import SampleImages
 
@@ -187,7 +187,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
             positions = {}
             for layer, result in results.items():
                 assert result.graph is not None
-                positions[layer] = layout(result.graph, self.places.get(layer))
+                positions[layer] = place_nodes(result.graph, self.places.get(layer))
                 # The next figure starts from these places, so that it changes little.
                 self.places[layer] = point_positions(result.graph, positions[layer])
             figures["graphs"] = plot_graphs(results, positions, class_names=self.class_names)

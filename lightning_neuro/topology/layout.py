@@ -15,7 +15,7 @@ from lightning_neuro.topology.mapper_graph import MapperGraph
 Positions = npt.NDArray[np.float64]
 
 
-def layout(graph: MapperGraph, previous: Tensor | None = None) -> Tensor:
+def place_nodes(graph: MapperGraph, previous: Tensor | None = None) -> Tensor:
     """Place nodes by springs along the edges and repulsion between all nodes.
 
     The first figure starts with the lens value from left to right and the main direction of the activations from bottom

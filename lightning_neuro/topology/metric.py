@@ -166,7 +166,7 @@ class ActivationShape(ResultMetric):
             A matplotlib figure that pyplot does not know.
         """
         from lightning_neuro.topology.plot import plot_graphs
-        from lightning_neuro.topology.plot_homology import plot_homology
+        from lightning_neuro.topology.plot_diagrams import plot_homology
 
         found = self.compute() if result is None else result
         return plot_graphs({layer: found}) if found.graph is not None else plot_homology({layer: found})

@@ -21,7 +21,7 @@ from lightning_neuro.figures import (
     new_figure,
     short_name,
 )
-from lightning_neuro.topology.layout import layout
+from lightning_neuro.topology.layout import place_nodes
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.result import TopologyResult
 
@@ -52,7 +52,7 @@ def plot_graphs(
 
     Args:
         results: Layer name -> result with a graph; an empty name is not written.
-        positions: Layer name -> (nodes, 2), where to draw the nodes; default: `layout`.
+        positions: Layer name -> (nodes, 2), where to draw the nodes; default: `place_nodes`.
         class_names: Names of the classes.
 
     Returns:
@@ -81,7 +81,7 @@ def plot_graphs(
         title = "\n".join(_title(name, result, graph))
         axes.text(left, bottom + _PANEL + 0.06, title, fontsize=8, va="bottom", linespacing=1.3)
         place = (positions or {}).get(name)
-        _draw_panel(axes, corner, graph, colors, layout(graph) if place is None else place)
+        _draw_panel(axes, corner, graph, colors, place_nodes(graph) if place is None else place)
     _legend(axes, width, colors, class_names, layers_left_out(len(graphs)))
     return figure
 

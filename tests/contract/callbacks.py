@@ -106,13 +106,13 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("miller_madow", "yes"),
     ],
     "observers": [
-        *(("attributes", value) for value in (3, {}, ["mark"], {"a/b": "x"}, {"": "x"}, {1: "x"}, {"mark": 3})),
-        *(("observer", value) for value in ("linear", None)),
-        *(("controls", value) for value in (-1, 2.5, True)),
-        *(("folds", value) for value in (1, 2.5, None)),
+        *(("attributes", value) for value in (3, {}, ["mark"], {"a/b": "x"}, {"": "x"}, {1: "x"}, {"mark": 2.5})),
+        *(("classifier", value) for value in ("linear", None)),
+        *(("num_controls", value) for value in (-1, 2.5, True)),
+        *(("num_folds", value) for value in (1, 2.5, None)),
         *(("heatmap", value) for value in (1, None)),
         *(("denotation", value) for value in (1, None)),
-        *(("groups", value) for value in (3, ["film"])),
+        *(("group_fn", value) for value in (2.5, ["film"])),
         *(("max_tags", value) for value in (0, 2.5, None)),
     ],
     "topology": [

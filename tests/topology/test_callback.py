@@ -25,7 +25,7 @@ from lightning_neuro.topology import (
     plot_members,
     topological_drift,
 )
-from lightning_neuro.topology.layout import layout, point_positions
+from lightning_neuro.topology.layout import place_nodes, point_positions
 from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.sample_images import SampleImages
 from tests.models import Module, fit, images, loader, mlp
@@ -174,13 +174,13 @@ def test_the_places_of_a_figure_outlive_a_resume(tmp_path):
 def test_the_picture_changes_little():
     result = results()
     graph = result.graph
-    first = layout(graph)
+    first = place_nodes(graph)
     assert first.abs().max() < 1.5 and torch.pdist(first).min() > 0.02
-    again = layout(graph, point_positions(graph, first))
+    again = place_nodes(graph, point_positions(graph, first))
     assert (again - first).norm(dim=1).max() < 0.45 * torch.pdist(first).median()
     other = results(mapper=True, eps=graph.eps * 1.02).graph  # slightly other clusters of the same samples
     places = point_positions(graph, first)
-    moved = layout(other, places)
+    moved = place_nodes(other, places)
     for node, own in enumerate(other.members):
         before = places[own].nanmean(dim=0)
         assert (moved[node] - before).norm() < 0.45 * torch.pdist(first).median()
@@ -188,7 +188,7 @@ def test_the_picture_changes_little():
     # Even from places that no force would leave them in.
     odd = point_positions(graph, first.flip(0))
     started = torch.stack([odd[own].nanmean(dim=0) for own in graph.members])
-    assert (layout(graph, odd) - started).norm(dim=1).max() < 0.3
+    assert (place_nodes(graph, odd) - started).norm(dim=1).max() < 0.3
 
 
 def test_pies_have_the_shares_and_areas_of_their_nodes():
