@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lightning_neuro.communities import ActivationGraph, NeuronModularity, activation_graph, modularity
-from lightning_neuro.communities.louvain import louvain
+from lightning_neuro.communities.dense_louvain import louvain
 
 Labels = torch.Tensor
 
@@ -76,7 +76,7 @@ def factor_activations(samples: int, units: int, seed: int, factors: int = 24) -
 
 def time_evaluation(activations: torch.Tensor, batch: int, repeat: int) -> None:
     """Time update and compute, and compute without the null to tell the parts apart."""
-    full, bare = NeuronModularity(), NeuronModularity(null_draws=0)
+    full, bare = NeuronModularity(), NeuronModularity(num_null_samples=0)
     start = time.perf_counter()
     for part in activations.split(batch):
         full.update(part)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -101,6 +102,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         self.metric = metric
         self.class_names: tuple[str, ...] | None = None
         self._failed: dict[str, Exception] = {}
+        self._broken: Exception | None = None
         self._prepared = False
         name = self.family or type(metric).__name__.lower() if name is None else name
         super().__init__(probe, name=name, prog_bar=prog_bar, on_error=on_error)
@@ -197,6 +199,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         """Get ready for a pass over the probe set."""
         super().begin_evaluation(trainer, pl_module, event)
         self._failed = {}
+        self._broken = None
         for metric in self.layer_metrics.values():
             metric.reset()
 
@@ -204,22 +207,31 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             self.prepare(trainer, pl_module)
             return True
 
-        self._prepared = self.attempt(trainer, "the preparation", prepare) or False
+        self._prepared = self.attempt(trainer, "what the pass needs beforehand", prepare) or False
 
     def show(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the pass, if the method could prepare itself."""
+        """Take in one batch of the pass, as long as nothing has failed in this callback."""
         if self.needs_labels and batch.targets is None:
             raise ArgumentError(
                 f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in the"
                 f" batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
             )
-        if self._prepared:
-            self.observe(batch)
+        if self._prepared and self._broken is None:
+            try:
+                self.observe(batch)
+            except MisconfigurationException:
+                raise
+            except Exception as error:
+                # The pass goes on for the other callbacks; the ranks agree on it when it is over.
+                self._broken = error
 
     def end_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, complete: bool) -> None:
         """Compute, log and draw; where the pass was not complete there are no results."""
         assert self.event is not None
         self.class_names = self.probe_pass.class_names(trainer)
+        if on_any_rank(trainer, self._broken is not None):
+            self.report("the probe set", self._broken or FailedOnAnotherRankError())
+            complete = False
         results = self._compute(trainer) if complete and self._prepared else {}
         self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
         table = self._table(self.result)
@@ -239,7 +251,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         if self.result:
             with self.guarded("the figures"):
                 self._log_figures(trainer)
-            self.log_extra(trainer, self.result)
+            self.attempt(trainer, "what is logged beside the scalars", lambda: self.log_extra(trainer, self.result))
 
     def _compute(self, trainer: "pl.Trainer") -> dict[str, R]:
         """One result per layer; what fails is left out on all ranks alike, or one would wait for another forever."""
@@ -270,7 +282,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
                 self._memory[layer] = self.remember(result, memory)
             for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
                 # What is wrong with the samples is wrong at all layers alike: one warning says it.
-                self.warn_once(f"{kind}/{note}", f"{self.name}, layer '{layer}': {note}")
+                self.warn_once(f"{kind}/{note}", f"{self.name}: {note} (First at layer '{layer}'.)")
         groups: dict[Entry, list[float]] = {}
         for entry, value in table.items():
             groups.setdefault(entry._replace(layer=None), []).append(value)

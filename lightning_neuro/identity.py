@@ -20,7 +20,7 @@ def content_hash(rows: Tensor) -> Tensor:
         rows: (N, ...) of any real dtype.
 
     Returns:
-        int64 (N,), on the device of the rows.
+        int64 (N,), not negative (63 bits), on the device of the rows.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Look at a model in the middle of training and leave it, and the run, exactly as they were."""
+"""Run a model in the middle of training and leave it, and the run, exactly as they were."""
 
 import random
 from collections.abc import Iterator
@@ -13,20 +13,26 @@ _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 def why_off(trainer: "pl.Trainer") -> str:
-    """Why nothing can be looked at in this run without risk to it, or an empty string."""
+    """Why the analyses cannot run under this trainer; an empty string if they can."""
     if trainer.barebones:
-        return "the trainer is barebones, and can log nothing"
+        return "the trainer is barebones and logs nothing"
     strategy = type(trainer.strategy).__name__
     if strategy in _SHARDED:
-        return f"{strategy} shards the weights, which a forward pass of our own cannot gather"
+        return f"{strategy} shards the weights, which a separate forward pass cannot gather"
     return ""
 
 
 @contextmanager
-def isolated_random_state(device: torch.device) -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global generators their states back at the end, after an error too."""
+def isolated_random_state(device: torch.device | None = None) -> Iterator[None]:
+    """Restore the states of Python's, NumPy's and torch's global generators at the end, after an error too.
+
+    Lightning's `isolate_rng` does not restore them after an error.
+
+    Args:
+        device: Whose generator to restore beside that of the CPU.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that users draw from
-    devices = [device] if device.type == "cuda" else []
+    devices = [device] if device is not None and device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
@@ -37,9 +43,9 @@ def isolated_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode and give each its own training flag back.
+    """Put every module in evaluation mode and restore each module's own training flag at the end.
 
-    The flags are set one by one: `model.eval()` could be overridden, and `model.train()` would wake frozen parts.
+    The flags are set one by one: `model.eval()` could be overridden, and `model.train()` would unfreeze frozen parts.
     Buffers that the forward pass changes in spite of evaluation mode (call counters, observers) are restored too.
     """
     flags = [(module, module.training) for module in model.modules()]

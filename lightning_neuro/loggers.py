@@ -80,7 +80,7 @@ def unmatched(patterns: Iterable[str], keys: Collection[str]) -> dict[str, str]:
 def logging_step(trainer: "pl.Trainer") -> int:
     """The step under which Lightning itself writes at this moment, so that all curves share their x axis."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    # What is logged there Lightning writes after the hook, and for this one moment counts a step back.
+    # Lightning writes what is logged there after the hook, and for this one moment counts one step less.
     return step - 1 if trainer.lightning_module._current_fx_name == "on_train_epoch_end" else step
 
 

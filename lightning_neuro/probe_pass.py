@@ -132,7 +132,8 @@ class ProbePass:
                     _find_source(trainer, self.probe.source),
                     num_samples=self.probe.num_samples,
                     seed=self.probe.seed,
-                    target_fn=self.target,
+                    # The default is passed on as such: with it, labels may be read without loading the samples.
+                    target_fn=default_target if self.probe.target_fn is None else self.target,
                     rank=trainer.global_rank,
                     world_size=trainer.world_size,
                 ),

@@ -60,16 +60,17 @@ def load_probe_set(
 ) -> ProbeSet:
     """Choose the samples and load them.
 
-    From a map-style dataset, or the part of it that the loader's sampler draws from, the choice is drawn by a private
-    generator and spreads evenly over the classes, where there are class labels; every rank makes the same choice and
-    loads its own share. From a stream (an `IterableDataset`) it is the first samples, of each rank's own stream; from a
-    list of batches the first batches.
+    From a map-style dataset, or the part of it that the loader's sampler draws from, samples are drawn by a private
+    generator and spread evenly over the classes, where there are class labels; every rank draws the same samples and
+    loads its own share. From a stream (an `IterableDataset`) the first samples of each rank's own stream are taken, and
+    from a list of batches the first batches.
+
     The caller isolates the random state: datasets may draw from the global generators (augmentation).
 
     Args:
         source: A `DataLoader`, a `Dataset` or an iterable of batches.
-        num_samples: How many samples over all ranks; all there are where there are fewer.
-        seed: Of the choice, and of what the dataset draws while loading.
+        num_samples: Number of samples over all ranks; all of them where there are fewer.
+        seed: Seed for the choice, and for what the dataset draws while loading.
         target_fn: Finds the target in a batch.
         rank: Which share to load.
         world_size: Number of shares.
@@ -86,7 +87,7 @@ def load_probe_set(
     if isinstance(source, DataLoader) and _is_indexed(source):
         batches = list(_chosen_batches(source, num_samples, seed, target_fn, rank, world_size))
     else:
-        # A stream is each rank's own; batches that stand in a list are the same for all, so each rank takes its turn.
+        # Each rank has a stream of its own; batches in a list are the same on all ranks, so each takes every n-th.
         share = source if isinstance(source, DataLoader) else islice(source, rank, None, world_size)
         batches = list(_first_batches(share, -(-num_samples // world_size)))
     if not batches:
@@ -133,7 +134,7 @@ def _is_indexed(loader: DataLoader[Any]) -> bool:
 def _load(loader: DataLoader[Any], indices: Sequence[int]) -> Iterator[Any]:
     """Batches of chosen samples through the user's own collate function, in this process.
 
-    A loader of our own: iterating over the user's would restart its persistent workers in the middle of an epoch.
+    Not by iterating over the user's loader, which would restart its persistent workers in the middle of an epoch.
     """
     batch_size = min(loader.batch_size or DEFAULT_BATCH_SIZE, 2 * DEFAULT_BATCH_SIZE)
     return iter(DataLoader(Subset(loader.dataset, indices), batch_size=batch_size, collate_fn=loader.collate_fn))
@@ -146,7 +147,7 @@ def _chosen_batches(
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     labels = dataset_labels(loader.dataset) if target_fn is default_target else None
     if labels is None:
-        # The labels are only known by loading: look at twice as many samples as are needed.
+        # The labels are only known by loading: consider twice as many samples as are needed.
         order = order[: 2 * num_samples]
         found = [class_labels(target_fn(batch)) for batch in _load(loader, order.tolist())]
         known = [label for label in found if label is not None]
@@ -160,7 +161,7 @@ def _chosen_batches(
 
 
 def _sampled_indices(loader: DataLoader[Any]) -> Tensor:
-    """The samples that the loader draws from: all of its dataset, unless its sampler stands for a part of it."""
+    """The samples that the loader draws from: its whole dataset, unless its sampler covers only a part of it."""
     sampler: Any = loader.sampler
     # Lightning puts its distributed sampler around the user's own.
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
@@ -203,7 +204,7 @@ def stratified(labels: Tensor) -> Tensor:
 
 
 def dataset_labels(dataset: Any) -> Tensor | None:
-    """The class labels of a whole dataset where it tells them without loading its samples, else None."""
+    """The class labels of a whole dataset if they are available without loading its samples, else None."""
     if isinstance(dataset, Subset):
         labels = dataset_labels(dataset.dataset)
         return None if labels is None else labels[torch.as_tensor(list(dataset.indices), dtype=torch.long)]
@@ -221,7 +222,7 @@ def dataset_labels(dataset: Any) -> Tensor | None:
     return labels.cpu() if labels is not None and len(labels) == len(dataset) else None
 
 
-class _Beginning(IterableDataset[Any]):
+class _FirstSamples(IterableDataset[Any]):
     """The first samples of a stream."""
 
     def __init__(self, dataset: Any, num_samples: int) -> None:
@@ -236,11 +237,13 @@ def _first_batches(source: Any, num_samples: int) -> Iterator[Any]:
     if isinstance(source, DataLoader):
         batch_size, collate_fn = source.batch_size, source.collate_fn
         if batch_size is not None:
-            source = DataLoader(_Beginning(source.dataset, num_samples), batch_size=batch_size, collate_fn=collate_fn)
+            source = DataLoader(
+                _FirstSamples(source.dataset, num_samples), batch_size=batch_size, collate_fn=collate_fn
+            )
         else:
             source = map(collate_fn, _unbatched(source, num_samples))
     seen = 0
-    # A batch that does not tell its size counts as one sample, so that an endless stream of such ends too.
+    # A batch of unknown size counts as one sample, so that an endless stream of such batches ends too.
     for batch in source:
         yield batch
         seen += batch_length(batch) or 1
@@ -249,7 +252,7 @@ def _first_batches(source: Any, num_samples: int) -> Iterator[Any]:
 
 
 def _unbatched(loader: DataLoader[Any], num_samples: int) -> Iterator[Any]:
-    """What the dataset gives to a loader that does no batching: each item is a sample or a batch."""
+    """The items of a loader that does no batching: each of them is a sample or a batch."""
     if isinstance(loader.dataset, IterableDataset):
         return iter(loader.dataset)
     with _generator_kept(loader):

@@ -81,5 +81,9 @@ def stack_padded(parts: Sequence[Tensor]) -> Tensor:
 
 
 def gather_padded(state: Tensor, group: Any | None = None) -> list[Tensor]:
-    """The `dist_sync_fn` of metrics whose states grow: the state of every rank, padded with zeros to one size."""
-    return list(stack_padded(gather_all_tensors(state, group)))
+    """The `dist_sync_fn` of metrics whose states grow: the state of every rank, tables padded with zeros to one size.
+
+    Numbers and vectors are not padded: vectors are lists of samples, which are concatenated.
+    """
+    parts = gather_all_tensors(state, group)
+    return parts if state.ndim < 2 else list(stack_padded(parts))

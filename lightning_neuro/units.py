@@ -1,7 +1,7 @@
 """From a layer's output to a matrix with a row per sample and a column per unit."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -48,9 +48,10 @@ def latest_layout(model: nn.Module) -> Iterator[Callable[[Tensor], bool | None]]
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal latest
         last = isinstance(module, _CHANNELS_LAST)
-        tensor = first_tensor(output)
-        if tensor.ndim > 1:
-            latest = last, tensor.shape[-1 if last else 1]
+        with suppress(TypeError):  # an output without a tensor decides nothing
+            tensor = first_tensor(output)
+            if tensor.ndim > 1:
+                latest = last, tensor.shape[-1 if last else 1]
 
     def units_last(output: Tensor) -> bool | None:
         if latest is None or output.ndim < 3:

@@ -1,6 +1,8 @@
 """The callbacks that must pass the contract suite, and what its files share."""
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import (
@@ -22,29 +23,20 @@ from lightning_neuro import (
     RepresentationRefinement,
 )
 from lightning_neuro.paths.halves import assign_turns, sample_keys
-from lightning_neuro.probe import ProbeBatch
-from tests.models import fit, loader, mlp
+from lightning_neuro.probe_pass import ProbeBatch
+from tests.helpers import ROOT
+from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
 
 
-class MeanActivation(Metric):
-    """A metric as a user would write it."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, activations: Tensor, targets: Tensor | None = None) -> None:
-        self.total += activations.double().sum()
-        self.count += activations.numel()
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
+def from_examples(name: str) -> Any:
+    """A module of the folder `examples`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # A new method adds its line here.
@@ -57,6 +49,7 @@ CALLBACKS: dict[str, Make] = {
     "observers": ObserverProbes,
     "topology": ActivationTopology,
     "paths": ConceptPaths,
+    "example": from_examples("own_method").ActivationDimension,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
@@ -73,9 +66,9 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("resolution", 0),
         ("resolution", -1.0),
         ("resolution", float("nan")),
-        ("seeds", 0),
-        ("seeds", 2.5),
-        ("null_draws", -1),
+        ("num_runs", 0),
+        ("num_runs", 2.5),
+        ("num_null_samples", -1),
         ("max_units", 1),
         ("score", "median"),
     ],
@@ -154,7 +147,6 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
 # Measures that depend on the order of the samples, because a random shuffle of the rows enters: not additive.
 SHUFFLED = ("null", "excess", "_z", "_std")
 
-HIDDEN = ("net.2", "net.4")
 
 # Those that do not look at the probe's layers, with the layers they look at in the MLP. What the suite says of values
 # at the probe's layers is said of theirs in their own folders.
@@ -229,7 +221,7 @@ def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
     net = module.net.float().eval()
     for layer in HIDDEN:
         metric = feed(callback, net, layer, [(x.float(), y) for x, y in loader(32)])
-        for measure, value in callback.measures(metric.compute(), None).items():
+        for measure, value in callback.layer_measures(metric.compute(), None).items():
             if torch.isfinite(torch.as_tensor(value)):
                 values[f"{callback.name}/{measure}/{layer}"] = float(value)
         metric.reset()
@@ -247,13 +239,6 @@ def assert_logged(callback: MetricCallback, module: Any, tolerance: float = 1e-5
     expected = by_hand(callback, module)
     assert {key.rsplit("/", 1)[1] for key in expected} == set(HIDDEN)
     assert_close({key: callback.scalars[key] for key in expected}, expected, tolerance)
-
-
-def hooks_of(module: torch.nn.Module) -> list[str]:
-    """Every hook on a module or below it."""
-    kinds = [kind for kind in vars(torch.nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]
-    assert "_forward_hooks" in kinds and "_backward_hooks" in kinds
-    return [f"{name}: {kind}" for name, part in module.named_modules() for kind in kinds if getattr(part, kind)]
 
 
 class Act(pl.Callback):

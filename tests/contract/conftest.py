@@ -1,4 +1,4 @@
-"""Every test that takes `make` runs once for every callback."""
+"""Every test that takes `make` runs once for every callback; one that takes `base`, once."""
 
 import pytest
 
@@ -16,6 +16,12 @@ def name(request: pytest.FixtureRequest) -> str:
 def make(name: str) -> Make:
     """Makes the callback; takes a probe and the options that all callbacks share."""
     return CALLBACKS[name]
+
+
+@pytest.fixture
+def base() -> Make:
+    """Makes the plainest callback: for what the base class decides, whatever the method."""
+    return CALLBACKS["user"]
 
 
 @pytest.fixture

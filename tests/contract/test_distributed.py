@@ -1,9 +1,5 @@
 """Two processes: additive values equal the single process, both ranks hold the same, and nobody waits forever."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import torch
 from lightning_neuro import MetricCallback, Probe
 from tests.contract.callbacks import HIDDEN, SHUFFLED, Make, assert_close, feed, layers_of, over_activations
 from tests.contract.two_ranks import SCENARIOS
+from tests.helpers import run_two_ranks
 from tests.models import fit, images, loader, mlp
 
 pytestmark = pytest.mark.slow
@@ -23,27 +20,7 @@ TIMEOUT = 150
 
 
 def launch(directory: Path, scenarios: list[str]) -> Path:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        ranks = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (directory / f"{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", "tests.contract.two_ranks", str(directory), str(rank), *scenarios]
-            settings: dict[str, Any] = {"cwd": ROOT, "env": os.environ | ranks | place}
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **settings))
-    try:
-        for process in processes:
-            process.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
-        pass  # the tests of what is missing say where each rank was
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return directory
+    return run_two_ranks("tests.contract.two_ranks", directory, *scenarios)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +63,7 @@ def from_weights(make: Make, found: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {}
     for layer in HIDDEN:
         metric = feed(callback, module.net, layer, loader(31))
-        for measure, value in callback.measures(metric.compute(), None).items():
+        for measure, value in callback.layer_measures(metric.compute(), None).items():
             values[f"{callback.name}/{measure}/{layer}"] = float(value)
     return values
 

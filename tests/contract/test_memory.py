@@ -38,7 +38,7 @@ def growth(make: Make, evaluations: int, **options: Any) -> float:
     measure = Measure(5, evaluations)
     callback = make(Probe(every_n_steps=1, num_samples=16, layers="net.4"))
     fit(mlp(), callback, measure, train=loader(), max_epochs=-1, max_steps=evaluations, **options)
-    assert callback._last_step == evaluations
+    assert callback.last_step == evaluations
     before, after = measure.sizes
     return after - before
 

@@ -14,10 +14,10 @@ from tests.contract.callbacks import (
     Make,
     assert_close,
     assert_logged,
-    hooks_of,
     listed_probe,
     over_activations,
 )
+from tests.helpers import hooks_of
 from tests.models import MemoryLogger, Module, fit, loader, mlp
 
 

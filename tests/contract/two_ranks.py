@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import CALLBACKS, HIDDEN, Make, hooks_of
-from tests.models import MemoryLogger, Module, images, loader, mlp
+from tests.contract.callbacks import CALLBACKS, Make
+from tests.helpers import hooks_of
+from tests.models import HIDDEN, MemoryLogger, Module, images, loader, mlp
 
 Fact = dict[str, Any]
 

@@ -3,10 +3,10 @@
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from lightning_neuro.logging import _pixels
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_neuro.logging import _pixels
 from lightning_neuro.paths import (
     LayerPaths,
     PathResult,

@@ -1,12 +1,10 @@
 """Louvain's method on a dense matrix, in float64.
 
-Correlation graphs are dense: every second pair of units has an edge. There the libraries' sparse Louvain spends its
-time walking adjacency lists (0.2 to 0.4 s in C++ for 1,024 units), while keeping the weight from every unit to every
-community as a small dense table turns most of the work into a few matrix operations (0.02 to 0.04 s in numpy, same
-modularity; benchmarks/communities.py measures it).
+Correlation graphs are dense: every second pair of units has an edge. On such graphs the sparse Louvain of the libraries
+spends its time walking adjacency lists (0.2 to 0.4 s in C++ for 1,024 units). Here the weight from every unit to every
+community is kept as a small dense table, which turns most of the work into a few matrix operations (0.02 to 0.04 s in
+NumPy, with the same modularity; `benchmarks/communities.py` measures it).
 """
-
-from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +12,14 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
-_MIN_GAIN = 1e-12  # in units of modularity: a smaller gain is rounding, and chasing it could go round in circles
+_MIN_GAIN = 1e-12  # in units of modularity: smaller gains are rounding, and following them might never end
 
 
 def louvain(adjacency: Floats, resolution: float, rng: np.random.Generator) -> Labels:
-    """Communities of a symmetric non-negative ``(n, n)`` graph with at least one edge.
+    """Find the communities of a symmetric, non-negative (n, n) graph with at least one edge.
 
     Louvain with a second round of moves at every level on the way back down (multilevel refinement, Rotta and
-    Noack 2011), so that units absorbed too early can still change sides.
+    Noack 2011), so that units that were merged too early can still change their community.
     """
     return _multilevel(adjacency / adjacency.sum(), resolution, rng)
 
@@ -38,7 +36,7 @@ def _multilevel(adjacency: Floats, resolution: float, rng: np.random.Generator) 
 
 
 def _merge_singletons(adjacency: Floats, strength: Floats, resolution: float, rng: np.random.Generator) -> Labels:
-    """One pass from every node on its own, in random order, each to the community of the highest gain."""
+    """One pass from single nodes: each moves, in random order, to the community with the highest gain."""
     n = len(strength)
     labels = np.arange(n)
     totals = strength.copy()
@@ -65,7 +63,7 @@ def _move_units(
     totals = _sum_by(labels, strength)
     loops = adjacency.diagonal()
     while True:
-        # All gains at once show who wants to move; each is looked at again in its turn, since moves change the rest.
+        # All gains at once show which nodes would move; each is computed again in its turn, because moves change them.
         gains = links - np.outer(resolution * totals, strength)
         stay = gains[labels, nodes] - loops + resolution * strength**2
         gains[labels, nodes] = stay
@@ -87,7 +85,7 @@ def _move_units(
 
 
 def _sum_by(labels: Labels, rows: Floats) -> Floats:
-    """Sum of the rows of each community. No matrix product: its threads would wait for each other on a busy machine."""
+    """Sum of the rows of each community, without a matrix product: its threads wait for each other on busy machines."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
     summed: Floats = np.add.reduceat(rows[order], starts, axis=0)

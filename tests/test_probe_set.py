@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -25,17 +24,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import isolated_random_state
-from lightning_neuro.samples import (
-    batch_length,
-    class_labels,
-    collect_samples,
-    dataset_labels,
-    default_input,
-    default_target,
-    describe,
-    stratified,
-)
+from lightning_neuro.probe_set import class_names_of, dataset_labels, load_probe_set, stratified
 
 
 def numbered(count: int, labels: list[int] | None = None) -> TensorDataset:
@@ -103,21 +94,21 @@ def test_every_prefix_of_the_stratified_order_is_as_balanced_as_can_be(labels: l
 
 def test_the_choice_is_balanced_and_fixed_by_the_seed() -> None:
     data = numbered(200)
-    samples = collect_samples(data, num_samples=24)
+    samples = load_probe_set(data, num_samples=24)
     assert counts(samples) == {0: 8, 1: 8, 2: 8}
     assert (samples.num_samples, samples.num_classes) == (24, 3)
     assert len(set(ids(samples))) == 24
-    assert ids(collect_samples(data, num_samples=24)) == ids(samples)
-    assert ids(collect_samples(data, num_samples=24, seed=1)) != ids(samples)
+    assert ids(load_probe_set(data, num_samples=24)) == ids(samples)
+    assert ids(load_probe_set(data, num_samples=24, seed=1)) != ids(samples)
     # A rare class gives all it has.
-    assert counts(collect_samples(data, num_samples=60)) == {0: 40, 1: 10, 2: 10}
+    assert counts(load_probe_set(data, num_samples=60)) == {0: 40, 1: 10, 2: 10}
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_shards_are_disjoint_and_together_the_choice_of_one_process(world_size: int) -> None:
     data = numbered(100)
-    whole = ids(collect_samples(data, num_samples=20))
-    shards = [ids(collect_samples(data, num_samples=20, rank=r, world_size=world_size)) for r in range(world_size)]
+    whole = ids(load_probe_set(data, num_samples=20))
+    shards = [ids(load_probe_set(data, num_samples=20, rank=r, world_size=world_size)) for r in range(world_size)]
     assert sorted(i for shard in shards for i in shard) == sorted(whole)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
@@ -140,18 +131,18 @@ def test_labels_are_found_without_loading(data: Any) -> None:
     labels = dataset_labels(data)
     assert labels is not None
     assert labels.tolist() == [int(data[i][1]) for i in range(len(data))]
-    assert counts(collect_samples(data, num_samples=15)) == {0: 5, 1: 5, 2: 5}
+    assert counts(load_probe_set(data, num_samples=15)) == {0: 5, 1: 5, 2: 5}
 
 
 def test_labels_that_the_dataset_tells_cost_no_loading() -> None:
     data = Told(numbered(200), "targets", list)
-    samples = collect_samples(data, num_samples=12)
+    samples = load_probe_set(data, num_samples=12)
     assert data.loaded == ids(samples)
 
 
 def test_labels_only_known_by_loading() -> None:
     data = Plain(numbered(60, [0, 0, 1] * 20))
-    samples = collect_samples(data, num_samples=10)
+    samples = load_probe_set(data, num_samples=10)
     assert counts(samples) == {0: 5, 1: 5}
     # Twice as many are looked at, then the chosen ones are loaded.
     assert len(data.loaded) == 30
@@ -164,12 +155,12 @@ def test_labels_that_are_none(found: Any) -> None:
     data = Plain(numbered(2))
     data.targets = found  # type: ignore[attr-defined]
     assert dataset_labels(data) is None
-    assert sorted(ids(collect_samples(data, num_samples=2))) == [0, 1]
+    assert sorted(ids(load_probe_set(data, num_samples=2))) == [0, 1]
 
 
 def test_a_target_function_of_ones_own_is_asked_instead_of_the_dataset() -> None:
     data = numbered(100, [0] * 100)
-    samples = collect_samples(data, num_samples=10, target_fn=lambda batch: (batch[0] >= 50).long())
+    samples = load_probe_set(data, num_samples=10, target_fn=lambda batch: (batch[0] >= 50).long())
     assert sum(i >= 50 for i in ids(samples)) == 5
     assert samples.num_classes == 2
 
@@ -180,13 +171,13 @@ def test_unlabelled_and_regression_data_are_drawn_at_random() -> None:
         TensorDataset(torch.arange(100.0), torch.arange(100.0)),
         TensorDataset(torch.arange(100.0), torch.ones(100, 4, dtype=torch.long)),
     ):
-        samples = collect_samples(data, num_samples=20)
+        samples = load_probe_set(data, num_samples=20)
         assert len(set(ids(samples))) == 20 and ids(samples) != list(range(20))
         assert (samples.num_samples, samples.num_classes) == (20, 0)
 
 
 def test_a_set_smaller_than_asked_for_is_taken_whole() -> None:
-    samples = collect_samples(numbered(7), num_samples=512)
+    samples = load_probe_set(numbered(7), num_samples=512)
     assert sorted(ids(samples)) == list(range(7)) and samples.num_samples == 7
 
 
@@ -196,16 +187,16 @@ def test_a_set_smaller_than_asked_for_is_taken_whole() -> None:
     ids=["tensors", "plain", "list", "stream"],
 )
 def test_an_empty_source_explains(source: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=r"no samples for rank 0 of 1 in the .*Probe\(source="):
-        collect_samples(source, num_samples=4)
+    with pytest.raises(ArgumentError, match=r"no samples for rank 0 of 1 in the .*Probe\(source="):
+        load_probe_set(source, num_samples=4)
 
 
 @pytest.mark.parametrize(("size", "num_samples"), [(2, 10), (10, 2)])
 def test_fewer_samples_than_ranks_is_an_error_on_every_rank(size: int, num_samples: int) -> None:
     for rank in range(3):
-        with pytest.raises(MisconfigurationException, match=f"for rank {rank} of 3 in the TensorDataset"):
-            collect_samples(numbered(size), num_samples=num_samples, rank=rank, world_size=3)
-    assert ids(collect_samples(numbered(3), num_samples=3, rank=2, world_size=3))
+        with pytest.raises(ArgumentError, match=f"for rank {rank} of 3 in the TensorDataset"):
+            load_probe_set(numbered(size), num_samples=num_samples, rank=rank, world_size=3)
+    assert ids(load_probe_set(numbered(3), num_samples=3, rank=2, world_size=3))
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -216,41 +207,41 @@ def test_the_loader_keeps_its_batch_size_and_collate_function() -> None:
         return {"image": torch.stack([x for x, _ in items]) * 10, "label": torch.stack([y for _, y in items])}
 
     loader = DataLoader(numbered(50), batch_size=4, collate_fn=collate, drop_last=True, shuffle=True)
-    samples = collect_samples(loader, num_samples=10)
+    samples = load_probe_set(loader, num_samples=10)
     assert [len(batch["image"]) for batch in samples.batches] == [4, 4, 2]
     assert (samples.num_samples, samples.num_classes) == (10, 3)
     assert all((batch["image"] % 10 == 0).all() for batch in samples.batches)
 
 
 def test_a_huge_batch_size_is_cut() -> None:
-    samples = collect_samples(DataLoader(numbered(600), batch_size=600), num_samples=600)
+    samples = load_probe_set(DataLoader(numbered(600), batch_size=600), num_samples=600)
     assert [len(batch[0]) for batch in samples.batches] == [256, 256, 88]
 
 
 def test_only_what_the_sampler_draws_is_chosen() -> None:
     # As in the split of one dataset by two samplers: validation must not look at training samples.
     part = DataLoader(numbered(100), sampler=SubsetRandomSampler(range(90, 100)))
-    assert sorted(ids(collect_samples(part, num_samples=50))) == list(range(90, 100))
-    assert set(ids(collect_samples(part, num_samples=4))) < set(range(90, 100))
+    assert sorted(ids(load_probe_set(part, num_samples=50))) == list(range(90, 100))
+    assert set(ids(load_probe_set(part, num_samples=4))) < set(range(90, 100))
     batches = DataLoader(numbered(100), batch_sampler=[[1, 2], [3]])
-    assert sorted(ids(collect_samples(batches, num_samples=9))) == [1, 2, 3]
+    assert sorted(ids(load_probe_set(batches, num_samples=9))) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_distributed_sampler_does_not_halve_the_choice(rank: int) -> None:
     sampler = DistributedSampler(numbered(20), num_replicas=2, rank=rank)
     loader = DataLoader(numbered(20), sampler=sampler)
-    mine = ids(collect_samples(loader, num_samples=20, rank=rank, world_size=2))
-    assert mine == ids(collect_samples(numbered(20), num_samples=20, rank=rank, world_size=2))
+    mine = ids(load_probe_set(loader, num_samples=20, rank=rank, world_size=2))
+    assert mine == ids(load_probe_set(numbered(20), num_samples=20, rank=rank, world_size=2))
 
 
 @pytest.mark.parametrize("num_samples", [1, 10, 16, 50])
 def test_a_stream_gives_exactly_its_first_samples(num_samples: int) -> None:
     loader = DataLoader(Stream(numbered(40)), batch_size=8, drop_last=True)
-    samples = collect_samples(loader, num_samples=num_samples)
+    samples = load_probe_set(loader, num_samples=num_samples)
     assert ids(samples) == list(range(min(num_samples, 40)))
     assert samples.num_samples == min(num_samples, 40)
-    assert ids(collect_samples(Stream(numbered(40)), num_samples=num_samples)) == ids(samples)
+    assert ids(load_probe_set(Stream(numbered(40)), num_samples=num_samples)) == ids(samples)
 
 
 def test_a_stream_is_read_no_further_than_needed() -> None:
@@ -260,12 +251,12 @@ def test_a_stream_is_read_no_further_than_needed() -> None:
                 yield torch.tensor([float(i)]), 0
             raise AssertionError("read too far")
 
-    samples = collect_samples(DataLoader(Endless(), batch_size=5), num_samples=12)
+    samples = load_probe_set(DataLoader(Endless(), batch_size=5), num_samples=12)
     assert [len(batch[0]) for batch in samples.batches] == [5, 5, 2]
 
 
 def test_streams_are_shared_out_by_number() -> None:
-    shard = collect_samples(Stream(numbered(40)), num_samples=11, rank=1, world_size=4)
+    shard = load_probe_set(Stream(numbered(40)), num_samples=11, rank=1, world_size=4)
     assert shard.num_samples == 3
 
 
@@ -287,16 +278,16 @@ class Batches(Dataset[Any]):
 
 def test_items_that_are_batches_come_in_the_loaders_order() -> None:
     for source in (batches_of_three(5), tuple(batches_of_three(5)), DataLoader(Batches(), batch_size=None)):
-        samples = collect_samples(source, num_samples=8)
+        samples = load_probe_set(source, num_samples=8)
         assert ids(samples) == list(range(9))
         assert (samples.num_samples, samples.num_classes) == (9, 3)
-    every = collect_samples(DataLoader(Batches(), batch_size=None), num_samples=100)
+    every = load_probe_set(DataLoader(Batches(), batch_size=None), num_samples=100)
     assert ids(every) == list(range(15))
 
 
 def test_a_sampler_of_batches_is_followed() -> None:
     sampler = BatchSampler(SequentialSampler(range(10)), 4, drop_last=False)
-    samples = collect_samples(DataLoader(Batches(), sampler=sampler, batch_size=None), num_samples=6)
+    samples = load_probe_set(DataLoader(Batches(), sampler=sampler, batch_size=None), num_samples=6)
     assert ids(samples) == list(range(8))
 
 
@@ -304,12 +295,12 @@ def test_the_users_own_generator_is_not_moved() -> None:
     for batch_size in (None, 2):
         generator = torch.Generator().manual_seed(3)
         before = generator.get_state()
-        collect_samples(DataLoader(Batches(), batch_size=batch_size, shuffle=True, generator=generator), num_samples=6)
+        load_probe_set(DataLoader(Batches(), batch_size=batch_size, shuffle=True, generator=generator), num_samples=6)
         assert torch.equal(generator.get_state(), before)
 
 
 def test_batches_that_do_not_tell_their_size_still_end() -> None:
-    assert len(collect_samples([object() for _ in range(9)], num_samples=4).batches) == 4
+    assert len(load_probe_set([object() for _ in range(9)], num_samples=4).batches) == 4
 
 
 class Augmenting(Plain):
@@ -336,7 +327,7 @@ def test_what_a_dataset_draws_is_fixed_by_the_seed_and_costs_the_run_nothing() -
             draws()
         saved = torch.get_rng_state()
         with isolated_random_state(torch.device("cpu")):
-            found.append(collect_samples(Augmenting(numbered(30)), num_samples=10, seed=-1).batches[0][0])
+            found.append(load_probe_set(Augmenting(numbered(30)), num_samples=10, seed=-1).batches[0][0])
         assert torch.equal(torch.get_rng_state(), saved)
         if state == 5:
             assert draws() == expected
@@ -349,77 +340,24 @@ def test_persistent_workers_are_left_alone() -> None:
     epoch = iter(loader)
     got = [next(epoch)[0].tolist()]
     worker = epoch._workers[0].pid  # type: ignore[attr-defined]
-    assert collect_samples(loader, num_samples=6).num_samples == 6
+    assert load_probe_set(loader, num_samples=6).num_samples == 6
     got += [batch[0].tolist() for batch in epoch]
     assert got == [[i, i + 1] for i in range(0, 12, 2)]
     assert iter(loader)._workers[0].pid == worker  # type: ignore[attr-defined]
 
 
-# What a batch is made of ---------------------------------------------------------------------------------------------
-
-X, Y = torch.zeros(3, 2), torch.tensor([0, 1, 2])
-
-
-@pytest.mark.parametrize(
-    ("batch", "has_target"),
-    [
-        (X, False),
-        ((X,), False),
-        ([X, Y], True),
-        ((X, Y, Y), True),
-        ({"image": X, "label": Y}, True),
-        ({"x": X, "y": Y, "meta": 3}, True),
-        ({"input_ids": X, "labels": Y}, True),
-        ({"pixel_values": X}, False),
-    ],
-)
-def test_input_and_target_of_the_usual_batches(batch: Any, has_target: bool) -> None:
-    assert default_input(batch) is X
-    assert default_target(batch) is (Y if has_target else None)
-    assert batch_length(batch) == 3
+class Named(Plain):
+    classes = ("cat", "dog", "bird")
 
 
-@pytest.mark.parametrize(
-    ("batch", "seen"),
-    [
-        ({"a": X, "b": Y}, "a dict with the keys 'a', 'b'"),
-        ({}, r"a dict with the keys \(none\)"),
-        ([], r"a list of 0 \(\)"),
-        ("text", "a str"),
-        (object(), "a object"),
-    ],
-)
-def test_an_input_that_cannot_be_found_says_what_was_seen_and_what_helps(batch: Any, seen: str) -> None:
-    with pytest.raises(MisconfigurationException, match=rf"The batch is {seen}\. .*Probe\(input_fn="):
-        default_input(batch)
+def test_class_names_are_those_of_the_dataset() -> None:
+    data = Named(numbered(40))
+    for source in (data, Subset(data, range(20)), ConcatDataset([data, data]), DataLoader(Subset(data, range(9)))):
+        assert load_probe_set(source, num_samples=4).class_names == ("cat", "dog", "bird")
+    assert load_probe_set(numbered(40), num_samples=4).class_names is None
+    assert load_probe_set(batches_of_three(2), num_samples=4).class_names is None
 
 
-def test_describe_goes_into_sequences() -> None:
-    assert describe((X, {"y": Y})) == "a tuple of 2 (a tensor of shape (3, 2), a dict with the keys 'y')"
-
-
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (Y, [0, 1, 2]),
-        (Y[:, None].to(torch.uint8), [0, 1, 2]),
-        (Y > 0, [0, 1, 1]),
-        (Y.float(), None),
-        (Y.to(torch.complex64), None),
-        (torch.zeros(3, 2).long(), None),
-        (torch.tensor(1), None),
-        ([0, 1], None),
-        (None, None),
-    ],
-)
-def test_class_labels(targets: Any, expected: list[int] | None) -> None:
-    labels = class_labels(targets)
-    assert (None if labels is None else labels.tolist()) == expected
-    assert labels is None or labels.dtype == torch.int64
-
-
-@pytest.mark.parametrize(
-    ("value", "length"), [(torch.tensor(1.0), None), ({"a": 1, "b": (X,)}, 3), ("xyz", None), (None, None)]
-)
-def test_batch_length(value: Any, length: int | None) -> None:
-    assert batch_length(value) == length
+@pytest.mark.parametrize("classes", [None, 10, [], {"cat": 0}, ["cat", 1], "cat", property(lambda self: 1 / 0)])
+def test_other_things_of_that_name_are_no_class_names(classes: Any) -> None:
+    assert class_names_of(type("Odd", (Plain,), {"classes": classes})(numbered(4))) is None

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_neuro.logging import (
+from lightning_neuro.loggers import (
     artefact_folder,
     file_name,
     log_figures,
@@ -45,7 +45,7 @@ def read(folder: Any) -> EventAccumulator:
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_end", "on_validation_epoch_end"])
 def test_chosen_keys_stand_in_the_progress_bar_and_all_can_be_monitored(hook: str) -> None:
     def log(trainer: Any, pl_module: Any) -> None:
-        log_scalars(trainer, pl_module, {"a/b": 1.5, "a/b/c": 2.5, "d": 3.5}, prog_bar=["a/*c", "d"], loggers="never")
+        log_scalars(trainer, pl_module, {"a/b": 1.5, "a/b/c": 2.5, "d": 3.5}, prog_bar=["a/*c", "d"], moment="never")
 
     trainer = fit(mlp(), At(hook, log), max_epochs=1, num_sanity_val_steps=0)
     assert {k: float(v) for k, v in trainer.callback_metrics.items() if "loss" not in k} == {
@@ -62,7 +62,7 @@ def test_when_the_loggers_get_what_is_logged_before_training(when: Any, steps: l
     logger, monitored = MemoryLogger(), []
 
     def log(trainer: Any, pl_module: Any) -> None:
-        log_scalars(trainer, pl_module, {"a": 1.0}, loggers=when)
+        log_scalars(trainer, pl_module, {"a": 1.0}, moment=when)
         monitored.append(trainer.callback_metrics["a"].item())
 
     fit(mlp(), At("on_train_start", log), logger=logger, max_epochs=1)
@@ -76,7 +76,7 @@ def test_values_of_an_epoch_stand_at_the_step_of_the_others_of_this_epoch() -> N
     def log(trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             steps.append(trainer.global_step)
-            log_scalars(trainer, pl_module, {"ours": float(trainer.global_step)}, loggers="epoch")
+            log_scalars(trainer, pl_module, {"ours": float(trainer.global_step)}, moment="epoch")
 
     fit(mlp(), At("on_validation_epoch_end", log), logger=logger, val_check_interval=2)
     assert steps == [2, 4, 6, 8]
@@ -92,7 +92,7 @@ def test_values_of_a_step_stand_at_the_step_at_which_lightning_writes_its_own() 
             return loss
 
     def log(trainer: Any, pl_module: Any) -> None:
-        log_scalars(trainer, pl_module, {"ours": float(trainer.global_step)}, loggers="now")
+        log_scalars(trainer, pl_module, {"ours": float(trainer.global_step)}, moment="now")
         assert trainer.callback_metrics["ours"] == trainer.global_step
 
     logger = MemoryLogger()
@@ -108,7 +108,7 @@ def test_pictures_stand_at_the_step_of_the_scalars_of_their_epoch(hook: str, val
 
     def log(trainer: Any, pl_module: Any) -> None:
         steps.append(logging_step(trainer))
-        log_scalars(trainer, pl_module, {"ours": 1.0}, loggers="epoch")
+        log_scalars(trainer, pl_module, {"ours": 1.0}, moment="epoch")
 
     fit(mlp(), At(hook, log), logger=logger, val=val, num_sanity_val_steps=0)
     assert steps == [step for step, _ in logger.curves["ours"]] == [3, 7]
@@ -118,7 +118,7 @@ def test_two_loggers_both_get_the_values(tmp_path: Path) -> None:
     one, two = MemoryLogger(), CSVLogger(str(tmp_path))
 
     def log(trainer: Any, pl_module: Any) -> None:
-        log_scalars(trainer, pl_module, {"a": 1.0}, loggers="now")
+        log_scalars(trainer, pl_module, {"a": 1.0}, moment="now")
 
     fit(mlp(), At("on_train_start", log), logger=[one, two], max_epochs=1)
     assert one.curves["a"] == [(0, 1.0)]
@@ -127,9 +127,9 @@ def test_two_loggers_both_get_the_values(tmp_path: Path) -> None:
 
 def test_nothing_to_log_and_nowhere_to_log_to() -> None:
     def log(trainer: Any, pl_module: Any) -> None:
-        log_scalars(trainer, pl_module, {}, loggers="now")
-        log_scalars(trainer, pl_module, {"a": 1.0}, loggers="now")
-        log_figures(trainer, lambda: pytest.fail("drawn for nobody"))
+        log_scalars(trainer, pl_module, {}, moment="now")
+        log_scalars(trainer, pl_module, {"a": 1.0}, moment="now")
+        log_figures(trainer, "f", lambda: pytest.fail("drawn for nobody"))
         log_histogram(trainer, "h", torch.ones(3))
         log_layout(trainer, {"f": {"c": ["Multiline", ["a"]]}})
 
@@ -141,7 +141,7 @@ def test_pictures_in_tensorboard(tmp_path: Path) -> None:
     layout = {"family": {"chart": ["Multiline", ["^family/a$"]]}}
 
     def log(trainer: Any, pl_module: Any) -> None:
-        log_figures(trainer, lambda: {"f/red": figure(), "f/blue": figure("blue")})
+        log_figures(trainer, "f", lambda: {"red": figure(), "blue": figure("blue")})
         log_histogram(trainer, "f/h", torch.arange(100.0, requires_grad=True))
         log_histogram(trainer, "f/empty", torch.zeros(0))
         log_layout(trainer, layout)
@@ -180,10 +180,10 @@ def test_loggers_that_take_images_get_pixels() -> None:
 
     def draw() -> Any:
         drawn.append(1)
-        return {"f/red": figure()}
+        return {"red": figure()}
 
     def log(trainer: Any, pl_module: Any) -> None:
-        log_figures(trainer, draw)
+        log_figures(trainer, "f", draw)
         log_histogram(trainer, "f/h", torch.arange(3.0))
         log_layout(trainer, {"f": {"c": ["Multiline", ["a"]]}})
 
@@ -197,14 +197,14 @@ def test_loggers_that_take_images_get_pixels() -> None:
 
 def test_loggers_without_images_draw_nothing(tmp_path: Path) -> None:
     def log(trainer: Any, pl_module: Any) -> None:
-        log_figures(trainer, lambda: pytest.fail("drawn for nobody"))
+        log_figures(trainer, "f", lambda: pytest.fail("drawn for nobody"))
 
     fit(mlp(), At("on_train_start", log), logger=[MemoryLogger(), CSVLogger(str(tmp_path))], max_epochs=1)
 
 
 def test_a_barebones_trainer_is_logged_nothing() -> None:
     def log(trainer: Any, pl_module: Any) -> None:
-        log_scalars(trainer, pl_module, {"a": 1.0}, loggers="now")
+        log_scalars(trainer, pl_module, {"a": 1.0}, moment="now")
 
     trainer = pl.Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=[At("on_train_start", log)])
     with warnings.catch_warnings():

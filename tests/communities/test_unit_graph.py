@@ -6,8 +6,8 @@ import torch
 from sklearn.metrics import matthews_corrcoef
 
 from lightning_neuro.communities import activation_graph
-from lightning_neuro.communities.graph import WEIGHTS, merge_moments, moments
 from lightning_neuro.communities.mostafa2021 import class_graphs
+from lightning_neuro.communities.unit_graph import WEIGHTS, merge_moments, moments
 
 
 def activations(n=60, d=7, seed=0):
@@ -91,13 +91,13 @@ def test_too_few_samples_give_an_empty_graph(n):
 
 
 def test_wrong_input():
-    with pytest.raises(ValueError, match=r"activations must be .* but got \(3, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"`activations` must be .*\(3, 4, 5\)"):
         activation_graph(torch.ones(3, 4, 5))
-    with pytest.raises(ValueError, match=r"activations must be .* but got list"):
+    with pytest.raises(ValueError, match=r"`activations` must be .* a list"):
         activation_graph([[1.0]])
-    with pytest.raises(ValueError, match="activations must be real"):
+    with pytest.raises(ValueError, match="`activations` must be a real"):
         activation_graph(torch.ones(3, 4, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"weight must be one of 'correlation'.*'covariance'"):
+    with pytest.raises(ValueError, match=r"`weight` must be one of 'correlation'.*'covariance'"):
         activation_graph(torch.ones(3, 4), weight="covariance")
 
 
