@@ -1,12 +1,12 @@
-"""What observers cost, against logistic regression and against probes that are trained by SGD; and what they show.
+"""What observers cost, compared with logistic regression and with probes trained by SGD; and what they show.
 
     python benchmarks/observers.py [fit] [slope] [sgd] [nlvr] [--out docs/images]
 
 fit:   40 attributes, 512 units, 10,000 samples against 40 fits of scikit-learn's LogisticRegression, turn by turn.
 slope: the cost of an evaluation against the number of attributes and of units.
 sgd:   one Fashion-MNIST run with ObserverProbes, one with a linear probe per class trained by SGD beside the network.
-nlvr:  a CNN learns to tell the number of objects in a picture; what does it know about their shapes and colours?
-The data are found through LIGHTNING_NEURO_DATA; sgd uses scikit-learn's digits where it is not set, nlvr needs it.
+nlvr:  a CNN learns to predict the number of objects in a picture; what does it know about their shapes and colours?
+The data are found through LIGHTNING_NEURO_DATA; sgd uses scikit-learn's digits if it is not set, nlvr needs it.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro import LinearObserver
-from lightning_neuro.observers.measures import balanced_accuracy, confusion
+from lightning_neuro.observers import LinearObserver
 from lightning_neuro.observers.ridge import cross_fit
+from lightning_neuro.stats import balanced_accuracy, confusion
 
 
 def factors(samples: int, units: int, attributes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -54,14 +54,14 @@ def fit(rounds: int = 3) -> None:
         found = cross_fit(standard, y.double(), fold, 5)
         ours = time.perf_counter() - start
         start = time.perf_counter()
-        told = []
+        predicted = []
         inputs = ((x - x[train].mean(0)) / x[train].std(0)).numpy()
         for a in range(40):
             model = LogisticRegression(class_weight="balanced", C=0.01, max_iter=1000)
             model.fit(inputs[train.numpy()], y[train, a].numpy())
-            told.append(model.decision_function(inputs[test.numpy()]))
+            predicted.append(model.decision_function(inputs[test.numpy()]))
         theirs = time.perf_counter() - start
-        scores = torch.as_tensor(np.stack(told, 1)).double()
+        scores = torch.as_tensor(np.stack(predicted, 1)).double()
         own = balanced_accuracy(*confusion(found.scores[test], y[test].double())).mean().item()
         other = balanced_accuracy(*confusion(scores, y[test].double())).mean().item()
         ratios.append(theirs / ours)
@@ -107,7 +107,7 @@ def slope() -> None:
 
 
 def sgd(epochs: int = 2, steps: int = 300) -> None:
-    """Read classes from each layer while a network trains: ours, and a probe per layer and class trained by SGD."""
+    """Predict classes from each layer while a network trains: ours, and a probe per layer and class trained by SGD."""
     import pytorch_lightning as pl
     from data import load_images
     from networks import Classifier, small_cnn
@@ -166,7 +166,7 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
     samples = min(128 * steps, len(train))
     held_out = Subset(test, range(min(2000, len(test))))
     rows: dict[str, tuple[float, list[float], float]] = {}
-    # One fold of plenty of samples, so that both are told on held-out images; the observers' own come from the same.
+    # The scores of both are of held-out images: those of the observers are cross-validated on the same ones.
     for kind in ("plain", "sgd", "ours"):
         pl.seed_everything(0, verbose=False)
         net = small_cnn(train.tensors[0].shape[-1])
@@ -201,25 +201,29 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
     plain = rows["plain"][0]
     for kind in ("sgd", "ours"):
         step, scores, own = rows[kind]
-        told = "  ".join(f"{layer} {score:.3f}" for layer, score in zip(layers, scores, strict=True))
+        found = "  ".join(f"{layer} {score:.3f}" for layer, score in zip(layers, scores, strict=True))
         cost = f"step x{step / plain:.2f} of a plain one ({1000 * plain:.0f} ms), and {own:.2f} s an epoch"
-        print(f"  {kind:<5} {cost};  {told}")
+        print(f"  {kind:<5} {cost};  {found}")
 
 
 def time_inside(callback: Any, inside: list[float]) -> None:
     """Add up the seconds of a callback's evaluations after the one before training."""
-    evaluate = callback._evaluate
+    begin, end = callback.begin_evaluation, callback.end_evaluation
+    start = [0.0]
 
-    def timed(trainer: Any, pl_module: Any, kind: str, **options: Any) -> None:
-        begin = time.perf_counter()
-        evaluate(trainer, pl_module, kind, **options)
-        inside[0] += time.perf_counter() - begin if kind != "start" else 0.0
+    def timed_begin(*arguments: Any) -> None:
+        start[0] = time.perf_counter()
+        begin(*arguments)
 
-    callback._evaluate = timed
+    def timed_end(*arguments: Any, **options: Any) -> None:
+        end(*arguments, **options)
+        inside[0] += time.perf_counter() - start[0] if callback.event.kind != "start" else 0.0
+
+    callback.begin_evaluation, callback.end_evaluation = timed_begin, timed_end
 
 
 def online_scores(model: Any, layers: dict[str, int], data: Any) -> list[float]:
-    """Balanced accuracy of the SGD probes; their threshold is the middle of the classes' mean scores, as ours is."""
+    """Balanced accuracy of the SGD probes; their threshold is the midpoint of the classes' mean scores, as ours is."""
     model.eval()
     with torch.no_grad():
         images, labels = (torch.stack([torch.as_tensor(item[i]) for item in data]) for i in (0, 1))
@@ -243,13 +247,13 @@ def nlvr_boxes(folder: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         rows = list(csv.DictReader(file))
     contains = {f"contains {kind}": torch.tensor([float(int(row[f"n_{kind}"]) > 0) for row in rows]) for kind in NLVR}
     contains["touches wall"] = torch.tensor([float(row["touches_wall"]) for row in rows])
-    # So many of both that a class of its own can be learnt: 1, ..., 7, 8 and more.
+    # Classes with enough boxes to be learnt: 1, ..., 7, 8 and more.
     counts = torch.tensor([min(int(row["n_objects"]), 8) for row in rows])
     return torch.from_numpy(images).permute(0, 3, 1, 2), counts, contains
 
 
 def nlvr(out: Path | None, epochs: int = 30) -> None:
-    """Train on the number of objects and read what else the layers know."""
+    """Train on the number of objects and read what else can be predicted from the layers."""
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -287,7 +291,7 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
     pl.seed_everything(0, verbose=False)
     observers = ObserverProbes(
         Probe(num_samples=1000),
-        {name: (lambda batch, a=a: batch[2][:, a]) for a, name in enumerate(names)},
+        attributes={name: (lambda batch, a=a: batch[2][:, a]) for a, name in enumerate(names)},
         max_tags=10_000,
     )
     history: dict[int, dict[str, list[float]]] = {}
@@ -326,7 +330,9 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
             f"  {name} at {layers[-1]}: selectivity {float(result.selectivity[a]):.3f},"
             f" bits {float(result.information_bits[a]):.3f}"
         )
-    print("  denoting units:", {layer: observers.scalars.get(f"observers/denoting_units/{layer}") for layer in layers})
+    print(
+        "  denoting units:", {layer: observers.scalars.get(f"observers/num_denoting_units/{layer}") for layer in layers}
+    )
     if out is not None:
         draw_history(history, layers, observers.from_input["contains circle"], out / "nlvr_circle.png")
         for name, figure in observers.draw(observers.result).items():
@@ -340,7 +346,7 @@ def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], 
 
     figure = Figure(figsize=(7, 4), dpi=100)
     panel = figure.add_axes((0.1, 0.13, 0.68, 0.75))
-    place: dict[str, float] = {}  # of the names beside the curves' ends, not on top of each other
+    place: dict[str, float] = {}  # of the names at the ends of the curves, not on top of each other
     last = history[max(history)]
     for layer in sorted(layers, key=lambda layer: last[layer][0]):
         place[layer] = max(last[layer][0], max(place.values(), default=0.0) + 0.013)
@@ -359,7 +365,7 @@ def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], 
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["fit", "slope", "sgd"])
     parser.add_argument("--out", type=Path, help="folder for the pictures of nlvr")

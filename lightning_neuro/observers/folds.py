@@ -1,15 +1,20 @@
-"""Which samples are held out together: folds that depend neither on the samples' order nor on ranks or batches."""
+"""Which samples are held out together: folds that do not depend on the samples' order, on ranks or on batches."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_neuro.batches import samples_first, tensors_in
+from lightning_neuro.identity import canonical_order
 
 
 def row_hashes(values: Tensor) -> Tensor:
     """A number for each row that depends on its content alone, so that it is the same on every rank, all run long.
 
     Args:
-        values: (N, ...) of any dtype; floating values are compared in float32, and zeros at the end count nothing, so
-            that texts may be padded to any length.
+        values: (N, ...) of any dtype. Floating values are compared in float32; zeros at the end of a row do not count,
+            so texts may be padded to any length.
 
     Returns:
         int64 (N,), pseudo-random.
@@ -30,8 +35,32 @@ def row_hashes(values: Tensor) -> Tensor:
     return hashes
 
 
-def canonical_order(attributes: Tensor, *keys: Tensor) -> Tensor:
-    """An order of the samples that does not depend on the one they came in: by attributes, then by the keys.
+def fold_groups(groups: Tensor | None, inputs: Any, num_samples: int, *, num_before: int) -> Tensor:
+    """A number for each sample of a batch; samples with the same number are held out together.
+
+    Args:
+        groups: int64 (num_samples,), the user's groups, if there are any. Otherwise samples are numbered by the content
+            of their input, so that a sample is in the same fold throughout the run, on whatever rank; and by their
+            position if the inputs hold no tensor with them, because they come in the same order in every pass.
+        inputs: The model's inputs, a tensor or nested tensors.
+        num_samples: Number of samples.
+        num_before: Number of samples in earlier batches of the pass.
+
+    Returns:
+        int64 (num_samples,), on the CPU.
+    """
+    if groups is not None:
+        return row_hashes(groups[:, None])
+    rows = (samples_first(tensor, num_samples) for tensor in tensors_in(inputs))
+    hashes = [row_hashes(part).cpu() for part in rows if part is not None]
+    if not hashes:
+        return torch.arange(num_samples) + num_before
+    # All tensors together: the mask of a text alone would group all texts of one length.
+    return hashes[0] if len(hashes) == 1 else row_hashes(torch.stack([part >> 32 for part in hashes], 1))
+
+
+def attribute_order(attributes: Tensor, *keys: Tensor) -> Tensor:
+    """A permutation of the samples that does not depend on their order: by attributes, then by the keys.
 
     Args:
         attributes: (N, A), NaN where missing.
@@ -43,18 +72,15 @@ def canonical_order(attributes: Tensor, *keys: Tensor) -> Tensor:
     profile = torch.zeros(len(attributes), dtype=torch.int64, device=attributes.device)
     if attributes.numel():
         profile = torch.unique(attributes.nan_to_num(nan=2.0), dim=0, return_inverse=True)[1]
-    order = torch.arange(len(attributes), device=attributes.device)
-    for key in (*reversed(keys), profile):
-        order = order[torch.argsort(key[order], stable=True)]
-    return order
+    return canonical_order(profile, *keys)
 
 
-def stratified_folds(groups: Tensor, folds: int) -> Tensor:
-    """Deal samples, in their canonical order, to folds: each kind of sample evenly, and no group to two folds.
+def stratified_folds(groups: Tensor, num_folds: int) -> Tensor:
+    """Assign samples, in the order of `attribute_order`, to folds: each kind evenly, and no group to two folds.
 
     Args:
         groups: int64 (N,); samples of one group stay together.
-        folds: How many.
+        num_folds: Number of folds.
 
     Returns:
         int64 (N,), the fold of each sample.
@@ -68,4 +94,4 @@ def stratified_folds(groups: Tensor, folds: int) -> Tensor:
     num_groups = int(inverse.max()) + 1 if len(groups) else 0
     first = positions.new_full((num_groups,), len(groups)).scatter_reduce(0, inverse, positions, "amin")
     turn = torch.argsort(torch.argsort(first))
-    return turn[inverse] % folds
+    return turn[inverse] % num_folds

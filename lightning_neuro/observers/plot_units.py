@@ -1,4 +1,4 @@
-"""From which units an attribute is read: maps of attributes by units, and units' parts in single samples' scores."""
+"""From which units an attribute is read: maps of attributes by units, and contributions to single samples' scores."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -7,7 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neuro.observers.plot import MAX_ATTRIBUTES, inch_axes, new_figure, short, show_cells
+from lightning_neuro.checks import require
+from lightning_neuro.figures import (
+    DIVERGING,
+    INK,
+    MAX_PANELS,
+    OTHER,
+    VALUE,
+    inch_axes,
+    layers_left_out,
+    new_figure,
+    short_name,
+)
+from lightning_neuro.observers.plot import MAX_ATTRIBUTES, show_cells
 from lightning_neuro.observers.result import ObserverResult
 
 if TYPE_CHECKING:
@@ -15,37 +27,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_UNITS = 48
-MAX_LAYERS = 8
 _MAPS = {
-    "weights": "Weight of each unit x its spread: what the observer counts (blank: sign not certain)",
+    "weights": "Weight of each unit x its standard deviation: what the observer uses (blank: sign not stable)",
     "patterns": "Correlation of each unit with the attribute: where the attribute shows",
-    "effects": "Share of the classes' distance lost with the unit held at its mean: what the observer needs",
+    "effects": "Fraction of the classes' difference lost with the unit at its mean: what the observer needs",
 }
 
 
 def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
     """Draw the three maps of attributes by units: weights, patterns, effects.
 
-    Layers stand side by side; all of a map has one scale, red above and blue below 0. Of a layer the 48 units with the
-    largest values are drawn, sorted by the attribute they matter most to, and the heading says what share of the whole
-    map's mass (sum of absolute values) the layer holds. Weight and pattern differ: a unit can get a large weight only
-    to cancel what disturbs another one (Haufe et al., 2014); read the pattern for where the attribute shows. A weight
-    or effect is drawn only where all folds' observers agree on its sign.
+    Layers (the first 8) are drawn side by side; a map has one scale, red above and blue below 0. Of each layer the 48
+    units with the largest values are drawn, sorted by the attribute for which they are largest; the heading gives the
+    layer's fraction of the map's mass (sum of absolute values). Weight and pattern differ: a unit can have a large
+    weight only to cancel noise in another one (Haufe et al., 2014); the pattern shows where the attribute is. A weight
+    or effect is drawn only where the observers of all folds agree on its sign.
 
     Args:
         results: Layer -> result.
 
     Returns:
-        The figures by name.
+        Name -> matplotlib figure that pyplot does not know.
 
     Raises:
-        ValueError: If there is no result.
+        ArgumentError: If there is no result.
     """
-    if not results:
-        raise ValueError("results must hold at least one layer, got none.")
-    shown = dict(list(results.items())[:MAX_LAYERS])
+    require(len(results) > 0, "results", "hold at least one layer", "none")
+    shown = dict(list(results.items())[:MAX_PANELS])
     values = {
-        # An attribute without an observer has weights that are NaN, for which no scale could be given.
+        # An attribute without an observer has NaN weights, which would leave no scale.
         "weights": {
             layer: (result.weights * result.std * result.stable).nan_to_num(nan=0.0) for layer, result in shown.items()
         },
@@ -54,7 +64,8 @@ def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
     }
     names = next(iter(shown.values())).names[:MAX_ATTRIBUTES]
     samples = next(iter(shown.values())).num_samples
-    return {name: _plot_map(f"{_MAPS[name]}; {samples:,} samples", layers, names) for name, layers in values.items()}
+    facts = "; ".join(filter(None, [f"{samples:,} samples", layers_left_out(len(results))]))
+    return {name: _plot_map(f"{_MAPS[name]}; {facts}", layers, names) for name, layers in values.items()}
 
 
 def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) -> "Figure":
@@ -70,11 +81,11 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
     axes, x, step = inch_axes(figure), left, tall / max(1, len(names))
     for number, name in enumerate(names):
         y = bottom + tall - (number + 0.5) * step
-        axes.text(left - 0.07, y, short(name, 20), fontsize=8, ha="right", va="center")
-    scale = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
+        axes.text(left - 0.07, y, short_name(name, 20), fontsize=8, ha="right", va="center")
+    scale = {"cmap": DIVERGING, "vmin": -largest, "vmax": largest}
     for (layer, image), room in zip(images.items(), rooms, strict=True):
         show_cells(axes, image.numpy(), (x, bottom), (room, tall), **scale)
-        head = f"{short(layer, 14)}\n{masses[layer] / total:.0%} of mass"
+        head = f"{short_name(layer, 14)}\n{masses[layer] / total:.0%} of mass"
         axes.text(x + room / 2, bottom + tall + 0.05, head, fontsize=7, ha="center", va="bottom")
         units = f"{image.shape[1]} of {layers[layer].shape[1]} units"
         axes.text(x + room / 2, bottom - 0.05, units, fontsize=7, ha="center", va="top")
@@ -87,7 +98,7 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
 
 
 def _largest_units(values: Tensor) -> Tensor:
-    """(A, at most 48) columns with the largest values, by the attribute at which they have it, then by size."""
+    """(A, at most 48), the columns with the largest values, sorted by attribute, then by size."""
     if not values.numel():
         return values
     size, attribute = values.abs().max(0)
@@ -97,24 +108,28 @@ def _largest_units(values: Tensor) -> Tensor:
 
 
 def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) -> "Figure":
-    """Draw what each unit adds to the score of a few samples that have an attribute, at the layer that tells it best.
+    """Draw the contribution of each unit to the scores of two samples, at the layer with the best observers.
 
-    The bars and "all others" sum to the score exactly. A sample whose score comes from one or two units is read from a
-    place that can be looked at; one spread over all units is not.
+    The bars and "all others" sum to the score exactly. A score that comes from one or two units can be traced to them;
+    one that is spread over all units cannot.
 
     Args:
         results: Layer -> result.
-        units: How many of the largest parts are drawn for each sample.
+        units: Number of largest contributions that are drawn for each sample.
+
+    Returns:
+        A matplotlib figure that pyplot does not know, so there is nothing to close.
 
     Raises:
-        ValueError: If there is no result.
+        ArgumentError: If there is no result.
     """
-    if not results:
-        raise ValueError("results must hold at least one layer, got none.")
-    layer, result = max(results.items(), key=lambda item: item[1].means().get("balanced_accuracy", 0.0))
+    require(len(results) > 0, "results", "hold at least one layer", "none")
+    layer, result = max(results.items(), key=lambda item: item[1].scalars().get("balanced_accuracy", 0.0))
     count = min(len(result.examples), 2)
     figure = new_figure(3.1 * max(1, count) + 0.3, 3.1)
-    figure.text(0.02, 0.97, f"What units of {short(layer)} add to the score of single samples", fontsize=9, va="top")
+    figure.text(
+        0.02, 0.97, f"Contributions of units of {short_name(layer)} to scores of single samples", fontsize=9, va="top"
+    )
     if not count:
         figure.text(0.5, 0.5, "no sample has one of the first attributes", ha="center", fontsize=9)
         return figure
@@ -135,10 +150,12 @@ def _draw_parts(panel: "Axes", result: ObserverResult, state: Tensor, attribute:
     rest = float(parts.sum() - parts[largest].sum())
     values = [*parts[largest].tolist(), rest]
     labels = [*(f"unit {int(unit)}" for unit in largest), "all others"]
-    colors = ["#b2182b" if value > 0 else "#2166ac" for value in values]
+    colors = [OTHER if value > 0 else VALUE for value in values]
     places = list(range(len(values)))[::-1]
     panel.barh(places, values, color=colors, height=0.8)
-    panel.axvline(0, color="0.3", lw=0.8)
+    panel.axvline(0, color=INK, lw=0.8)
     panel.set_yticks(places, labels, fontsize=7)
     panel.tick_params(length=0, labelsize=7)
-    panel.set_title(f"a sample with {short(result.names[attribute], 20)}\nscore {float(parts.sum()):.2f}", fontsize=8)
+    panel.set_title(
+        f"a sample with {short_name(result.names[attribute], 20)}\nscore {float(parts.sum()):.2f}", fontsize=8
+    )

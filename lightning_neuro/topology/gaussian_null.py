@@ -1,4 +1,4 @@
-"""What a cloud without structure looks like: a Gaussian one of the same mean and covariance."""
+"""The null model of loops, branches and bars: a Gaussian cloud with the same mean and covariance."""
 
 from collections.abc import Callable, Mapping
 
@@ -28,11 +28,11 @@ def gaussian_like(points: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def null_measures(
-    points: Tensor, measure: Callable[[Tensor], Mapping[str, float]], *, draws: int, seed: int = 0
+    points: Tensor, measure: Callable[[Tensor], Mapping[str, float]], *, num_null_samples: int, seed: int = 0
 ) -> dict[str, float]:
-    """Measure + `_null` -> its mean over Gaussian clouds like the points; nothing for fewer than 2 points."""
+    """Measures of Gaussian clouds like the points, as measure + `_null` -> mean; nothing for fewer than 2 points."""
     if len(points) < 2:
         return {}
     generator = torch.Generator().manual_seed(seed)
-    found = [measure(gaussian_like(points, generator)) for _ in range(draws)]
+    found = [measure(gaussian_like(points, generator)) for _ in range(num_null_samples)]
     return {f"{name}_null": float(np.mean([one[name] for one in found])) for name in found[0]}

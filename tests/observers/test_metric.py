@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch.distributed
 import torch.multiprocessing
 from sklearn.linear_model import Ridge
 
-from lightning_neuro import LinearObserver, MetricCallback
-from lightning_neuro.observers import read_attributes
-from lightning_neuro.observers.folds import canonical_order, stratified_folds
+from lightning_neuro import ArgumentError, MetricCallback
+from lightning_neuro.observers import LinearObserver, read_attributes
+from lightning_neuro.observers.folds import attribute_order, stratified_folds
 from lightning_neuro.observers.ridge import ridge_penalty
 from tests.models import fit, mlp
 from tests.observers.planted import classes, planted
@@ -63,7 +64,7 @@ def test_class_labels_are_an_attribute_per_class():
     for piece in torch.arange(240).split(7):  # no batch has all classes
         metric.update(x[piece], labels[piece])
     result = metric.compute()
-    assert result.names == tuple(f"label=={k}" for k in range(5))
+    assert result.names == tuple(f"class_{k}" for k in range(5))
     expected = read_attributes(x, torch.nn.functional.one_hot(labels, 5).double(), labels, names=result.names)
     assert_same(result, expected)
     assert MetricCallback(LinearObserver(denotation=False), name="plain").name == "plain"
@@ -73,7 +74,6 @@ def test_in_the_plain_callback_it_makes_curves():
     callback = MetricCallback(LinearObserver(denotation=False), name="known", on_error="raise")
     fit(mlp(), callback)
     assert 0.5 < callback.scalars["known/balanced_accuracy/net.2"] <= 1
-    assert "known/balanced_accuracy/label==3/net.4" in callback.scalars
 
 
 def test_groups_are_held_out_together():
@@ -123,24 +123,66 @@ def test_undefined_attributes_are_named_and_never_perfect():
     for measure in ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity", "balanced_accuracy_low"):
         assert getattr(result, measure).isnan().all(), measure
     assert result.scalars() == {}
-    note = result.notes()["undefined"]
-    assert "'never' is absent in all 100 samples" in note and "'always' is present in all 100" in note
-    assert "'missing' is missing in all samples" in note and "'once' is present in 1 of 100" in note
+    reasons = result.undefined()
+    assert "absent" in reasons["never"] and "present" in reasons["always"] and "missing" in reasons["missing"]
+    assert "1 of 100" in reasons["once"]
+    assert all(f"'{name}'" in result.notes()["undefined"] for name in reasons) and len(reasons) == 4
     assert result.histogram().numel() == 0
 
 
-def test_units_and_samples_that_are_not_finite_are_counted_and_left_out():
+def test_samples_that_are_not_finite_are_counted_and_left_out():
     x, y = planted(200, 6, 2)
-    clean = read_attributes(x, y, denotation=False)
-    spoiled = torch.cat([x, torch.zeros(200, 1), x[:, :1]], 1)
-    spoiled[5, 7] = math.inf
-    bad_rows = torch.full((3, 8), math.nan, dtype=x.dtype)
-    result = read_attributes(torch.cat([spoiled, bad_rows]), torch.cat([y, y[:3]]), denotation=False)
-    assert (result.num_samples, result.num_nonfinite, result.nonfinite_units, result.num_constant) == (200, 3, 1, 1)
-    assert "3 of 203 samples and 1 of 8 units held NaN" in result.notes()["nonfinite"]
-    assert (result.weights[:, 6:] == 0).all() and (result.pattern[:, 6:] == 0).all()
-    # The same samples and units, dealt to other folds: the weights of the fit on all are the same.
-    torch.testing.assert_close(result.weights[:, :6], clean.weights, rtol=1e-8, atol=1e-10)
+    spoiled = x.clone()
+    spoiled[5, 2], spoiled[17, 0] = math.inf, math.nan
+    spoiled[40] = math.nan
+    kept = torch.ones(200, dtype=torch.bool)
+    kept[[5, 17, 40]] = False
+    result = read_attributes(spoiled, y)
+    assert (result.num_samples, result.num_nonfinite, result.num_constant) == (197, 3, 0)
+    assert "3 of 200 samples" in result.notes()["nonfinite"]
+    assert_same(replace(result, num_nonfinite=0), read_attributes(x[kept], y[kept]))
+
+
+def test_constant_units_are_counted_and_have_no_weight():
+    x, y = planted(200, 6, 2)
+    result = read_attributes(torch.cat([x, torch.full((200, 1), 3.0)], 1), y, denotation=False)
+    assert result.num_constant == 1 and (result.weights[:, 6] == 0).all() and (result.pattern[:, 6] == 0).all()
+    torch.testing.assert_close(result.weights[:, :6].sign(), read_attributes(x, y).weights.sign())
+
+
+def test_bounds_enclose_the_balanced_accuracy():
+    x, y, labels = batch()
+    result = read_attributes(x, y, labels, denotation=False)
+    assert (result.balanced_accuracy_low < result.balanced_accuracy).all()
+    assert (result.balanced_accuracy < result.balanced_accuracy_high).all()
+    # Of four times as many samples they are about half as far apart.
+    many = read_attributes(*batch(960), denotation=False)
+    width = result.balanced_accuracy_high - result.balanced_accuracy_low
+    assert ((many.balanced_accuracy_high - many.balanced_accuracy_low) / width - 0.5).abs().max() < 0.2
+
+
+def test_options_are_those_of_the_function():
+    x, y, labels = batch()
+    metric = LinearObserver(num_folds=3, num_controls=2, denotation=False)
+    metric.update(x, y, labels)
+    result = metric.compute()
+    expected = read_attributes(x, y, labels, num_folds=3, num_controls=2, denotation=False)
+    assert result.denotation is None and expected.denotation is None
+    for name in ("balanced_accuracy", "information_bits", "control"):
+        assert torch.equal(getattr(result, name), getattr(expected, name))
+    for other in ({"num_folds": 4, "num_controls": 2}, {"num_folds": 3, "num_controls": 3}):
+        changed = read_attributes(x, y, labels, denotation=False, **other)
+        assert not torch.equal(changed.selectivity, result.selectivity)
+
+
+def test_numpy_and_integers_are_taken():
+    x, y, labels = batch()
+    x = (10 * x).round()
+    expected = read_attributes(x, y, labels)
+    assert_same(read_attributes(x.long().numpy(), y.numpy(), labels.int().numpy()), expected)
+    metric = LinearObserver()
+    metric.update(x.numpy(), y.numpy(), labels.numpy())
+    assert_same(metric.compute(), expected)
 
 
 def test_a_layer_that_is_dead_says_nothing():
@@ -195,7 +237,7 @@ def test_means_spreads_and_stable_signs_are_those_of_the_samples():
     np.testing.assert_allclose(result.mean, x.double().numpy().mean(0))
     np.testing.assert_allclose(result.std, x.double().numpy().std(0))
     # Each fold's observer by scikit-learn, on the folds that the samples are dealt to.
-    order = canonical_order(y, torch.arange(240), torch.arange(240))
+    order = attribute_order(y, torch.arange(240), torch.arange(240))
     fold = stratified_folds(order, 5).numpy()
     standard = ((x.double() - result.mean) / result.std)[order].numpy()
     truth = y[order, 0].numpy()
@@ -237,7 +279,7 @@ def test_inference_mode_leaves_a_usable_metric_and_its_own_copy():
 
 def test_pickle_reset_and_state_dict():
     x, y, labels = batch()
-    metric = LinearObserver(names=["a", "b"], folds=4, controls=3)
+    metric = LinearObserver(names=["a", "b"], num_folds=4, num_controls=3)
     metric.update(x, y, labels)
     again = pickle.loads(pickle.dumps(metric))
     assert_same(again.compute(), metric.compute())
@@ -252,52 +294,49 @@ def test_pickle_reset_and_state_dict():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "name"),
     [
-        ({"observer": "svm"}, "observer must be"),
-        ({"folds": 1}, "folds must be"),
-        ({"observer": "logistic", "folds": 2}, "at least 3"),
-        ({"controls": -1}, "controls must be"),
-        ({"denotation": 1}, "denotation must be"),
-        ({"names": "mark"}, "names must be"),
-        ({"fold": 3}, "fold"),
+        ({"classifier": "svm"}, "classifier"),
+        ({"num_folds": 1}, "num_folds"),
+        ({"classifier": "logistic", "num_folds": 2}, "num_folds"),
+        ({"num_controls": -1}, "num_controls"),
+        ({"denotation": 1}, "denotation"),
+        ({"names": "mark"}, "names"),
     ],
 )
-def test_wrong_options_fail_in_the_constructor(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_options_fail_in_the_constructor(options, name):
+    with pytest.raises(ArgumentError, match=f"^`{name}` must"):
         LinearObserver(**options)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((torch.rand(5, 3), torch.zeros(4, 2)), r"attributes must be a tensor of shape \(5, A\)"),
-        ((torch.rand(5, 3), torch.full((5, 1), 0.5)), r"0, 1 and NaN \(missing\) only, got 0.5"),
-        ((torch.rand(5, 3), torch.full((5, 1), math.inf)), "got inf"),
-        ((torch.rand(5, 3), torch.full((5, 1), 2)), "got 2"),
-        ((torch.rand(5, 3), torch.rand(5)), "integer class labels"),
-        ((torch.rand(5, 3, 2), torch.zeros(5, 1)), "activations must be floating"),
-        (
-            (torch.rand(5, 3), torch.zeros(5, 1), torch.zeros(4).long()),
-            r"labels must be an integer tensor of shape \(5,\)",
-        ),
-        ((torch.rand(5, 3), torch.zeros(5, 1), None, torch.rand(5)), "groups must be"),
+        ((torch.rand(5, 3), torch.zeros(4, 2)), r"`attributes` must .*\(5, A\)"),
+        ((torch.rand(5, 3), torch.full((5, 1), 0.5)), "`attributes` must .*got '0.5'"),
+        ((torch.rand(5, 3), torch.full((5, 1), math.inf)), "`attributes` must .*got 'inf'"),
+        ((torch.rand(5, 3), torch.full((5, 1), 2)), "`attributes` must .*got '2'"),
+        ((torch.rand(5, 3), torch.rand(5)), "`attributes` must be integers"),
+        ((torch.rand(5, 3, 2), torch.zeros(5, 1)), "`activations` must"),
+        ((torch.rand(5, 3), torch.zeros(5, 1), torch.zeros(4).long()), "`labels` must"),
+        ((torch.rand(5, 3), torch.zeros(5, 1), None, torch.rand(5)), "`groups` must"),
     ],
 )
 def test_wrong_batches_are_named(arguments, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ArgumentError, match=f"^{said}"):
         LinearObserver().update(*arguments)
 
 
 def test_sizes_are_those_of_the_first_update():
     metric = LinearObserver()
     metric.update(torch.rand(5, 3), torch.zeros(5, 2))
-    for shapes in ((4, 2), (3, 1)):
-        with pytest.raises(ValueError, match="3 units and 2 attributes as before"):
-            metric.update(torch.rand(5, shapes[0]), torch.zeros(5, shapes[1]))
-    with pytest.raises(ValueError, match="2 columns of names"):
+    with pytest.raises(ArgumentError, match=r"^`activations` must have 3 units"):
+        metric.update(torch.rand(5, 4), torch.zeros(5, 2))
+    with pytest.raises(ArgumentError, match=r"^`attributes` must have 2 columns"):
+        metric.update(torch.rand(5, 3), torch.zeros(5, 1))
+    with pytest.raises(ArgumentError, match=r"^`attributes` must have a column for each of 2 names"):
         LinearObserver(names=["a", "b"]).update(torch.rand(5, 3), torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="names must hold a name for each of the 2"):
+    with pytest.raises(ArgumentError, match=r"^`names` must"):
         read_attributes(torch.rand(5, 3), torch.zeros(5, 2), names=["a"])
 
 

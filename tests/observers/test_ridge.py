@@ -6,8 +6,8 @@ import torch
 from sklearn.linear_model import Ridge
 
 from lightning_neuro.observers.logistic import logistic_cross_fit
-from lightning_neuro.observers.measures import balanced_accuracy, confusion
 from lightning_neuro.observers.ridge import cross_fit, moments, ridge_penalty
+from lightning_neuro.stats import balanced_accuracy, confusion
 from tests.observers.planted import planted
 
 

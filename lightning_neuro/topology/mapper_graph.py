@@ -1,4 +1,4 @@
-"""What Mapper returns: clusters of points as nodes, shared points as edges, and what can be read off it."""
+"""The Mapper graph: clusters of points as nodes, shared points as edges, and the measures of both."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neuro.topology.purity import Purity, purity
+from lightning_neuro.topology.purity import Purity, compute_purity
 
 MIN_NODE = 10
-"""Points that a node must have to count in a loop or as a branch: with fewer, noise makes both."""
+"""Number of points that a node needs to count in a loop or as a branch: smaller nodes form both by noise alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +21,17 @@ class MapperGraph:
     """The Mapper graph of a cloud of points; all tensors are on the CPU.
 
     Attributes:
-        members: For each node the indices of its points among the points given, int64, ascending.
+        members: For each node the indices of its points among all points, int64, ascending.
         interval: int64 (nodes,), the interval of the cover in which each cluster was found.
         edges: int64 (edges, 2), pairs of nodes that share a point, the lower node first.
-        weights: float64 (edges,), the Jaccard index of the two nodes' points: shared over all.
+        weights: float64 (edges,), the Jaccard index of the two nodes: shared points over points in either.
         lens_mean: float64 (nodes,), mean lens value of the points.
         mean_activation: float32 (nodes, units), mean of the points.
-        num_points: Points given.
-        num_nonfinite: Points left out because they held NaN or infinity.
-        num_intervals: Intervals of the cover.
+        num_points: Number of points.
+        num_nonfinite: Number of points left out because of NaN or infinite values.
+        num_intervals: Number of intervals of the cover.
         eps: Radius of the clusters.
-        min_samples: Points that make a neighbourhood dense.
+        min_samples: Number of points that make a neighbourhood dense.
         targets: int64 (num_points,) class labels, negative where there is none; None without labels.
     """
 
@@ -50,71 +50,66 @@ class MapperGraph:
 
     @property
     def num_nodes(self) -> int:
-        """Clusters."""
+        """Number of clusters."""
         return len(self.members)
 
     @property
     def num_edges(self) -> int:
-        """Pairs of clusters that share a point."""
+        """Number of pairs of clusters that share a point."""
         return len(self.edges)
 
     @cached_property
     def sizes(self) -> Tensor:
-        """int64 (nodes,), points in each node."""
+        """int64 (nodes,), number of points in each node."""
         return torch.tensor([len(own) for own in self.members], dtype=torch.int64)
 
     @cached_property
     def num_noise(self) -> int:
-        """Finite points that are in no cluster."""
+        """Number of finite points that are in no cluster."""
         clustered = len(np.unique(np.concatenate(self.members))) if self.members else 0
         return self.num_points - self.num_nonfinite - clustered
 
     @property
     def coverage(self) -> float:
-        """Share of the finite points that are in a cluster; NaN where there is no finite point."""
+        """Fraction of the finite points that are in a cluster; NaN if no point is finite."""
         finite = self.num_points - self.num_nonfinite
         return 1 - self.num_noise / finite if finite else float("nan")
 
     @cached_property
     def component_of(self) -> Tensor:
-        """int64 (nodes,), which connected component each node is in."""
+        """int64 (nodes,), the connected component of each node."""
         return _components(self.num_nodes, self.edges)
 
     @property
     def num_components(self) -> int:
-        """Connected components."""
+        """Number of connected components."""
         return int(self.component_of.max()) + 1 if self.num_nodes else 0
 
-    @property
-    def loops(self) -> int:
-        """Independent cycles of the whole graph, b1 = edges - nodes + components."""
-        return self.num_edges - self.num_nodes + self.num_components
-
-    def large_loops(self, min_size: int = MIN_NODE) -> int:
-        """Independent cycles through nodes of at least `min_size` points."""
+    def num_loops(self, min_size: int = MIN_NODE) -> int:
+        """Number of independent cycles (edges - nodes + components) through nodes of at least `min_size` points."""
         large = self.sizes >= min_size
         edges = self.edges[large[self.edges].all(dim=1)]
-        alone = (~large).sum().item()  # each left-out node is a component of its own
-        components = int(_components(self.num_nodes, edges).max()) + 1 - alone if self.num_nodes else 0
+        left_out = int((~large).sum())  # each of them is a component of its own
+        components = int(_components(self.num_nodes, edges).max()) + 1 - left_out if self.num_nodes else 0
         return int(len(edges) - int(large.sum()) + components)
 
     def branches(self, min_size: int = MIN_NODE) -> Tensor:
-        """int64, the nodes of at least `min_size` points that three or more edges meet in."""
+        """int64, the nodes of at least `min_size` points with three or more edges."""
         degree = torch.bincount(self.edges.flatten(), minlength=self.num_nodes)
         return torch.nonzero((degree >= 3) & (self.sizes >= min_size)).flatten()
 
     @cached_property
     def classes(self) -> Tensor:
-        """int64, the labels that occur, ascending: what the columns of `class_counts` and `class_shares` stand for."""
+        """int64, the labels that occur, ascending: the columns of `class_counts` and `class_shares`."""
         labels = np.zeros(0, dtype=np.int64) if self.targets is None else self.targets[self.targets >= 0].numpy()
         return torch.from_numpy(np.unique(labels))
 
     @cached_property
     def class_counts(self) -> Tensor | None:
-        """int64 (nodes, classes), points of each of the `classes` in each node; None without labels."""
+        """int64 (nodes, classes), number of points of each of the `classes` in each node; None without labels."""
         if self.targets is None or len(self.classes) == 0:
             return None
-        # Not a column for every number up to the largest label: labels may be identities, up to millions.
+        # Not a column for every number up to the largest label: labels may be identities with millions of values.
         labels = [self.targets[own] for own in self.members]
         columns = [torch.searchsorted(self.classes, own[own >= 0]) for own in labels]
         counts = [own.bincount(minlength=len(self.classes)) for own in columns]
@@ -122,26 +117,26 @@ class MapperGraph:
 
     @cached_property
     def class_shares(self) -> Tensor | None:
-        """float64 (nodes, classes), the rows summing to 1 (0 where no point has a label); None without labels."""
+        """float64 (nodes, classes), class fractions of each node (0 without labelled points); None without labels."""
         if self.class_counts is None:
             return None
         return self.class_counts.double() / self.class_counts.sum(dim=1, keepdim=True).clamp(min=1)
 
     @cached_property
     def purity(self) -> Purity | None:
-        """How pure the nodes are, beside permuted labels; None without nodes or labels."""
-        return None if self.targets is None else purity(self.members, self.targets)
+        """Purity of the nodes and its value with permuted labels; None without nodes or labels."""
+        return None if self.targets is None else compute_purity(self.members, self.targets)
 
     def scalars(self) -> dict[str, float]:
-        """The graph in a few numbers; what is undefined is left out."""
+        """Measure -> value; undefined measures are left out."""
         if self.num_points == self.num_nonfinite:
             return {}
         values: dict[str, float] = {
-            "nodes": self.num_nodes,
-            "edges": self.num_edges,
-            "components": self.num_components,
-            "loops": self.large_loops(),
-            "branches": len(self.branches()),
+            "num_nodes": self.num_nodes,
+            "num_edges": self.num_edges,
+            "num_components": self.num_components,
+            "num_loops": self.num_loops(),
+            "num_branches": len(self.branches()),
             "coverage": self.coverage,
         }
         if self.purity is not None:
@@ -151,23 +146,18 @@ class MapperGraph:
             values["majority_share_null"] = self.purity.majority_share_null
         return values
 
-    def notes(self) -> dict[str, str]:
-        """What a reader of the numbers must know: points left out, or why there is no graph."""
-        notes = {}
-        if self.num_nonfinite:
-            notes["nonfinite"] = (
-                f"{self.num_nonfinite} of {self.num_points} points held NaN or infinity and were left out."
-            )
-        if self.num_nodes == 0:
-            finite = self.num_points - self.num_nonfinite
-            notes["undefined"] = (
-                f"The Mapper graph is empty: no interval of the cover has {self.min_samples} of the {finite} finite"
-                f" points within {self.eps:.3g} of each other."
-            )
-        return notes
+    def why_empty(self) -> str:
+        """Why the graph has no nodes; empty if it has some."""
+        if self.num_nodes:
+            return ""
+        finite = self.num_points - self.num_nonfinite
+        return (
+            f"The Mapper graph is empty, because no interval of the cover has {self.min_samples} of the {finite} finite"
+            f" points within {self.eps:.3g} of each other. Use more samples, fewer intervals or a larger `eps`."
+        )
 
     def to_networkx(self) -> Any:
-        """An undirected `networkx.Graph`: nodes 0, 1, ... with what `to_json` says of them, edges with `weight`."""
+        """An undirected `networkx.Graph`: nodes 0, 1, ... with the attributes of `to_json`, edges with `weight`."""
         import networkx as nx
 
         graph = nx.Graph()
@@ -180,8 +170,8 @@ class MapperGraph:
     def to_json(self) -> str:
         """The graph as JSON text.
 
-        `nodes` (id, interval, size, lens_mean, members, mean_activation, and with labels classes and purity), `edges`
-        (source, target, weight), and the facts of the whole graph.
+        It has `nodes` (id, interval, size, lens_mean, members, mean_activation, with labels also classes and purity),
+        `edges` (source, target, weight) and the counts and options of the whole graph.
         """
         edges = zip(self.edges.tolist(), self.weights.tolist(), strict=True)
         facts = ("num_points", "num_nonfinite", "num_noise", "num_intervals", "eps", "min_samples")
@@ -212,7 +202,7 @@ class MapperGraph:
 
 
 def flat_attributes(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A node's facts as GraphML can hold them: lists and mappings as text, what is None left out."""
+    """Attributes of a node as GraphML can hold them: lists and mappings as JSON text, None left out."""
     return {
         name: json.dumps(value) if isinstance(value, (Sequence, Mapping)) and not isinstance(value, str) else value
         for name, value in facts.items()

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from lightning_neuro.observers import read_attributes
 from lightning_neuro.observers.controls import control_attributes
-from lightning_neuro.observers.folds import canonical_order, row_hashes, stratified_folds
-from lightning_neuro.observers.functional import read_attributes
+from lightning_neuro.observers.folds import attribute_order, fold_groups, row_hashes, stratified_folds
 from tests.observers.planted import classes
 
 
@@ -41,9 +41,9 @@ def test_the_canonical_order_is_one_for_all_orders():
     y[::9, 0] = math.nan
     key = torch.randint(-99, 99, (60,), generator=generator)
     other = torch.arange(60)
-    first = canonical_order(y, key, other)
+    first = attribute_order(y, key, other)
     shuffle = torch.randperm(60, generator=generator)
-    again = canonical_order(y[shuffle], key[shuffle], other[shuffle])
+    again = attribute_order(y[shuffle], key[shuffle], other[shuffle])
     assert torch.equal(other[first], other[shuffle][again])
     ordered = [(*row.nan_to_num(nan=2.0).tolist(), k) for row, k in zip(y[first], key[first].tolist(), strict=True)]
     assert ordered == sorted(ordered)
@@ -52,7 +52,7 @@ def test_the_canonical_order_is_one_for_all_orders():
 def test_folds_hold_each_kind_of_sample_evenly_and_no_group_twice():
     y = torch.zeros(103, 1)
     y[:11] = 1
-    order = canonical_order(y, torch.arange(103))
+    order = attribute_order(y, torch.arange(103))
     fold = stratified_folds(torch.arange(103), 5)
     positives = torch.bincount(fold[y[order, 0] == 1], minlength=5)
     assert positives.max() - positives.min() <= 1
@@ -80,8 +80,7 @@ def test_controls_are_distinct_sets_of_the_same_size():
         assert ((chosen.mean(0) * 10).round() == size).all()
         assert len(torch.unique(chosen, dim=1).T) == chosen.shape[1]
         # Neither itself nor its complement.
-        own = torch.minimum(y[:, a], y[:, a]), 1 - y[:, a]
-        assert not any(torch.equal(column, same) for column in chosen.T for same in own)
+        assert not any(torch.equal(column, same) for column in chosen.T for same in (y[:, a], 1 - y[:, a]))
     assert torch.equal(found.values, control_attributes(y, LABELS, 20).values)
 
 
@@ -135,3 +134,18 @@ def test_random_sets_of_classes_have_no_selectivity_and_a_planted_attribute_has(
     assert result.balanced_accuracy[:30].mean() > 0.6
     assert abs(result.selectivity[:30].mean().item()) < 0.02
     assert result.selectivity[30].item() > 0.1
+
+
+def test_groups_are_the_users_or_the_content_or_the_position():
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    x[4] = x[1]
+    mask = torch.ones(6, 3)
+    given = fold_groups(torch.tensor([5, 5, 7, 7, 9, 9]), x, 6, num_before=0)
+    assert torch.equal(given[::2], given[1::2]) and len(given.unique()) == 3
+    alone = fold_groups(None, x, 6, num_before=0)
+    assert alone[4] == alone[1] and len(alone.unique()) == 5
+    # Neither the mask nor where the time is changes which samples are alike.
+    both = fold_groups(None, {"mask": mask, "x": x}, 6, num_before=0)
+    assert both[4] == both[1] and len(both.unique()) == 5
+    assert torch.equal(fold_groups(None, x[None].repeat(3, 1, 1), 6, num_before=0), row_hashes(x.repeat(1, 3)))
+    assert fold_groups(None, ["a"] * 6, 6, num_before=12).tolist() == list(range(12, 18))

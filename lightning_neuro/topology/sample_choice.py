@@ -1,0 +1,36 @@
+"""Which samples are used, and in which order: the same ones all run, on any number of ranks."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_neuro.identity import number_in_group
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; 0 and 1 outside of a distributed run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def number_hashes(numbers: Tensor, draw: int = 0) -> Tensor:
+    """A pseudo-random number for each sample number, always the same (splitmix64); another one for each draw."""
+    z = (numbers.numpy().astype(np.uint64) + np.uint64(draw << 40)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((z >> np.uint64(1)).astype(np.int64))
+
+
+def random_order(samples: Tensor, labels: Tensor, draw: int = 0) -> Tensor:
+    """A permutation of the samples, the same all run, in which every prefix is as class-balanced as possible."""
+    order = torch.argsort(number_hashes(samples, draw), stable=True)
+    return order[torch.argsort(number_in_group(labels[order]), stable=True)] if len(order) else order
+
+
+def content_order(points: Tensor) -> Tensor:
+    """A permutation of the rows that depends on their content alone: the order of their bytes."""
+    rows = np.ascontiguousarray(points.cpu().numpy())
+    if len(rows) == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.from_numpy(rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().argsort(kind="stable"))
