@@ -28,6 +28,9 @@ from pathlib import Path
 
 import torch
 from data import load_images
+from lightning_neuro.refinement.batch import Observer, TrainBatch
+from lightning_neuro.refinement.samples import SampleTable
+from lightning_neuro.refinement.trace import TraceWriter, load_trace
 from networks import small_cnn
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -35,10 +38,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro.refinement import norms
-from lightning_neuro.refinement.batch import Observer, TrainBatch
 from lightning_neuro.refinement.influence import LiveInfluence
-from lightning_neuro.refinement.samples import SampleTable
-from lightning_neuro.refinement.trace import TraceWriter, load_trace
 
 RATE, FLIPPED, INPUTS, TOP = 0.05, 0.1, 50, 10
 

@@ -99,8 +99,8 @@ class CommunityResult:
             notes["undefined"] = f"Neuron communities are not defined: {self.reason}."
         if self.num_units < self.layer_width:
             notes["max_units"] = (
-                f"Only {self.num_units} of the {self.layer_width} units are used (a fixed random choice). Raise `max_units`"
-                " to use all."
+                f"Only {self.num_units} of the {self.layer_width} units are used, a fixed random choice. Raise"
+                " `max_units` to use all."
             )
         return notes
 
