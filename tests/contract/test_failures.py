@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neuro import MetricCallback, Probe
 from lightning_neuro.keys import key_of, parse_key
+from lightning_neuro.results import LayerResult
 from tests.contract.callbacks import Make, layers_of, over_activations
 from tests.helpers import hooks_of
 from tests.models import HIDDEN, Module, fit, loader, mlp
@@ -23,14 +24,15 @@ class BoomError(RuntimeError):
 
 def break_update(callback: MetricCallback, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail at the layer of 16 units, `net.2`, and at no other."""
-    update = type(callback).update
+    metric_class: Any = type(callback.metric)
+    update = metric_class.update
 
-    def failing(self: MetricCallback, metric: Any, activations: Tensor, batch: Any) -> None:
+    def failing(self: Any, activations: Tensor, *others: Any, **options: Any) -> None:
         if activations.shape[1] == 16:
             raise BoomError("boom")
-        update(self, metric, activations, batch)
+        update(self, activations, *others, **options)
 
-    monkeypatch.setattr(type(callback), "update", failing)
+    monkeypatch.setattr(metric_class, "update", failing)
 
 
 def break_compute(callback: MetricCallback, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +154,7 @@ def test_nan_activations_log_nothing_undefined_and_warn(make: Make, name: str) -
     values = [value for key, value in trainer.callback_metrics.items() if key.startswith(callback.name)]
     assert values
     assert all(torch.isfinite(value) for value in values)
-    if callback.family:  # a user's metric has no notes of its own
+    if isinstance(next(iter(callback.result.values())), LayerResult):  # others have no notes
         notes = [str(warning.message) for warning in caught if "NaN" in str(warning.message)]
         assert 1 <= len(notes) <= len(callback.result) == len(layers_of(name))
 
