@@ -181,6 +181,14 @@ class SampleTable:
         self._num_without_id = state["num_without_id"]
         self._pending = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy does not follow the training of the original; a WeakSet cannot be pickled.
+        return {name: value for name, value in vars(self).items() if name != "_counted"} | {"_pending": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._counted = WeakSet()
+
     def _move(self, device: torch.device) -> None:
         if self._visits.device == device:
             return
