@@ -7,8 +7,8 @@ training, next to the loss of each sample after training and the self-influence 
 one checkpoint per epoch). Chance is .5.
 (2) Clean labels. Spearman correlation between the scores of the influence table and of the update log over all training
 samples, mean over the test inputs; and the fraction of the top 10 training samples that have the class of the test
-input, next to TracInCPFast and the cosine of the features before the head. With a class contrast at the head the same class is
-favoured by construction; along the refinement it is not. Chance is .1.
+input, next to TracInCPFast and the cosine of the features before the head. With a class contrast at the head the same
+class is favoured by construction; along the refinement it is not. Chance is .1.
 
 (3) `--part norms`: cost of per-sample gradient norms in single layers, as multiples of the weight gradient of the layer
 in the backward pass, taken in turn (best of 10): ours, each of its two forms, and vmap(grad) of torch.func.
@@ -278,6 +278,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
     return float(stats.spearman(one.T, other.T).mean())
 
 
+@torch.no_grad()
 def features(net: nn.Module, x: Tensor) -> Tensor:
     """The head's input, in evaluation mode."""
     net.eval()
