@@ -41,7 +41,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
     The output of a linear or convolution layer on any input is the sum of what its initial weights give and what each
     training step added. The steps are divided among the classes of the samples in their batches (or among other
     sources, see `source_fn`), by running the part of the gradient that each class caused through the recursion of the
-    optimiser. So, on the probe set,
+    optimizer. So, on the probe set,
 
         output = initial part + sum over classes and phases of training of their contributions
 
@@ -61,7 +61,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
             in double precision, and twice as many with momentum or Adam.
         mode: `"exact"`, or `"pfahler2021"` to also keep the change of the weights in each step, for the scores of the
             paper (`step_scores`): for small runs.
-        phases: Number of equal phases of the planned training, or the optimiser steps after which a phase ends.
+        phases: Number of equal phases of the planned training, or the optimizer steps after which a phase ends.
         source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
             comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
             "other". Default: the sources are the classes.
@@ -74,7 +74,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
             a function of the batch; see `lightning_neuro.refinement.Indexed`. Default: the ids are found in the data
             loader, which works for map-style datasets under any sampler and number of workers.
         influence_every_n_steps: Score which training samples moved the output of the last layer for the first 16
-            samples of the probe set; the state of these samples in the network is updated every so many optimiser
+            samples of the probe set; the state of these samples in the network is updated every so many optimizer
             steps.
         update_log: Whether to keep the factors of the update by each sample on disk, next to the logs (True) or in this
             folder, for `lightning_neuro.refinement.load_update_log`. For linear layers only.
@@ -105,8 +105,8 @@ class RepresentationRefinement(MetricCallback[Divided]):
         file `samples.csv`.
 
     Exact for SGD (momentum, Nesterov, dampening, weight decay), Adam and AdamW (with amsgrad), parameter groups,
-    learning rate schedules, gradient accumulation, clipping, mixed precision, several optimisers, frozen and shared
-    layers, and DDP. Under other optimisers, each step is credited in proportion to the projection of the gradients of
+    learning rate schedules, gradient accumulation, clipping, mixed precision, several optimizers, frozen and shared
+    layers, and DDP. Under other optimizers, each step is credited in proportion to the projection of the gradients of
     the classes, and a warning says so. The denominator of Adam is not attributed to classes.
 
     Attributes:
@@ -119,7 +119,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
 
     Source:
         L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for refinement and its parts by training step. The exact division
-        by class under the optimiser in use is a contribution of this project.
+        by class under the optimizer in use is a contribution of this project.
 
     Example:
         >>> callback = RepresentationRefinement(layers="fc*", phases=5, prog_bar="refinement/own_class_share")

@@ -49,7 +49,7 @@ class Follower:
         self.steps: TrainingSteps | None = None
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Follow the steps of optimisers from now on, instead of those of earlier ones."""
+        """Follow the steps of optimizers from now on, instead of those of earlier ones."""
         if self.steps is not None:
             self.steps.remove()
         self.steps = TrainingSteps(GradientHooks(self.owners), self.ledgers, [], optimizers, raising)

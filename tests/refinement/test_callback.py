@@ -37,7 +37,7 @@ def one_cycle(module):
 
 
 class Manual(Module):
-    """Two optimisers by hand; a pass that is thrown away; gradients scaled and clipped by hand."""
+    """Two optimizers by hand; a pass that is thrown away; gradients scaled and clipped by hand."""
 
     def __init__(self):
         super().__init__(mlp().net)
@@ -433,7 +433,7 @@ def test_the_mode_decides_whether_steps_are_kept():
 
 
 class TwoSteps(Module):
-    """Two optimisers that both step in every batch, so that the global step rises by two."""
+    """Two optimizers that both step in every batch, so that the global step rises by two."""
 
     def __init__(self):
         super().__init__(mlp().net)
@@ -464,7 +464,7 @@ class Refreshes(pl.Callback):
     ("every", "steps"), [(1, [2, 4, 6, 8, 10, 12, 14, 16]), (3, [4, 6, 10, 12, 16]), (5, [6, 10, 16])]
 )
 def test_influence_is_updated_whenever_its_interval_has_passed(every, steps):
-    """With two optimisers a multiple of the interval may never be the global step."""
+    """With two optimizers a multiple of the interval may never be the global step."""
     callback = refinement(influence_every_n_steps=every)
     watch = Refreshes(callback)
     fit(TwoSteps(), callback, watch)
