@@ -94,8 +94,9 @@ class RefinementRun:
         self._ids = attachment.ids
         layers = {layer: attachment.hooks.layers[layer][0] for layer in attachment.traced}
         num_phases, self._phase_ends = plan_phases(trainer, options.phases)
-        are_classes = options.source_fn is None and class_names is not None and len(class_names) == num_sources
-        names = class_names if are_classes else None
+        names = None
+        if options.source_fn is None and class_names is not None and len(class_names) >= num_sources:
+            names = class_names[:num_sources]
         self.ledgers = {
             layer: RefinementLedger(module, num_sources=num_sources, names=names, num_phases=num_phases)
             for layer, module in layers.items()
