@@ -177,7 +177,8 @@ class RefinementLedger:
             factor, scale = _used_over_raw(used, split, elementwise, rounding)
             split[:-1] *= factor
             rest = used - split.sum(0)
-            self._rest, self._used = self._rest + rest.square().sum(), self._used + used.square().sum()
+            self._rest = self._rest + rest.square().sum()
+            self._used = self._used + used.square().sum()
             # Makes the rows add up to the used gradient: Adam amplifies rounding errors where it divides by almost 0.
             split[:-1] += counts.view(-1, *[1] * rest.ndim) * rest
             if self.inexact:

@@ -1,4 +1,4 @@
-"""RepresentationRefinement in Lightning's own training: what is recorded, said, written and left behind."""
+"""RepresentationRefinement in fits of Lightning: what it records, logs, writes and leaves behind."""
 
 import math
 import pickle
@@ -104,7 +104,7 @@ def test_parts_add_up_in_a_fit(name):
         assert ledger.weights()["weight"].shape[0] == 4 + 2
 
 
-# Whose
+# Which samples
 
 
 class Lone(Module):
@@ -141,7 +141,7 @@ def test_own_class_share_on_planted_data():
 
 
 def test_sources_of_ones_own():
-    """The id of the data set that a sample comes from, with an unknown one, beside class labels for the loss."""
+    """The id of the data set that a sample comes from, with an unknown one, next to class labels for the loss."""
     x, y = images().tensors
     where = torch.arange(64) % 3 + 5 * (torch.arange(64) % 7 == 0)
     train = DataLoader(TensorDataset(x, y, where), batch_size=16)
@@ -208,11 +208,11 @@ def test_layer_tied_to_an_embedding_is_refused():
         fit(module, RepresentationRefinement(layers="net.5"))
 
 
-# Beside others
+# Together with other callbacks
 
 
 def test_another_callback_before_ours_changes_nothing():
-    """Its calibration pass runs the model too, and its evaluation at the start opens our ledgers."""
+    """Its evaluation at the start runs the model too, and opens our ledgers."""
     alone, beside = refinement(probe=Probe(num_samples=32)), refinement(probe=Probe(num_samples=32))
     fit(mlp(), alone)
     fit(mlp(), NeuronCommunities(Probe(num_samples=32)), beside)
@@ -278,7 +278,7 @@ def test_explain_and_validate_after_the_fit():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
-def test_table_trace_and_figures_are_written(tmp_path):
+def test_table_update_log_and_figures_are_written(tmp_path):
     logger = pl.loggers.TensorBoardLogger(tmp_path)
     # The pattern names a Flatten and activations, too, which are left out.
     callback = refinement(update_log=True, influence_every_n_steps=2, track_samples=["net.[0123]"], phases=2)

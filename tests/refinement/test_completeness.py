@@ -1,4 +1,4 @@
-"""The proof: the parts add up to the weights' own output after 200 steps, whatever training did."""
+"""Completeness: after 200 steps under any condition, the parts add up to the real output of the layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -365,7 +365,7 @@ def test_gradients_of_which_no_sample_is_known_are_credited_to_other():
 
 
 def test_rounding_of_gradients_that_cancel_is_not_blown_up():
-    """A bias before BatchNorm has no gradient, and Adam makes whole steps of what rounding leaves of it."""
+    """A bias before BatchNorm has no gradient, and Adam makes full steps from its rounding errors."""
     run = start("convnet", torch.float32, adam())
     parts = train(run, plain, 50).ledgers["1"].weights()["bias"]
     assert parts[:-1].abs().max() < 50 * 0.005 * 10  # ten times what the steps could add up to

@@ -1,4 +1,4 @@
-"""The summary of many samples, against the ledger's account of each of them."""
+"""The summary of many samples, against the ledger's explanation of each of them."""
 
 import math
 

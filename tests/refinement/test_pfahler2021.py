@@ -22,7 +22,7 @@ LAYERS = {
 
 
 def train(module, shape, optimizer, steps=12, batch=1):
-    """Train on random data; returns the recorder and the weights after each step."""
+    """Train on random data; returns the scores and the weights after each step."""
     torch.manual_seed(0)
     module = module.double()
     for parameter in module.parameters():

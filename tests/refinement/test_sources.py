@@ -1,4 +1,4 @@
-"""Whose samples are whose in real fits: batches, models and checkpoints that are not as usual."""
+"""Sources of samples in real fits: unusual batches, models and checkpoints."""
 
 import warnings
 from typing import Any
