@@ -363,7 +363,7 @@ def opened_with(**options):
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            found["run"], found["hooks"] = callback._run, callback._hooks
+            found["run"], found["hooks"] = callback.run, callback.hooks
 
     callback = refinement(**options)
     fit(mlp(), callback, Look(), max_epochs=1)
@@ -519,7 +519,7 @@ def test_figures_name_their_layers(tmp_path):
 
     class Draws(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
-            tracking = callback._run.tracking
+            tracking = callback.run.tracking
             drawn.update(tracking.draw_influence(trainer, tracking.top_over_ranks(trainer), callback.class_names))
 
     fit(mlp(), callback, Draws(), logger=logger)
