@@ -1,7 +1,6 @@
 """Representation refinement as training curves: which training samples shaped a layer, exactly, while it is trained."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -11,37 +10,31 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
-from lightning_neuro.batches import BatchField, class_labels
-from lightning_neuro.callback import MetricCallback
+from lightning_neuro.batches import BatchField
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.isolation import why_off
-from lightning_neuro.probe import Probe, interval_passed
+from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
-from lightning_neuro.refinement.attachment import Attachment, attach
-from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
 from lightning_neuro.refinement.options import Direction, Mode, RunOptions
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.plot import plot_refinement
-from lightning_neuro.refinement.refinement_run import RefinementRun
 from lightning_neuro.refinement.result import Divided, RefinementExplanation, RefinementResult, with_sample_gini
 from lightning_neuro.refinement.sample_table import Arrays, SampleTable, gini
-from lightning_neuro.refinement.sample_tracking import SampleTracking
-from lightning_neuro.refinement.traced_layers import find_layers
+from lightning_neuro.refinement.tracing import TracingCallback
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class RepresentationRefinement(MetricCallback[Divided]):
+class RepresentationRefinement(TracingCallback[Divided]):
     r"""Logs which classes of training samples shaped a layer, exactly, while the network trains.
 
     The output of a linear or convolution layer on any input is the sum of what its initial weights give and what each
     training step added. The steps are divided among the classes of the samples in their batches (or among other
     sources, see `source_fn`), by running the part of the gradient that each class caused through the recursion of the
-    optimiser. So, on the probe set,
+    optimizer. So, on the probe set,
 
         output = initial part + sum over classes and phases of training of their contributions
 
@@ -61,7 +54,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
             in double precision, and twice as many with momentum or Adam.
         mode: `"exact"`, or `"pfahler2021"` to also keep the change of the weights in each step, for the scores of the
             paper (`step_scores`): for small runs.
-        phases: Number of equal phases of the planned training, or the optimiser steps after which a phase ends.
+        phases: Number of equal phases of the planned training, or the optimizer steps after which a phase ends.
         source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
             comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
             "other". Default: the sources are the classes.
@@ -74,7 +67,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
             a function of the batch; see `lightning_neuro.refinement.Indexed`. Default: the ids are found in the data
             loader, which works for map-style datasets under any sampler and number of workers.
         influence_every_n_steps: Score which training samples moved the output of the last layer for the first 16
-            samples of the probe set; the state of these samples in the network is updated every so many optimiser
+            samples of the probe set; the state of these samples in the network is updated every so many optimizer
             steps.
         update_log: Whether to keep the factors of the update by each sample on disk, next to the logs (True) or in this
             folder, for `lightning_neuro.refinement.load_update_log`. For linear layers only.
@@ -105,8 +98,8 @@ class RepresentationRefinement(MetricCallback[Divided]):
         file `samples.csv`.
 
     Exact for SGD (momentum, Nesterov, dampening, weight decay), Adam and AdamW (with amsgrad), parameter groups,
-    learning rate schedules, gradient accumulation, clipping, mixed precision, several optimisers, frozen and shared
-    layers, and DDP. Under other optimisers, each step is credited in proportion to the projection of the gradients of
+    learning rate schedules, gradient accumulation, clipping, mixed precision, several optimizers, frozen and shared
+    layers, and DDP. Under other optimizers, each step is credited in proportion to the projection of the gradients of
     the classes, and a warning says so. The denominator of Adam is not attributed to classes.
 
     Attributes:
@@ -119,7 +112,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
 
     Source:
         L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for refinement and its parts by training step. The exact division
-        by class under the optimiser in use is a contribution of this project.
+        by class under the optimizer in use is a contribution of this project.
 
     Example:
         >>> callback = RepresentationRefinement(layers="fc*", phases=5, prog_bar="refinement/own_class_share")
@@ -127,7 +120,6 @@ class RepresentationRefinement(MetricCallback[Divided]):
 
     family = "refinement"
     needs_layers = False
-    run_state = ("last_influence_step",)
     charts = {  # noqa: RUF012
         "share of the own class": ("own_class_share", "own_class_share_null"),
         "norm of the refinement": ("norm",),
@@ -181,17 +173,12 @@ class RepresentationRefinement(MetricCallback[Divided]):
     def start_run(self) -> None:
         """Forget everything of an earlier run."""
         super().start_run()
-        self.last_influence_step = 0
-        self._attachment: Attachment | None = None
-        self._hooks: GradientHooks | None = None
-        self._run: RefinementRun | None = None
-        self._saved: dict[str, Any] = {}
         self._whole_table: SampleTable | None = None
 
     @property
     def ledger(self) -> dict[str, RefinementLedger]:
         """Layer -> its ledger; empty before training."""
-        return {} if self._run is None else self._run.ledgers
+        return {} if self.run is None else self.run.ledgers
 
     @property
     def sample_table(self) -> Arrays:
@@ -205,11 +192,7 @@ class RepresentationRefinement(MetricCallback[Divided]):
     @property
     def step_scores(self) -> dict[str, StepScores]:
         """Layer -> the scores of the steps as in the paper; in mode "pfahler2021"."""
-        return {} if self._run is None else self._run.step_scores
-
-    @property
-    def _tracking(self) -> SampleTracking | None:
-        return None if self._run is None else self._run.tracking
+        return {} if self.run is None else self.run.step_scores
 
     def explain(self, pl_module: "pl.LightningModule", inputs: Any, layer: str | None = None) -> RefinementExplanation:
         """Divide the output of a layer on inputs of the model among sources and phases; also after the fit.
@@ -225,9 +208,9 @@ class RepresentationRefinement(MetricCallback[Divided]):
         Raises:
             ArgumentError: If there is no ledger of the layer, or the forward pass does not call the layer.
         """
-        if self._run is None:
+        if self.run is None:
             raise ArgumentError("`explain` must be called once training has started; got no ledgers yet.")
-        return self._run.explain(pl_module, inputs, layer, self.probe.forward_fn)
+        return self.run.explain(pl_module, inputs, layer, self.probe.forward_fn)
 
     def influence(
         self, top_k: int = 10, direction: Direction | Tensor = "refinement", *, targets: Tensor | None = None
@@ -242,94 +225,8 @@ class RepresentationRefinement(MetricCallback[Divided]):
         Returns:
             None without `influence_every_n_steps`, or before it was due.
         """
-        table = None if self._tracking is None else self._tracking.influence_table
+        table = None if self.tracking is None else self.tracking.influence_table
         return None if table is None else table.top(top_k, direction, targets=targets)
-
-    # Training: hooks before the first forward pass, ledgers at the initial weights, then step by step
-
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers and hook them, before the first run of a compiled model."""
-        super().on_fit_start(trainer, pl_module)
-        if not why_off(trainer):
-            if not self._saved and self._run is not None:
-                # Without a checkpoint, each rank continues with what it has itself.
-                self._saved = self._run.state_dict() | {"of_this_rank": True}
-            self._run = None
-            self._attachment = attach(trainer, pl_module, self.options)
-            self._hooks = self._attachment.hooks
-
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Open the ledgers at the weights from which training starts."""
-        if not why_off(trainer):
-            self.attempt(trainer, "the probe set", lambda: self._open(trainer, pl_module))
-        super().on_train_start(trainer, pl_module)
-
-    def _open(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._run is not None or self._attachment is None:
-            return
-        num_sources = self.options.num_sources or self.probe_pass.count_classes(trainer, pl_module)
-        self._run = RefinementRun(
-            trainer,
-            self._attachment,
-            self.options,
-            name=self.name,
-            num_sources=num_sources,
-            class_names=self.probe_pass.class_names(trainer),
-            saved=self._saved,
-            report=lambda layer, error: self.report(f"layer '{layer}' in a training step", error),
-        )
-        self._saved = {}
-
-    def on_train_batch_start(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
-    ) -> None:
-        """Say to which sources the samples of the coming backward passes belong."""
-        if self._run is None or why_off(trainer):
-            return
-        try:
-            targets = class_labels(self.probe_pass.target(batch))
-            if targets is None and self.needs_labels:
-                self.warn_once("unlabelled", f"{self.name}: a training batch has no class labels, so it is 'other'.")
-            self._run.begin_batch(batch, targets, pl_module.device)
-        except Exception as error:
-            self.report("a training batch", error)
-
-    def on_train_batch_end(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """End a phase, update the influence and evaluate, each if it is due."""
-        if self._run is not None:
-            self._run.end_batch(trainer.global_step)
-            every = self.options.influence_every_n_steps
-            if every is not None and interval_passed(every, trainer.global_step, self.last_influence_step):
-                self.last_influence_step = trainer.global_step
-                self._update_influence(trainer, pl_module)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Write the table of the samples."""
-        run = self._run
-        if run is not None and not why_off(trainer):
-            what = "the training samples"
-            self.attempt(trainer, what, lambda: run.finish(trainer, pl_module.device, self.class_names))
-
-    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Hook the layers for a `trainer.validate` after the fit."""
-        super().on_validation_start(trainer, pl_module)
-        if trainer.state.fn == "validate" and self._run is not None and not why_off(trainer):
-            self._hooks = GradientHooks(find_layers(pl_module, self.options.layers))
-
-    def release(self) -> None:
-        """Let go of hooks, data loaders and files; the ledgers and tables stay."""
-        super().release()
-        if self._run is not None:
-            self._run.close()
-        if self._attachment is not None:
-            self._attachment.close()
-        if self._hooks is not None:
-            self._hooks.remove()
-        self._attachment = None
-        self._hooks = None
 
     # One evaluation
 
@@ -337,26 +234,26 @@ class RepresentationRefinement(MetricCallback[Divided]):
         """Record what the layers are given and return in the coming pass."""
         if trainer.state.fn == "fit":
             # Here too, because another callback may ask for the first pass before our `on_train_start`.
-            self._open(trainer, pl_module)
-        if self._hooks is not None:
-            self._hooks.record(lambda: self.probe_pass.num_forwards)
+            self.open_run(trainer, pl_module)
+        if self.hooks is not None:
+            self.hooks.record(lambda: self.probe_pass.num_forwards)
 
     def observe(self, batch: ProbeBatch) -> None:
         """Take in one batch of the pass, as inputs and outputs of the layers."""
-        if self._run is None or self._hooks is None:
+        if self.run is None or self.hooks is None:
             return
-        for layer, error in self._run.broken.items():
+        for layer, error in self.run.broken.items():
             self.note_failure(layer, error)
         for layer in self.ledger:
-            if layer not in self._hooks.recorded:
+            if layer not in self.hooks.recorded:
                 self.warn_once(layer, f"{self.name}: layer '{layer}' was not called, so it is left out.")
-            for inputs, outputs in self._hooks.recorded.get(layer, ()):
+            for inputs, outputs in self.hooks.recorded.get(layer, ()):
                 self._update_layer(layer, inputs, outputs, batch)
 
     def _update_layer(self, layer: str, inputs: Tensor, outputs: Tensor, batch: ProbeBatch) -> None:
         try:
-            assert self._run is not None
-            rows = self._run.rows(batch.batch, batch.targets)
+            assert self.run is not None
+            rows = self.run.rows(batch.batch, batch.targets)
             # A function that is made for several views of a training batch does not fit the single view here.
             targets = rows if len(rows) == batch.num_samples else None
             cast("RefinementSummary", self.metric_at(layer, outputs.device)).update(inputs, outputs, targets)
@@ -378,10 +275,10 @@ class RepresentationRefinement(MetricCallback[Divided]):
         results: dict[str, Divided],
     ) -> dict[str, Divided]:
         """Sum the tables of the samples over the ranks, and add their Gini coefficients to the results."""
-        if self._hooks is not None:
-            self._hooks.stop_recording()
-        if trainer.state.fn == "fit" and self._tracking is not None:
-            self._whole_table = self._tracking.table_over_ranks(trainer)
+        if self.hooks is not None:
+            self.hooks.stop_recording()
+        if trainer.state.fn == "fit" and self.tracking is not None:
+            self._whole_table = self.tracking.table_over_ranks(trainer)
         if not results or self._whole_table is None:
             return results
         for kind, note in self._whole_table.notes().items():
@@ -397,41 +294,9 @@ class RepresentationRefinement(MetricCallback[Divided]):
 
     def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, Divided]) -> None:
         """Draw samples of the probe set next to the training samples that moved them most."""
-        tracking = self._tracking
+        tracking = self.tracking
         if tracking is None or trainer.state.fn != "fit":
             return
         top = tracking.top_over_ranks(trainer)
         with self.guarded("the figure of influence"):
             loggers.log_figures(trainer, self.name, lambda: tracking.draw_influence(trainer, top, self.class_names))
-
-    def _update_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Score from now on against the current state of the first samples of the probe set in the network."""
-        hooks, tracking = self._hooks, self._tracking
-        if hooks is not None and tracking is not None:
-            what = "the influence of training samples"
-            compute = partial(tracking.find_inputs, trainer, pl_module, self.probe_pass, hooks)
-            if (found := self.attempt(trainer, what, compute)) is not None:
-                tracking.refresh(trainer, found)
-
-    # State
-
-    def on_save_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
-    ) -> None:
-        """Save the tables of all ranks. Lightning calls this on every rank, after `state_dict`."""
-        saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        if trainer.world_size > 1 and saved and self._run is not None:
-            saved["run"] = self._run.state_dict(trainer)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Hooks belong to the model of the running fit, and a copy of the callback is not part of it.
-        return vars(self) | {"_attachment": None, "_hooks": None}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the state of the base class, the ledgers, and the tables of samples."""
-        return super().state_dict() | {"run": dict(self._saved) if self._run is None else self._run.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state; the ledgers are opened when training starts."""
-        super().load_state_dict(state_dict)
-        self._saved = state_dict["run"]

@@ -30,7 +30,7 @@ class Receiver(Protocol):
         """Take in one backward pass through one call of a layer."""
 
     def drop(self, layer: str) -> None:
-        """Forget what was seen of a layer: its gradients were reset before the optimiser used them."""
+        """Forget what was seen of a layer: its gradients were reset before the optimizer used them."""
 
 
 class GradientHooks:

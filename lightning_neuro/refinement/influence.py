@@ -5,7 +5,7 @@ of the layer and d_i the gradient of its output. So it changed the output for an
 -rate d_i <a_i, h>. Its influence is the component of c_i along a unit direction u: positive if it pushed the output
 that way. Two directions are useful: the refinement p = W_T h - W_0 h, which is all that training changed of this
 output; and a class contrast (e_y - e_k) / sqrt(2) between a class y and its strongest rival k. What momentum and
-adaptive optimisers make of a step in later steps is not included, and influence does not predict what would have
+adaptive optimizers make of a step in later steps is not included, and influence does not predict what would have
 happened without the sample.
 
 Source: L. Pfahler, K. Morik, *Explaining Deep Learning Representations by Tracing the Training Process*,

@@ -75,7 +75,7 @@ class InfluenceTable:
         self._probe = probe_inputs.detach().to(self.module.weight, copy=True)
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Score the samples, and keep the scores until the optimiser makes its step."""
+        """Score the samples, and keep the scores until the optimizer makes its step."""
         if layer != self.layer or self._probe is None or batch.ids is None or len(batch.ids) != len(inputs):
             return
         bias = self.module.bias is not None

@@ -31,19 +31,19 @@ _STATE = ("parts", "means", "snapshots", "rest", "used")
 class RefinementLedger:
     """Divides the weights of a layer exactly among the sources of its training samples, while it is trained.
 
-    The part of the gradient that each source caused is run through the recursion of the optimiser, with its decay and
+    The part of the gradient that each source caused is run through the recursion of the optimizer, with its decay and
     momentum. So at any time
 
         weights = initial part + sum over the sources of their parts
 
     and, because the layer is linear in its weights, the same holds for its output on any input. The steps are computed
-    a second time from the options of the optimiser; weights are never copied into the ledger. The difference between
+    a second time from the options of the optimizer; weights are never copied into the ledger. The difference between
     the sum of the parts and the real output (`RefinementExplanation.residual`) therefore verifies the sum.
 
     Rows of the parts: the sources 0 .. num_sources - 1; then "other", for samples without one of these sources and for
     gradients that no sample is known of; then the initial weights.
 
-    Other optimisers than SGD, Adam and AdamW use an approximation: the change of the weights in each step is credited
+    Other optimizers than SGD, Adam and AdamW use an approximation: the change of the weights in each step is credited
     to the sources in proportion to the projection of their gradients. Then the sum is exact by construction, and its
     error verifies nothing.
 
@@ -58,7 +58,7 @@ class RefinementLedger:
 
     Source:
         L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for the refinement p, the sum of what all steps contribute. The
-        exact split by source under the recursion of the optimiser is a contribution of this project.
+        exact split by source under the recursion of the optimizer is a contribution of this project.
 
     Example:
         >>> from torch import nn
@@ -150,17 +150,17 @@ class RefinementLedger:
         elementwise: bool = False,
         mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
-        """Repeat the step that an optimiser has just made, for each row.
+        """Repeat the step that an optimizer has just made, for each row.
 
         Args:
-            optimizer: The optimiser after its step, before its gradients are reset.
+            optimizer: The optimizer after its step, before its gradients are reset.
             elementwise: Whether each element of a gradient may have been multiplied by a factor of its own, as when
                 clipping by value, and not all by the same factor.
             mean_over_ranks: Averages a tensor over the processes that train together.
 
         Returns:
-            The factor by which the gradient of the weight was multiplied (unscaling, clipping) before the optimiser
-            used it; None if this optimiser did not move the weight.
+            The factor by which the gradient of the weight was multiplied (unscaling, clipping) before the optimizer
+            used it; None if this optimizer did not move the weight.
         """
         mine = list(self._moved_by(optimizer))
         if not mine:
@@ -177,7 +177,8 @@ class RefinementLedger:
             factor, scale = _used_over_raw(used, split, elementwise, rounding)
             split[:-1] *= factor
             rest = used - split.sum(0)
-            self._rest, self._used = self._rest + rest.square().sum(), self._used + used.square().sum()
+            self._rest = self._rest + rest.square().sum()
+            self._used = self._used + used.square().sum()
             # Makes the rows add up to the used gradient: Adam amplifies rounding errors where it divides by almost 0.
             split[:-1] += counts.view(-1, *[1] * rest.ndim) * rest
             if self.inexact:
@@ -191,11 +192,11 @@ class RefinementLedger:
         return weight_scale
 
     def start(self, optimizer: Optimizer) -> None:
-        """Before the first step: credit the running mean that the optimiser already holds to the initial weights."""
+        """Before the first step: credit the running mean that the optimizer already holds to the initial weights."""
         for name, parameter, _ in self._moved_by(optimizer, frozen=True):
             mean = momentum_before(optimizer.state.get(parameter, {}))
             if mean is None:
-                self._means.pop(name, None)  # a new optimiser for weights that were trained before
+                self._means.pop(name, None)  # a new optimizer for weights that were trained before
             elif name not in self._means:
                 self._means[name] = torch.zeros_like(self._parts[name])
                 self._means[name][-1] = mean
@@ -336,7 +337,7 @@ def _used_over_raw(used: Tensor, split: Tensor, elementwise: bool, rounding: flo
     would become many orders of magnitude larger than the sum.
 
     Args:
-        used: (*shape), the gradient that the optimiser used.
+        used: (*shape), the gradient that the optimizer used.
         split: (parts, *shape), the gradients that were seen.
         elementwise: Whether each element may have been multiplied by a factor of its own.
         rounding: Relative rounding error of the gradient; 0 keeps parts that cancel, and needs a single factor.

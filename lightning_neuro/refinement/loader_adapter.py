@@ -170,21 +170,24 @@ class _Patch:
 
     def __init__(self) -> None:
         self.listeners: list[DrawnIndices] = []
+        self.original: Any = None
         self.function: Any = None
 
     def add(self, drawn: DrawnIndices) -> None:
         if self.function is None:
-            original = _private(_BaseDataLoaderIter, "_next_index")
-
-            def next_index(iterator: Any) -> Any:
-                indices = original(iterator)
-                for listener in self.listeners:
-                    listener.record(iterator, indices)
-                return indices
-
-            self.function, self.original = next_index, original
-            _BaseDataLoaderIter._next_index = next_index  # type: ignore[method-assign]
+            self.original = _private(_BaseDataLoaderIter, "_next_index")
+            self.function = self._passing_on(self.original)
+            _BaseDataLoaderIter._next_index = self.function  # type: ignore[method-assign]
         self.listeners.append(drawn)
+
+    def _passing_on(self, original: Any) -> Any:
+        def next_index(iterator: Any) -> Any:
+            indices = original(iterator)
+            for listener in self.listeners:
+                listener.record(iterator, indices)
+            return indices
+
+        return next_index
 
     def remove(self, drawn: DrawnIndices) -> None:
         if drawn in self.listeners:

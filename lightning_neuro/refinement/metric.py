@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_neuro.checks import ArgumentError
+from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_rows
 from lightning_neuro.refinement.layer_gradients import layer_output, samples_first, source_gradients
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.result import RefinementResult
@@ -80,48 +80,52 @@ class RefinementSummary(ResultMetric):
             shape = parts[name][:-1].shape if name in parts else (0,)
             self.add_state(name, zero.new_zeros(shape), dist_reduce_fx="sum")
 
-    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor | None = None) -> None:
+    def update(self, inputs: ArrayLike, outputs: ArrayLike, targets: ArrayLike | None = None) -> None:
         """Add a batch.
 
         Args:
-            inputs: Input of the layer, (N, ...).
+            inputs: Input of the layer, (N, ...), a tensor or NumPy array in the dtype of the layer.
             outputs: Its output.
             targets: (N,) integer classes, numbered like the sources of the ledger. Samples with other numbers, or
                 without targets, have no class.
 
         Raises:
+            ArgumentError: If the targets are not one integer per sample.
             ValueError: If the samples are not in the first dimension.
         """
         ledger = self._opened()
         module, weights = ledger.module, ledger.weights()
-        if targets is None:
-            targets = torch.full((len(inputs),), -1, device=inputs.device)
-        inputs, outputs = samples_first(module, inputs, outputs, len(targets))
-        finite = inputs.flatten(1).isfinite().all(1) & outputs.flatten(1).isfinite().all(1)
+        inputs, outputs = torch.as_tensor(inputs), torch.as_tensor(outputs)
+        labels = torch.full((len(inputs),), -1) if targets is None else as_labels(targets, len(targets))
+        assert labels is not None
+        labels = labels.to(inputs.device)
+        inputs, outputs = samples_first(module, inputs, outputs, len(labels))
+        finite = finite_rows(inputs.flatten(1)) & finite_rows(outputs.flatten(1))
         self.num_nonfinite = self.num_nonfinite + (~finite).sum()
-        inputs, outputs, targets = inputs[finite], outputs[finite], targets[finite]
-        if not len(targets):
+        inputs, outputs, labels = inputs[finite], outputs[finite], labels[finite]
+        if not len(labels):
             return
-        # Summed in double precision because parts may cancel, then applied in the precision of the layer.
-        initial, refined = (
-            layer_output(module, inputs, summed["weight"], summed.get("bias"))
-            for rows in (slice(-1, None), slice(None, -1))
-            for summed in [{name: parts[rows].sum(0).to(inputs) for name, parts in weights.items()}]
-        )
+
+        def output_of(rows: slice) -> Tensor:
+            # Summed in double precision because parts may cancel, then applied in the precision of the layer.
+            summed = {name: parts[rows].sum(0).to(inputs) for name, parts in weights.items()}
+            return layer_output(module, inputs, summed["weight"], summed.get("bias"))
+
+        initial, refined = output_of(slice(-1, None)), output_of(slice(None, -1))
         error = (initial + refined - outputs).abs().max()
         initial, refined, outputs = (part.flatten(1).to(self.norms.dtype) for part in (initial, refined, outputs))
-        self.num_samples = self.num_samples + len(targets)
+        self.num_samples = self.num_samples + len(labels)
         self.norms = self.norms + refined.norm(dim=1).sum()
         self.initial_products = self.initial_products + (initial * outputs).sum()
         self.output_squares = self.output_squares + outputs.square().sum()
         self.largest_error = torch.maximum(self.largest_error, error.to(self.norms.dtype))
         self.largest_output = torch.maximum(self.largest_output, outputs.abs().max())
-        self._add_shares(inputs, refined, targets)
+        self._add_shares(inputs, refined, labels)
 
-    def _add_shares(self, inputs: Tensor, refined: Tensor, targets: Tensor) -> None:
+    def _add_shares(self, inputs: Tensor, refined: Tensor, labels: Tensor) -> None:
         ledger = self._opened()
         num = ledger.num_sources
-        rows = torch.where((targets >= 0) & (targets < num), targets, num)
+        rows = torch.where((labels >= 0) & (labels < num), labels, num)
         module = ledger.module
         shape = layer_output(module, inputs, module.weight, module.bias).shape
         split = source_gradients(module, inputs, refined.view(shape).to(inputs.dtype), Sources(rows, num + 1))

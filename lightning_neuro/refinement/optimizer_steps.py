@@ -15,7 +15,7 @@ EXACT = (SGD, Adam, AdamW)
 
 
 def why_inexact(optimizer: Optimizer) -> str:
-    """The reason why the steps of an optimiser cannot be split exactly; empty if they can."""
+    """The reason why the steps of an optimizer cannot be split exactly; empty if they can."""
     # Subclasses are not accepted, because they may step differently.
     if type(optimizer) not in EXACT:
         names = ", ".join(cls.__name__ for cls in EXACT)
@@ -39,7 +39,7 @@ def _foreach(group: dict[str, Any], gradient: Tensor) -> bool:
 
 
 def momentum_before(state: dict[str, Any]) -> Tensor | None:
-    """The running mean of gradients that an optimiser holds from earlier training; None if it holds none."""
+    """The running mean of gradients that an optimizer holds from earlier training; None if it holds none."""
     buffer: Tensor | None = state.get("momentum_buffer", state.get("exp_avg"))
     return buffer
 
@@ -54,7 +54,7 @@ def step_parts(
     gradients: Tensor,
     first: bool,
 ) -> None:
-    """Repeat the step that an optimiser has just made for each part of a parameter.
+    """Repeat the step that an optimizer has just made for each part of a parameter.
 
     Args:
         optimizer: One of the types in `EXACT`.
@@ -62,8 +62,8 @@ def step_parts(
         state: The state of the parameter after the step.
         parts: (parts, *shape), changed in place; they sum to the parameter.
         means: (parts, *shape), changed in place: the running mean of the gradients of each part.
-        gradients: (parts, *shape), changed in place; they sum to the gradient that the optimiser used.
-        first: Whether the optimiser had no running mean before this step.
+        gradients: (parts, *shape), changed in place; they sum to the gradient that the optimizer used.
+        first: Whether the optimizer had no running mean before this step.
     """
     if group["maximize"]:
         gradients.neg_()

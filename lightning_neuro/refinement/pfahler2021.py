@@ -1,7 +1,7 @@
 """Mode "pfahler2021": the scores of Pfahler and Morik, from the change of all weights in each step.
 
 For an input h of the layer in the final network, the change of the weights in step t, D_t = W_t - W_{t-1}, contributes
-c_t = D_t h, and the contributions of all steps sum to the refinement p = W_T h - W_0 h, under any optimiser. The score
+c_t = D_t h, and the contributions of all steps sum to the refinement p = W_T h - W_0 h, under any optimizer. The score
 of a step is its cosine with p, cos_t = <c_t, p> / (|p| |c_t|), or its part of the length of p, |c_t| cos_t. It is given
 to all training samples, or to the class, of the batch. So it is a score of single samples only if a batch holds one
 sample, and of classes only if a batch holds one class: `ClassBatchSampler` makes such batches. Every D_t is kept, so
@@ -125,7 +125,7 @@ class StepScores:
         return len(self._changes)
 
     def record(self, ids: Tensor, classes: Tensor) -> None:
-        """Take in one optimiser step that has just been made.
+        """Take in one optimizer step that has just been made.
 
         Args:
             ids: (B,) ids of the samples of the batch, without ghosts.

@@ -26,7 +26,7 @@ from lightning_neuro.refinement.update_log import UpdateLogWriter
 
 
 def changes_elements(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-    """Whether a gradient may be changed by other means than one factor before the optimiser uses it."""
+    """Whether a gradient may be changed by other means than one factor before the optimizer uses it."""
     if not pl_module.automatic_optimization:
         return True
     hook = type(pl_module).configure_gradient_clipping.__qualname__
@@ -35,10 +35,10 @@ def changes_elements(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> 
 
 
 def plan_phases(trainer: "pl.Trainer", phases: int | Sequence[int]) -> tuple[int, list[int]]:
-    """The number of phases, and the optimiser steps after which each but the last one ends.
+    """The number of phases, and the optimizer steps after which each but the last one ends.
 
     Args:
-        trainer: The trainer, once it has its optimisers.
+        trainer: The trainer, once it has its optimizers.
         phases: Number of equal phases of the planned training, or the steps after which a phase ends.
     """
     if not isinstance(phases, int):
@@ -48,7 +48,7 @@ def plan_phases(trainer: "pl.Trainer", phases: int | Sequence[int]) -> tuple[int
         rank_zero_info("The number of training steps is not known, so their refinement has one phase.")
         return 1, []
     if not trainer.lightning_module.automatic_optimization:
-        planned *= max(1, len(trainer.optimizers))  # the trainer counts the steps of each optimiser
+        planned *= max(1, len(trainer.optimizers))  # the trainer counts the steps of each optimizer
     return phases, [round(planned * k / phases) for k in range(1, phases)]
 
 
@@ -72,7 +72,7 @@ class RefinementRun:
 
     Raises:
         ArgumentError: If the ledgers or tables would take too much memory, the saved state does not fit the arguments,
-            two optimisers move a layer, or an option cannot be used in this run.
+            two optimizers move a layer, or an option cannot be used in this run.
     """
 
     def __init__(
@@ -94,8 +94,9 @@ class RefinementRun:
         self._ids = attachment.ids
         layers = {layer: attachment.hooks.layers[layer][0] for layer in attachment.traced}
         num_phases, self._phase_ends = plan_phases(trainer, options.phases)
-        are_classes = options.source_fn is None and class_names is not None and len(class_names) == num_sources
-        names = class_names if are_classes else None
+        names = None
+        if options.source_fn is None and class_names is not None and len(class_names) >= num_sources:
+            names = class_names[:num_sources]
         self.ledgers = {
             layer: RefinementLedger(module, num_sources=num_sources, names=names, num_phases=num_phases)
             for layer, module in layers.items()
@@ -225,7 +226,7 @@ class RefinementRun:
         self._steps.begin(TrainBatch(ids, targets), Sources(rows, self.num_sources + 1))
 
     def end_batch(self, global_step: int) -> None:
-        """The training micro-batch is over; after so many optimiser steps, a phase may end."""
+        """The training micro-batch is over; after so many optimizer steps, a phase may end."""
         if self._steps is not None:
             self._steps.end()
         while self._phase_ends and global_step >= self._phase_ends[0]:
@@ -266,7 +267,7 @@ class RefinementRun:
             self._log.close()
 
     def close(self) -> None:
-        """Remove the hooks from layers and optimisers. Ledgers, tables and scores stay."""
+        """Remove the hooks from layers and optimizers. Ledgers, tables and scores stay."""
         if self._steps is not None:
             self._steps.remove()
         if self._log is not None:

@@ -39,7 +39,7 @@ class RefinementResult:
         squares: (classes + 1,) sum of |p|^2 over them.
         untraced_share: Fraction of the gradient that could not be assigned to any sample.
         names: Names of the sources.
-        inexact: Why the optimiser steps could only be divided approximately; empty if they were divided exactly.
+        inexact: Why the optimizer steps could only be divided approximately; empty if they were divided exactly.
         own: Whether the sources are the classes.
         sample_gini: Gini coefficient of the refinement of the layer by single training samples; NaN if not tracked.
     """
@@ -115,7 +115,7 @@ class RefinementResult:
         if self.completeness_error > TOLERANCE:
             notes["incomplete"] = (
                 f"the completeness error is {self.completeness_error:.1e}, so the contributions do not sum to the"
-                " output of the layer. Its weights were changed by something other than the steps of the optimiser"
+                " output of the layer. Its weights were changed by something other than the steps of the optimizer"
                 " (weight averaging, pruning, a reload), or are kept in half precision."
             )
         other = float(self.phase_shares[-1].sum())

@@ -44,7 +44,7 @@ def gradient_norms(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tens
 
     Example:
         >>> import torch
-        >>> from lightning_neuro.refinement.norms import gradient_norms
+        >>> from lightning_neuro.refinement.sample_norms import gradient_norms
         >>> inputs, gradients = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[2.0], [2.0]])
         >>> gradient_norms(torch.nn.Linear(2, 1, bias=False), inputs, gradients).tolist()
         [10.0, 0.0]
@@ -122,7 +122,7 @@ def unfold(module: Convolution, inputs: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from lightning_neuro.refinement.norms import unfold
+        >>> from lightning_neuro.refinement.sample_norms import unfold
         >>> unfold(torch.nn.Conv1d(1, 1, 2, stride=2), torch.arange(4.0).reshape(1, 1, 4)).tolist()
         [[[0.0, 2.0], [1.0, 3.0]]]
     """

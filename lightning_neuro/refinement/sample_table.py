@@ -1,8 +1,8 @@
 """The table of training samples: how much each of them has refined each layer since training began.
 
 A step changes the weights of a layer; the part of the change that sample i caused is -rate G_i, where G_i is its weight
-gradient and rate = learning rate x (gradient that the optimiser used / raw gradient). Its refinement of the layer is
-the length of this part, r_i = rate |G_i|, summed over the steps. What momentum and adaptive optimisers make of this
+gradient and rate = learning rate x (gradient that the optimizer used / raw gradient). Its refinement of the layer is
+the length of this part, r_i = rate |G_i|, summed over the steps. What momentum and adaptive optimizers make of this
 part in later steps is not included: the table ranks samples, and the exact account is that of the ledgers.
 """
 
@@ -31,7 +31,7 @@ _PREFIX = "refinement/"
 class SampleTable:
     """Accumulates over training how much each sample refined each layer.
 
-    It is a `StepObserver` of training steps. Until the optimiser makes its step, one number per sample is kept; nothing
+    It is a `StepObserver` of training steps. Until the optimizer makes its step, one number per sample is kept; nothing
     waits for the device. Memory: 8 bytes x (layers + 2) x samples, on the device of the model.
 
     A sample is counted as visited once per micro-batch, when the first of the layers is committed. Gradients of several
@@ -81,7 +81,7 @@ class SampleTable:
         return 8 * (len(self._refinement) + 2) * (self.num_samples + 1)
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Keep the gradient norms of the samples until the optimiser makes its step."""
+        """Keep the gradient norms of the samples until the optimizer makes its step."""
         if layer not in self._refinement:
             return
         # For example, a layer that folds tokens into the batch dimension does not tell to which sample each belongs.
@@ -180,6 +180,14 @@ class SampleTable:
         self._num_nonfinite = state["num_nonfinite"].clone()
         self._num_without_id = state["num_without_id"]
         self._pending = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy does not follow the training of the original; a WeakSet cannot be pickled.
+        return {name: value for name, value in vars(self).items() if name != "_counted"} | {"_pending": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._counted = WeakSet()
 
     def _move(self, device: torch.device) -> None:
         if self._visits.device == device:

@@ -1,4 +1,4 @@
-"""From backward passes to steps: ledgers and observers see the gradients, and the optimiser step makes them count."""
+"""From backward passes to steps: ledgers and observers see the gradients, and the optimizer step makes them count."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class TrainBatch:
 class StepObserver(Protocol):
     """Collects something about layers while they are trained: a table of samples, a log of updates.
 
-    What it sees is pending until the optimiser makes the step of the layer (`commit`) or does not (`drop`). None of
+    What it sees is pending until the optimizer makes the step of the layer (`commit`) or does not (`drop`). None of
     these methods may wait for the device.
     """
 
@@ -60,7 +60,7 @@ class StepObserver(Protocol):
 
         Args:
             layer: Name of the layer.
-            rate: Scalar on the device: learning rate x (gradient that the optimiser used / gradient that was seen).
+            rate: Scalar on the device: learning rate x (gradient that the optimizer used / gradient that was seen).
         """
 
     def drop(self, layer: str) -> None:
@@ -68,7 +68,7 @@ class StepObserver(Protocol):
 
 
 class TrainingSteps:
-    """Shows each backward pass to ledgers and observers, and tells them what the optimiser made of it.
+    """Shows each backward pass to ledgers and observers, and tells them what the optimizer made of it.
 
     Args:
         hooks: Hooks on the layers.
@@ -77,7 +77,7 @@ class TrainingSteps:
         optimizers: Their steps are followed from now on. What they hold of earlier training is credited to the initial
             weights.
         report: Is given the layer and the error if something fails; no error may reach the training step.
-        elementwise: Whether gradients may be changed by other means than one factor before the optimiser uses them.
+        elementwise: Whether gradients may be changed by other means than one factor before the optimizer uses them.
         world_size: Number of processes that train together.
         mean_over_ranks: Averages a tensor over these processes.
 
@@ -85,7 +85,7 @@ class TrainingSteps:
         broken: Layer -> error, for ledgers that missed a step.
 
     Raises:
-        ArgumentError: If two optimisers move the same layer.
+        ArgumentError: If two optimizers move the same layer.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class TrainingSteps:
         self.hooks.tracing = False
 
     def remove(self) -> None:
-        """Remove the hooks from layers and optimisers."""
+        """Remove the hooks from layers and optimizers."""
         self.hooks.remove()
         for handle in self._handles:
             handle.remove()
@@ -151,7 +151,7 @@ class TrainingSteps:
             self.report(layer, error)
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending of a layer, because its gradients did not reach the optimiser."""
+        """Forget what is pending of a layer, because its gradients did not reach the optimizer."""
         if layer in self.ledgers:
             self.ledgers[layer].drop()
         for observer in self.observers:
@@ -180,7 +180,7 @@ class TrainingSteps:
             if id(weight) in rates and weight.grad is not None:
                 # Clipping and unscaling are the same for all layers, so a layer with a ledger tells them for the rest.
                 factor = torch.ones((), device=weight.device) if scale is None else scale
-                # The gradient of a sample holds the mean over its rank; the optimiser used the mean over all ranks.
+                # The gradient of a sample holds the mean over its rank; the optimizer used the mean over all ranks.
                 self._commit(layer, rates[id(weight)] * (factor / self.world_size))
 
     def _step_ledgers(self, optimizer: Optimizer) -> Tensor | None:
@@ -213,7 +213,7 @@ def _learning_rates(optimizer: Optimizer) -> dict[int, Any]:
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimiser skipped the step inside its kernel, because a gradient scaler found infinite gradients.
+    """Whether a fused optimizer skipped the step inside its kernel, because a gradient scaler found infinite gradients.
 
     Only in this case the host waits for the device.
     """

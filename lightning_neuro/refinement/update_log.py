@@ -84,7 +84,7 @@ class UpdateLogWriter:
         self._warned = False
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Keep the factors until the optimiser makes its step."""
+        """Keep the factors until the optimizer makes its step."""
         if self.closed or layer not in self.layers or batch.ids is None or len(batch.ids) != len(inputs):
             return
         positions = inputs.shape[1:-1].numel()

@@ -33,7 +33,7 @@ def raising(layer: str, error: Exception) -> None:
 
 
 class Follower:
-    """Trains a network on batches of its own drawing, with a ledger for every linear and convolution layer."""
+    """Trains a network on random batches, with a ledger for every linear and convolution layer."""
 
     def __init__(self, net: nn.Module, width: int, layers: str | Sequence[str] | None = "*", **options) -> None:
         self.net = net
@@ -49,7 +49,7 @@ class Follower:
         self.steps: TrainingSteps | None = None
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Follow the steps of optimisers from now on, instead of those of earlier ones."""
+        """Follow the steps of optimizers from now on, instead of those of earlier ones."""
         if self.steps is not None:
             self.steps.remove()
         self.steps = TrainingSteps(GradientHooks(self.owners), self.ledgers, [], optimizers, raising)
@@ -66,7 +66,7 @@ class Follower:
         return cross_entropy(self.net(x).to(self.dtype), y)
 
     def explain(self, x: Tensor | None = None):
-        """Layer -> its explanation on what it is given for these inputs in the network as it is now."""
+        """Layer -> explanation of its output for these inputs of the current network."""
         seen: dict[str, Tensor] = {}
         self.steps.end()
         self.net.eval()
@@ -84,5 +84,5 @@ class Follower:
         return {layer: ledger.explain(seen[layer]) for layer, ledger in self.ledgers.items()}
 
     def residual(self) -> float:
-        """The worst of all layers."""
+        """The largest residual of all layers."""
         return max(explanation.residual for explanation in self.explain().values())

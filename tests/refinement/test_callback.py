@@ -1,4 +1,4 @@
-"""RepresentationRefinement in Lightning's own training: what is recorded, said, written and left behind."""
+"""RepresentationRefinement in fits of Lightning: what it records, logs, writes and leaves behind."""
 
 import math
 import pickle
@@ -37,7 +37,7 @@ def one_cycle(module):
 
 
 class Manual(Module):
-    """Two optimisers by hand; a pass that is thrown away; gradients scaled and clipped by hand."""
+    """Two optimizers by hand; a pass that is thrown away; gradients scaled and clipped by hand."""
 
     def __init__(self):
         super().__init__(mlp().net)
@@ -104,7 +104,7 @@ def test_parts_add_up_in_a_fit(name):
         assert ledger.weights()["weight"].shape[0] == 4 + 2
 
 
-# Whose
+# Which samples
 
 
 class Lone(Module):
@@ -141,7 +141,7 @@ def test_own_class_share_on_planted_data():
 
 
 def test_sources_of_ones_own():
-    """The id of the data set that a sample comes from, with an unknown one, beside class labels for the loss."""
+    """The id of the data set that a sample comes from, with an unknown one, next to class labels for the loss."""
     x, y = images().tensors
     where = torch.arange(64) % 3 + 5 * (torch.arange(64) % 7 == 0)
     train = DataLoader(TensorDataset(x, y, where), batch_size=16)
@@ -208,11 +208,11 @@ def test_layer_tied_to_an_embedding_is_refused():
         fit(module, RepresentationRefinement(layers="net.5"))
 
 
-# Beside others
+# Together with other callbacks
 
 
 def test_another_callback_before_ours_changes_nothing():
-    """Its calibration pass runs the model too, and its evaluation at the start opens our ledgers."""
+    """Its evaluation at the start runs the model too, and opens our ledgers."""
     alone, beside = refinement(probe=Probe(num_samples=32)), refinement(probe=Probe(num_samples=32))
     fit(mlp(), alone)
     fit(mlp(), NeuronCommunities(Probe(num_samples=32)), beside)
@@ -278,7 +278,7 @@ def test_explain_and_validate_after_the_fit():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
-def test_table_trace_and_figures_are_written(tmp_path):
+def test_table_update_log_and_figures_are_written(tmp_path):
     logger = pl.loggers.TensorBoardLogger(tmp_path)
     # The pattern names a Flatten and activations, too, which are left out.
     callback = refinement(update_log=True, influence_every_n_steps=2, track_samples=["net.[0123]"], phases=2)
@@ -363,7 +363,7 @@ def opened_with(**options):
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            found["run"], found["hooks"] = callback._run, callback._hooks
+            found["run"], found["hooks"] = callback.run, callback.hooks
 
     callback = refinement(**options)
     fit(mlp(), callback, Look(), max_epochs=1)
@@ -433,7 +433,7 @@ def test_the_mode_decides_whether_steps_are_kept():
 
 
 class TwoSteps(Module):
-    """Two optimisers that both step in every batch, so that the global step rises by two."""
+    """Two optimizers that both step in every batch, so that the global step rises by two."""
 
     def __init__(self):
         super().__init__(mlp().net)
@@ -464,7 +464,7 @@ class Refreshes(pl.Callback):
     ("every", "steps"), [(1, [2, 4, 6, 8, 10, 12, 14, 16]), (3, [4, 6, 10, 12, 16]), (5, [6, 10, 16])]
 )
 def test_influence_is_updated_whenever_its_interval_has_passed(every, steps):
-    """With two optimisers a multiple of the interval may never be the global step."""
+    """With two optimizers a multiple of the interval may never be the global step."""
     callback = refinement(influence_every_n_steps=every)
     watch = Refreshes(callback)
     fit(TwoSteps(), callback, watch)
@@ -502,6 +502,9 @@ def test_class_names_are_those_of_the_sources():
     fit(module, callback)
     assert callback.result["net.5"].names == (*names, "other")
     assert callback.explain(module, images(3).tensors[0]).sources == (*names, "other")
+    few = refinement(probe=Probe(class_names=names), num_sources=3)
+    fit(mlp(), few)
+    assert few.result["net.5"].names == (*names[:3], "other")
     other = refinement(probe=Probe(class_names=names), source_fn=1, num_sources=4)
     fit(mlp(), other)
     assert other.result["net.5"].names == ("0", "1", "2", "3", "other")
@@ -516,7 +519,7 @@ def test_figures_name_their_layers(tmp_path):
 
     class Draws(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
-            tracking = callback._run.tracking
+            tracking = callback.run.tracking
             drawn.update(tracking.draw_influence(trainer, tracking.top_over_ranks(trainer), callback.class_names))
 
     fit(mlp(), callback, Draws(), logger=logger)

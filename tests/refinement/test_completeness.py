@@ -1,4 +1,4 @@
-"""The proof: the parts add up to the weights' own output after 200 steps, whatever training did."""
+"""Completeness: after 200 steps under any condition, the parts add up to the real output of the layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +111,7 @@ def zeroed_in_place(run):
 
 
 def fused_scaler(run):
-    """A fused optimiser is called for skipped steps, too, and divides by the scale itself."""
+    """A fused optimizer is called for skipped steps, too, and divides by the scale itself."""
     run.kept = run.kept or torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=50)
     loss = run.follower.loss()
     run.kept.scale(loss * float("inf") if run.step in (3, 100) else loss).backward()
@@ -172,7 +172,7 @@ CONDITIONS = {
     "adamw": (adam(AdamW, weight_decay=0.1), plain),
     "amsgrad": (adam(AdamW, amsgrad=True), plain),
     "groups": (groups, plain),
-    "two optimisers": (two, plain),
+    "two optimizers": (two, plain),
     "one cycle": (sgd(momentum=0.9, nesterov=True), onecycle),
     "one cycle of Adam": (adam(AdamW), onecycle),
     "cosine": (adam(AdamW), cosine),
@@ -186,7 +186,7 @@ CONDITIONS = {
     "zeroed in place": (sgd(**MOMENTUM), zeroed_in_place),
     "frozen": (adam(weight_decay=0.01), frozen_then_not),
     "no gradient": (sgd(**MOMENTUM), sometimes_no_gradient),
-    "new optimiser": (adam(), new_optimizer),
+    "new optimizer": (adam(), new_optimizer),
 }
 
 
@@ -238,7 +238,7 @@ def test_momentum_of_the_time_before_belongs_to_the_initial_weights():
         run = start("mlp", torch.float64, optimizers, warm_up=5)
         ledger = run.follower.ledgers["0"]
         before = ledger.weights()["weight"].clone()
-        # A step without gradients: only what the optimisers remember moves the weights.
+        # A step without gradients: only what the optimizers remember moves the weights.
         for parameter in run.net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run.end()
@@ -316,7 +316,7 @@ def averaged(run):
 
 
 @pytest.mark.parametrize("condition", [noise, averaged])
-def test_weights_changed_behind_the_optimiser_show(condition):
+def test_weights_changed_behind_the_optimizer_show(condition):
     run = start("mlp", torch.float64, adam())
     assert train(run, condition, 40).residual() > 1e-3
 
@@ -365,7 +365,7 @@ def test_gradients_of_which_no_sample_is_known_are_credited_to_other():
 
 
 def test_rounding_of_gradients_that_cancel_is_not_blown_up():
-    """A bias before BatchNorm has no gradient, and Adam makes whole steps of what rounding leaves of it."""
+    """A bias before BatchNorm has no gradient, and Adam makes full steps from its rounding errors."""
     run = start("convnet", torch.float32, adam())
     parts = train(run, plain, 50).ledgers["1"].weights()["bias"]
     assert parts[:-1].abs().max() < 50 * 0.005 * 10  # ten times what the steps could add up to

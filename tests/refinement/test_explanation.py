@@ -1,4 +1,4 @@
-"""What a ledger says of an input: numbers by hand, and any layer, any later input."""
+"""Explanations: numbers by hand, and any layer with any later input."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Hooks on training steps: what they report, and that they disturb nothing."""
+"""Hooks on layers: what they report in training and record in evaluation, and that they change nothing."""
 
 import copy
 import pickle

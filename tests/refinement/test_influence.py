@@ -1,4 +1,4 @@
-"""Influence scores against what single-sample updates really do to an output."""
+"""Influence scores against the measured change of an output by the update of a single sample."""
 
 import io
 

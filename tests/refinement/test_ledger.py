@@ -104,7 +104,7 @@ def test_what_is_not_seen_is_spread_by_the_samples_in_the_batch():
     assert ledger.untraced_share == pytest.approx(float(extra.norm() / total.norm()))
 
 
-def test_step_of_another_optimiser_is_not_taken():
+def test_step_of_another_optimizer_is_not_taken():
     layer, ledger = small()
     other = nn.Linear(2, 2).double()
     optimizer = SGD(other.parameters(), lr=0.1)
@@ -112,7 +112,7 @@ def test_step_of_another_optimiser_is_not_taken():
     feed(layer, ledger, INPUTS, ROWS, DIRECTION)
     assert ledger.step(optimizer) is None
     assert not ledger.weights()["weight"][:-1].any()
-    # What was seen still waits for the layer's own optimiser.
+    # What was seen still waits for the layer's own optimizer.
     own = SGD(layer.parameters(), lr=1.0)
     own.step()
     ledger.step(own)

@@ -1,4 +1,4 @@
-"""The summary of many samples, against the ledger's account of each of them."""
+"""The summary of many samples, against the ledger's explanation of each of them."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
 from lightning_neuro.refinement.result import RefinementResult
@@ -262,3 +263,18 @@ def test_half_precision_layers():
     assert float(whole.sum()) == pytest.approx(1, abs=1e-2)
     weighted = (result.shares.nan_to_num(0) * result.counts[:, None]).sum(0) / result.counts.sum()
     torch.testing.assert_close(weighted, whole, rtol=0.02, atol=0.02)
+
+
+def test_arrays_and_tensors_of_any_integers_give_the_same():
+    layer, ledger, inputs = trained("linear")
+    outputs = layer(inputs).detach()
+    whole = RefinementSummary(ledger)
+    whole.update(inputs, outputs, TARGETS)
+    other = RefinementSummary(ledger)
+    other.update(inputs.numpy(), outputs.numpy(), TARGETS.to(torch.int16).numpy())
+    assert torch.equal(whole.compute().shares, other.compute().shares)
+    for wrong in (TARGETS.double(), TARGETS[:, None], TARGETS > 0):
+        with pytest.raises(ArgumentError, match="`targets`"):
+            RefinementSummary(ledger).update(inputs, outputs, wrong)
+    with pytest.raises(ArgumentError, match="`ledger`"):
+        RefinementSummary().update(inputs, outputs)

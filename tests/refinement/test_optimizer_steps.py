@@ -1,4 +1,4 @@
-"""The split step, against the real optimisers: the sum of the parts, and each part by itself."""
+"""The split step, against the real optimizers: the sum of the parts, and each part by itself."""
 
 import copy
 
@@ -48,7 +48,7 @@ class Split:
         self.first = True
 
     def step(self, gradients):
-        """Step the optimiser with the sum of (parts, *shape), and each part with its own."""
+        """Step the optimizer with the sum of (parts, *shape), and each part with its own."""
         self.parameter.grad = gradients.sum(0)
         self.optimizer.step()
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self.parameter]
@@ -174,7 +174,7 @@ def test_leaving_a_source_out_takes_exactly_its_part_away(cls, options):
         torch.testing.assert_close(split.parts[source], difference, rtol=1e-6, atol=1e-7)
 
 
-def test_which_optimisers_are_exact():
+def test_which_optimizers_are_exact():
     parameter = [nn.Parameter(torch.ones(2))]
     assert [why_inexact(cls(parameter, lr=0.1)) for cls in (SGD, Adam, AdamW)] == ["", "", ""]
     for cls in (RMSprop, NAdam, type("MyAdam", (Adam,), {})):

@@ -38,7 +38,7 @@ def test_boundaries_given_by_the_user():
     assert asked((7,)).planned == (2, [7])
 
 
-def test_steps_of_several_optimisers_count():
+def test_steps_of_several_optimizers_count():
     module = mlp()
     module.automatic_optimization = False
     module.configure_optimizers = lambda: [type(module).configure_optimizers(module) for _ in range(3)]

@@ -21,8 +21,8 @@ LAYERS = {
 }
 
 
-def train(module, shape, optimiser, steps=12, batch=1):
-    """Train on random data; returns the recorder and the weights after each step."""
+def train(module, shape, optimizer, steps=12, batch=1):
+    """Train on random data; returns the scores and the weights after each step."""
     torch.manual_seed(0)
     module = module.double()
     for parameter in module.parameters():
@@ -31,9 +31,9 @@ def train(module, shape, optimiser, steps=12, batch=1):
     classes = torch.arange(20) % 3
     for step in range(steps):
         ids = torch.arange(20)[classes == step % 3][(step // 3 * batch) % 5 :][:batch]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (module(randn(len(ids), *shape, seed=step)) ** 2).mean().backward()
-        optimiser.step()
+        optimizer.step()
         recorder.record(ids, classes[ids])
         history.append([p.detach().clone() for p in module.parameters()])
     return recorder, history
@@ -52,14 +52,14 @@ def outputs(module, weights, inputs):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_against_the_formulas(name, optimiser):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_against_the_formulas(name, optimizer):
     module, shape = LAYERS[name]
     module = module.double()
     make = {
         "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
         "adamw": lambda p: torch.optim.AdamW(p, 0.05),
-    }[optimiser]
+    }[optimizer]
     recorder, history = train(module, shape, make(module.parameters()))
     h = randn(3, *shape, seed=99)
     z = [outputs(module, weights, h) for weights in history]

@@ -1,4 +1,4 @@
-"""The figures say what the numbers say."""
+"""Figures of classes: they show the numbers of the results."""
 
 import numpy as np
 import pytest

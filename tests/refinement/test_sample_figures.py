@@ -1,4 +1,4 @@
-"""The figures of training samples: the right pictures in the right places, with the right words."""
+"""The figures of training samples: each picture in its place, with its caption."""
 
 import numpy as np
 import pytest

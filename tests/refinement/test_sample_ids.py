@@ -495,12 +495,14 @@ def test_the_adapter_reads_no_other_private_name():
     import inspect
 
     tree = ast.parse(inspect.getsource(loader_adapter))
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
-    own = {"_trainer", "_requests", "_error", "_is_over_training_data", "_current_requests", "_current_iterator"}
-    assert {name for name in read if not name.startswith("__")} - own == {"_next_index"}
+    nodes = list(ast.walk(tree))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self"}
+    assert {name for name in read - own if not name.startswith("__")} == {"_next_index"}
     asked = {
         node.args[1].value
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_private"
     }
     assert asked == set(EVERY_NAME)

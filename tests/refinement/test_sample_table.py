@@ -1,4 +1,4 @@
-"""The table of samples: what counts, when, and for whom."""
+"""The table of samples: what is counted, when, and for which sample."""
 
 import csv
 import gc

@@ -1,4 +1,4 @@
-"""Whose samples are whose in real fits: batches, models and checkpoints that are not as usual."""
+"""Sources of samples in real fits: unusual batches, models and checkpoints."""
 
 import warnings
 from typing import Any
@@ -100,7 +100,7 @@ def test_layer_that_never_ran_is_named_once():
 
 
 class Rivals(Module):
-    """Both optimisers hold the head."""
+    """Both optimizers hold the head."""
 
     def __init__(self):
         super().__init__(mlp().net)
@@ -110,7 +110,7 @@ class Rivals(Module):
         return Adam(self.net.parameters(), lr=0.01), SGD(self.net[5].parameters(), lr=0.1)
 
 
-def test_two_optimisers_on_one_layer_are_refused_before_the_first_step():
+def test_two_optimizers_on_one_layer_are_refused_before_the_first_step():
     module = Rivals()
     before = [value.clone() for value in module.state_dict().values()]
     with pytest.raises(ArgumentError, match=r"two optimizers.*'net\.5'"):

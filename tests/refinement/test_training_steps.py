@@ -1,4 +1,4 @@
-"""From backward passes to steps: which layers, which optimiser, what rate; errors stay outside training."""
+"""From backward passes to steps: which layers, which optimizer, what rate; errors stay outside training."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_rate_is_of_a_sample_among_those_of_all_ranks():
     steps.remove()
 
 
-def test_each_optimiser_commits_its_own_layers_at_its_rate():
+def test_each_optimizer_commits_its_own_layers_at_its_rate():
     net, diary = two(), Diary()
     optimizers = [SGD(net[0].parameters(), lr=0.5), Adam(net[1].parameters(), lr=0.125)]
     steps, _, _ = followed(net, [diary], optimizers=optimizers)
@@ -176,7 +176,7 @@ def test_where_a_gradient_is_zero_it_tells_no_rate_for_the_others():
     steps.remove()
 
 
-def test_a_step_that_a_fused_optimiser_skips_is_dropped_for_its_own_layers():
+def test_a_step_that_a_fused_optimizer_skips_is_dropped_for_its_own_layers():
     net, diary = two(), Diary()
     optimizers = [SGD(net[0].parameters(), lr=0.5, fused=True), Adam(net[1].parameters(), lr=0.125, fused=True)]
     steps, _, errors = followed(net, [diary], ledgers=("0", "1"), optimizers=optimizers)
@@ -197,7 +197,7 @@ def test_a_step_that_a_fused_optimiser_skips_is_dropped_for_its_own_layers():
     steps.remove()
 
 
-def test_two_optimisers_on_one_layer_are_refused():
+def test_two_optimizers_on_one_layer_are_refused():
     for first, second in [("0", ""), ("0.weight", "0.bias")]:
         net = two()
         named = dict(net.named_parameters())

@@ -1,4 +1,4 @@
-"""The update log on disk: exact up to half precision, whole up to its last shard, whatever happens to the disk."""
+"""The update log on disk: exact up to half precision, and complete up to its last shard if the disk fails."""
 
 import errno
 import io
