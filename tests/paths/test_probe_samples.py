@@ -1,4 +1,4 @@
-"""The samples that the callback chooses and keeps: which they are, their halves, and what fails where there are none."""
+"""The samples that the callback chooses and keeps: which they are, their halves, what fails where there are none."""
 
 from typing import Any
 
