@@ -236,6 +236,19 @@ def test_numpy_and_integers_are_accepted() -> None:
         assert_same(metric.compute(), expected.compute())
 
 
+def test_one_concept_alone_has_states_of_its_own_size() -> None:
+    metric, values = LayerPaths(ablation="mean"), torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
+    metric.update(values, torch.zeros(6).long(), gradients=values, features=values, predictions=torch.zeros(6).long())
+    result = metric.compute()
+    assert (result.scores.shape, result.paths.shape, result.counts.tolist()) == ((2, 1, 5), (2, 1, 5), [[3.0], [3.0]])
+    torch.testing.assert_close(result.features, values.double().mean(0, keepdim=True))
+    torch.testing.assert_close(result.mean, values.double().mean(0))
+    expected = torch.stack([half.double().mean(0) * (1 - result.mean) for half in (values[::2], values[1::2])])
+    torch.testing.assert_close(result.scores[:, 0], expected)
+    assert result.confusion.tolist() == [[6.0]]
+    assert "overlap" not in result.scalars() and result.scalars()["path_share"] > 0
+
+
 def test_undefined_stability_is_left_out() -> None:
     result = result_of(planted())
     assert "stability" not in result.scalars()
