@@ -11,7 +11,7 @@ from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_pa
 from lightning_neuro.stats import spearman
 from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, one_hot, planted, residual_net, trained
+from tests.paths.networks import Words, convnet, data, disjoint, disjoint_paths, one_hot, residual_net, trained
 
 
 def logit_fall(net: nn.Module, x: Tensor, y: Tensor, module: nn.Module, fill: Tensor | None = None) -> Tensor:
@@ -77,10 +77,10 @@ def test_planted_paths_are_found_exactly() -> None:
     scores = attribution_scores(disjoint(), x, y)
     assert list(scores) == ["1", "3"]
     for values in scores.values():
-        assert torch.equal(values > 0, planted())
+        assert torch.equal(values > 0, disjoint_paths())
         # Each of three units feeds each of three, with weight 1: in the first layer a third of the logit each.
         expected = class_mean(x.max(1, keepdim=True).values, y, 4) * 3
-        torch.testing.assert_close(values[planted()].reshape(4, 3), expected.expand(4, 3), rtol=1e-6, atol=0)
+        torch.testing.assert_close(values[disjoint_paths()].reshape(4, 3), expected.expand(4, 3), rtol=1e-6, atol=0)
 
 
 def test_in_place_activations_change_nothing() -> None:

@@ -12,7 +12,7 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.paths import LayerPaths, PathResult, attribution_scores, concept_paths, path_similarity
 from lightning_neuro.paths.gates import Attribution, GatedModel, evaluating
 from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
-from tests.paths.networks import convnet, data, planted
+from tests.paths.networks import convnet, data, disjoint_paths
 
 CLASSES = 4
 
@@ -161,8 +161,8 @@ def result_of(paths: Tensor, other: Tensor | None = None, **facts: object) -> Pa
 
 
 def test_the_scalars_of_disjoint_paths() -> None:
-    scalars = result_of(planted()).scalars()
-    raw = path_similarity(planted(), planted())[0, 1].item()
+    scalars = result_of(disjoint_paths()).scalars()
+    raw = path_similarity(disjoint_paths(), disjoint_paths())[0, 1].item()
     assert scalars == pytest.approx(
         {
             "path_share": 0.25,
@@ -178,14 +178,14 @@ def test_the_scalars_of_disjoint_paths() -> None:
 
 
 def test_the_scalars_of_one_path_for_all() -> None:
-    scalars = result_of(planted()[:1].expand(6, -1)).scalars()
+    scalars = result_of(disjoint_paths()[:1].expand(6, -1)).scalars()
     assert (scalars["overlap"], scalars["diversity"]) == pytest.approx((1, 0))
     assert (scalars["common_share"], scalars["unused_share"]) == (0.25, 0.75)
 
 
 def test_the_noise_floor_is_that_of_the_halves() -> None:
-    result = result_of(planted(), planted().roll(1, 0))
-    assert result.self_overlap == pytest.approx(path_similarity(planted(), planted())[0, 1].item())
+    result = result_of(disjoint_paths(), disjoint_paths().roll(1, 0))
+    assert result.self_overlap == pytest.approx(path_similarity(disjoint_paths(), disjoint_paths())[0, 1].item())
 
 
 def test_confusion_stands_beside_its_control_and_chance() -> None:
@@ -203,7 +203,7 @@ def test_confusion_stands_beside_its_control_and_chance() -> None:
 
 
 def test_classes_without_samples_are_named_and_left_out() -> None:
-    paths = planted().clone()
+    paths = disjoint_paths().clone()
     paths[2] = False
     result = result_of(paths)
     assert "1 of 4 concepts" in result.notes()["missing"] and ": 2." in result.notes()["missing"]
@@ -250,14 +250,14 @@ def test_one_concept_alone_has_states_of_its_own_size() -> None:
 
 
 def test_undefined_stability_is_left_out() -> None:
-    result = result_of(planted())
+    result = result_of(disjoint_paths())
     assert "stability" not in result.scalars()
     assert replace(result, stability=0.25).scalars()["stability"] == 0.25
 
 
 def test_results_can_be_compared_and_pickled() -> None:
-    result = result_of(planted())
-    assert result == result and result != result_of(planted())
+    result = result_of(disjoint_paths())
+    assert result == result and result != result_of(disjoint_paths())
     again = pickle.loads(pickle.dumps(result))
     assert again.scalars() == result.scalars() and torch.equal(again.masks, result.masks)
     assert (again.num_units, again.num_samples, again.num_nonfinite) == (12, 64, 0)
