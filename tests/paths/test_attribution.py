@@ -11,7 +11,17 @@ from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_pa
 from lightning_neuro.stats import spearman
 from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, disjoint_paths, one_hot, residual_net, trained
+from tests.paths.networks import (
+    Residual,
+    Words,
+    convnet,
+    data,
+    disjoint,
+    disjoint_paths,
+    one_hot,
+    residual_net,
+    trained,
+)
 
 
 def logit_fall(net: nn.Module, x: Tensor, y: Tensor, module: nn.Module, fill: Tensor | None = None) -> Tensor:
@@ -179,6 +189,26 @@ def test_residual_blocks_are_named_by_a_glob_and_a_shared_relu_is_two_sites() ->
     torch.testing.assert_close(twice["1.relu.call2"], attribution_scores(net, x, y, "1")["1"])
     reference = LayerGradientXActivation(net, net[1]).attribute(x, target=y).flatten(2).sum(2).detach()
     torch.testing.assert_close(twice["1.relu.call2"], class_mean(reference, y, 5), rtol=1e-4, atol=1e-6)
+
+
+def test_the_glob_of_the_docs_names_the_blocks_of_a_resnet_and_nothing_inside_of_them() -> None:
+    class ResNet(nn.Module):
+        """Named like torchvision's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv1, self.fc = nn.Conv2d(1, 6, 3), nn.Linear(6, 5)
+            self.layer1, self.layer2 = nn.Sequential(Residual(), Residual()), nn.Sequential(Residual())
+            self.layer2[0].downsample = nn.Sequential(nn.Conv2d(6, 6, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)))
+
+    scores = attribution_scores(ResNet(), *data(), "layer?.?")
+    assert {name: values.shape for name, values in scores.items()} == dict.fromkeys(
+        ("layer1.0", "layer1.1", "layer2.0"), (5, 6)
+    )
 
 
 def test_sites_are_found_again_by_their_names() -> None:
