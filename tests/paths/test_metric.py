@@ -249,6 +249,17 @@ def test_one_concept_alone_has_states_of_its_own_size() -> None:
     assert "overlap" not in result.scalars() and result.scalars()["path_share"] > 0
 
 
+def test_a_layer_of_one_unit_has_states_of_its_own_size() -> None:
+    values, concepts = torch.tensor([[1.0], [3.0], [-2.0], [-4.0]]), torch.tensor([0, 0, 1, 1])
+    metric = LayerPaths(ablation="mean")
+    for rows in (slice(0, 2), slice(2, 4)):
+        metric.update(values[rows], concepts[rows], gradients=torch.ones(2, 1), features=values[rows])
+    result = metric.compute()
+    assert result.features.tolist() == [[2.0], [-3.0]] and result.mean.tolist() == [-0.5]
+    assert result.scores.tolist() == [[[1.5], [-1.5]], [[3.5], [-3.5]]]
+    assert result.masks.tolist() == [[True], [False]]
+
+
 def test_undefined_stability_is_left_out() -> None:
     result = result_of(disjoint_paths())
     assert "stability" not in result.scalars()
