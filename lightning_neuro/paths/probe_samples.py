@@ -169,7 +169,7 @@ class ProbeSamples:
         batches = []
         for inputs, targets, concepts, numbers, logits in self._batches:
             used = (numbers >= 0) & (numbers % 2 == half)
-            rows = (used & logits.isfinite().all(1)).nonzero().flatten()
+            rows = (used.to(logits.device) & logits.isfinite().all(1)).nonzero().flatten()
             if len(rows):
                 some = select_samples(inputs, rows, len(targets))
                 batches.append(Samples(some, targets[rows], concepts[rows], numbers[rows] // 2, logits[rows]))

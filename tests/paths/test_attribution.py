@@ -11,7 +11,17 @@ from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_pa
 from lightning_neuro.stats import spearman
 from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, one_hot, planted, residual_net, trained
+from tests.paths.networks import (
+    Residual,
+    Words,
+    convnet,
+    data,
+    disjoint,
+    disjoint_paths,
+    one_hot,
+    residual_net,
+    trained,
+)
 
 
 def logit_fall(net: nn.Module, x: Tensor, y: Tensor, module: nn.Module, fill: Tensor | None = None) -> Tensor:
@@ -77,10 +87,10 @@ def test_planted_paths_are_found_exactly() -> None:
     scores = attribution_scores(disjoint(), x, y)
     assert list(scores) == ["1", "3"]
     for values in scores.values():
-        assert torch.equal(values > 0, planted())
+        assert torch.equal(values > 0, disjoint_paths())
         # Each of three units feeds each of three, with weight 1: in the first layer a third of the logit each.
         expected = class_mean(x.max(1, keepdim=True).values, y, 4) * 3
-        torch.testing.assert_close(values[planted()].reshape(4, 3), expected.expand(4, 3), rtol=1e-6, atol=0)
+        torch.testing.assert_close(values[disjoint_paths()].reshape(4, 3), expected.expand(4, 3), rtol=1e-6, atol=0)
 
 
 def test_in_place_activations_change_nothing() -> None:
@@ -179,6 +189,26 @@ def test_residual_blocks_are_named_by_a_glob_and_a_shared_relu_is_two_sites() ->
     torch.testing.assert_close(twice["1.relu.call2"], attribution_scores(net, x, y, "1")["1"])
     reference = LayerGradientXActivation(net, net[1]).attribute(x, target=y).flatten(2).sum(2).detach()
     torch.testing.assert_close(twice["1.relu.call2"], class_mean(reference, y, 5), rtol=1e-4, atol=1e-6)
+
+
+def test_the_glob_of_the_docs_names_the_blocks_of_a_resnet_and_nothing_inside_of_them() -> None:
+    class ResNet(nn.Module):
+        """Named like torchvision's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv1, self.fc = nn.Conv2d(1, 6, 3), nn.Linear(6, 5)
+            self.layer1, self.layer2 = nn.Sequential(Residual(), Residual()), nn.Sequential(Residual())
+            self.layer2[0].downsample = nn.Sequential(nn.Conv2d(6, 6, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)))
+
+    scores = attribution_scores(ResNet(), *data(), "layer?.?")
+    assert {name: values.shape for name, values in scores.items()} == dict.fromkeys(
+        ("layer1.0", "layer1.1", "layer2.0"), (5, 6)
+    )
 
 
 def test_sites_are_found_again_by_their_names() -> None:

@@ -12,7 +12,7 @@ from lightning_neuro.paths import masked_passes as module
 from lightning_neuro.paths.masked_passes import sample_path_pairs
 from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, one_hot, planted, residual_net, trained
+from tests.paths.networks import Words, convnet, data, disjoint, disjoint_paths, one_hot, residual_net, trained
 
 
 def surgery(net: nn.Module, keep: dict[str, Tensor]) -> nn.Module:
@@ -93,7 +93,7 @@ def test_the_paths_of_disjoint_sub_networks_do_all_and_are_needed_by_their_class
     x, y = one_hot()
     net = disjoint()
     paths = concept_paths(attribution_scores(net, x, y), 0.25)
-    assert all(torch.equal(mask, planted()) for mask in paths.values())
+    assert all(torch.equal(mask, disjoint_paths()) for mask in paths.values())
     found = evaluate_paths(net, x, y, paths)
     assert (found.retention == 1).all() and (found.auroc == 1).all()
     # With its path gone class 0's samples give zeros, which reads as an answer "0".

@@ -12,7 +12,7 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.paths import LayerPaths, PathResult, attribution_scores, concept_paths, path_similarity
 from lightning_neuro.paths.gates import Attribution, GatedModel, evaluating
 from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
-from tests.paths.networks import convnet, data, planted
+from tests.paths.networks import convnet, data, disjoint_paths
 
 CLASSES = 4
 
@@ -161,8 +161,8 @@ def result_of(paths: Tensor, other: Tensor | None = None, **facts: object) -> Pa
 
 
 def test_the_scalars_of_disjoint_paths() -> None:
-    scalars = result_of(planted()).scalars()
-    raw = path_similarity(planted(), planted())[0, 1].item()
+    scalars = result_of(disjoint_paths()).scalars()
+    raw = path_similarity(disjoint_paths(), disjoint_paths())[0, 1].item()
     assert scalars == pytest.approx(
         {
             "path_share": 0.25,
@@ -178,14 +178,14 @@ def test_the_scalars_of_disjoint_paths() -> None:
 
 
 def test_the_scalars_of_one_path_for_all() -> None:
-    scalars = result_of(planted()[:1].expand(6, -1)).scalars()
+    scalars = result_of(disjoint_paths()[:1].expand(6, -1)).scalars()
     assert (scalars["overlap"], scalars["diversity"]) == pytest.approx((1, 0))
     assert (scalars["common_share"], scalars["unused_share"]) == (0.25, 0.75)
 
 
 def test_the_noise_floor_is_that_of_the_halves() -> None:
-    result = result_of(planted(), planted().roll(1, 0))
-    assert result.self_overlap == pytest.approx(path_similarity(planted(), planted())[0, 1].item())
+    result = result_of(disjoint_paths(), disjoint_paths().roll(1, 0))
+    assert result.self_overlap == pytest.approx(path_similarity(disjoint_paths(), disjoint_paths())[0, 1].item())
 
 
 def test_confusion_stands_beside_its_control_and_chance() -> None:
@@ -203,7 +203,7 @@ def test_confusion_stands_beside_its_control_and_chance() -> None:
 
 
 def test_classes_without_samples_are_named_and_left_out() -> None:
-    paths = planted().clone()
+    paths = disjoint_paths().clone()
     paths[2] = False
     result = result_of(paths)
     assert "1 of 4 concepts" in result.notes()["missing"] and ": 2." in result.notes()["missing"]
@@ -236,15 +236,39 @@ def test_numpy_and_integers_are_accepted() -> None:
         assert_same(metric.compute(), expected.compute())
 
 
+def test_one_concept_alone_has_states_of_its_own_size() -> None:
+    metric, values = LayerPaths(ablation="mean"), torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
+    metric.update(values, torch.zeros(6).long(), gradients=values, features=values, predictions=torch.zeros(6).long())
+    result = metric.compute()
+    assert (result.scores.shape, result.paths.shape, result.counts.tolist()) == ((2, 1, 5), (2, 1, 5), [[3.0], [3.0]])
+    torch.testing.assert_close(result.features, values.double().mean(0, keepdim=True))
+    torch.testing.assert_close(result.mean, values.double().mean(0))
+    expected = torch.stack([half.double().mean(0) * (1 - result.mean) for half in (values[::2], values[1::2])])
+    torch.testing.assert_close(result.scores[:, 0], expected)
+    assert result.confusion.tolist() == [[6.0]]
+    assert "overlap" not in result.scalars() and result.scalars()["path_share"] > 0
+
+
+def test_a_layer_of_one_unit_has_states_of_its_own_size() -> None:
+    values, concepts = torch.tensor([[1.0], [3.0], [-2.0], [-4.0]]), torch.tensor([0, 0, 1, 1])
+    metric = LayerPaths(ablation="mean")
+    for rows in (slice(0, 2), slice(2, 4)):
+        metric.update(values[rows], concepts[rows], gradients=torch.ones(2, 1), features=values[rows])
+    result = metric.compute()
+    assert result.features.tolist() == [[2.0], [-3.0]] and result.mean.tolist() == [-0.5]
+    assert result.scores.tolist() == [[[1.5], [-1.5]], [[3.5], [-3.5]]]
+    assert result.masks.tolist() == [[True], [False]]
+
+
 def test_undefined_stability_is_left_out() -> None:
-    result = result_of(planted())
+    result = result_of(disjoint_paths())
     assert "stability" not in result.scalars()
     assert replace(result, stability=0.25).scalars()["stability"] == 0.25
 
 
 def test_results_can_be_compared_and_pickled() -> None:
-    result = result_of(planted())
-    assert result == result and result != result_of(planted())
+    result = result_of(disjoint_paths())
+    assert result == result and result != result_of(disjoint_paths())
     again = pickle.loads(pickle.dumps(result))
     assert again.scalars() == result.scalars() and torch.equal(again.masks, result.masks)
     assert (again.num_units, again.num_samples, again.num_nonfinite) == (12, 64, 0)

@@ -17,7 +17,7 @@ from lightning_neuro.paths import (
 )
 from lightning_neuro.paths.plot import poisson_binomial
 from tests.helpers import texts
-from tests.paths.networks import planted
+from tests.paths.networks import disjoint_paths
 
 
 def result(masks: Tensor) -> PathResult:
@@ -29,7 +29,7 @@ def result(masks: Tensor) -> PathResult:
 
 
 def test_overlap_puts_like_beside_like() -> None:
-    masks = planted()[torch.tensor([0, 1, 0, 1, 2])].clone()
+    masks = disjoint_paths()[torch.tensor([0, 1, 0, 1, 2])].clone()
     figure = plot_overlap({"fc": result(masks), "fc2": result(masks)})
     image = figure.axes[0].images[0].get_array()
     order = [int(label.get_text().split()[1]) for label in figure.axes[0].get_yticklabels()]
@@ -93,7 +93,7 @@ def test_what_cannot_be_drawn_is_said() -> None:
         assert "no concept has a path" in texts(figure)
         pixels(figure)
     assert "two concepts are needed" in texts(plot_flow({"a": empty.compute()}))
-    assert "two concepts are needed" in texts(plot_flow({"a": result(planted())}, (0, 9)))
+    assert "two concepts are needed" in texts(plot_flow({"a": result(disjoint_paths())}, (0, 9)))
     for draw in (plot_overlap, plot_reuse):
         with pytest.raises(ValueError, match="at least one layer"):
             draw({})
@@ -133,7 +133,7 @@ def test_a_freed_figure_is_gone_without_the_garbage_collector() -> None:
 
     from lightning_neuro.figures import free
 
-    figure = plot_overlap({"fc": result(planted())})
+    figure = plot_overlap({"fc": result(disjoint_paths())})
     pixels(figure)
     gone = weakref.ref(figure.axes[0])
     gc.disable()

@@ -16,7 +16,7 @@ from lightning_neuro.paths import (
     stability,
 )
 from lightning_neuro.paths.similarity import cosine, mean_between, reuse
-from tests.paths.networks import planted
+from tests.paths.networks import disjoint_paths
 
 NAN = float("nan")
 
@@ -68,7 +68,7 @@ def test_random_paths_have_no_overlap_beyond_chance(units: int, kept: int) -> No
 
 
 def test_equal_paths_are_alike_and_disjoint_ones_less_than_chance() -> None:
-    masks = planted()
+    masks = disjoint_paths()
     similarity = path_similarity(masks, masks)
     assert torch.equal(similarity.diagonal(), torch.ones(4, dtype=torch.float64))
     chance = chance_iou(torch.tensor([3]), torch.tensor([3]), 12).item()
