@@ -278,3 +278,5 @@ def test_wrong_settings_are_refused():
         modularity(two_cliques(), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^`labels_b` must be"):
         partition_agreement(torch.zeros(3, dtype=torch.int64), torch.zeros(3))
+    with pytest.raises(ArgumentError, match="^`labels_a` must be"):
+        partition_agreement(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))

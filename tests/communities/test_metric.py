@@ -274,6 +274,13 @@ def test_units_that_never_act_together_have_no_communities():
     assert result.scalars() == {"dead_share": 0.0, "constant_share": 0.0}
 
 
+def test_one_sample_says_nothing_about_units_and_two_units_can_be_a_community():
+    assert measured(torch.rand(1, 4)).scalars() == {}
+    assert set(measured(torch.rand(2, 4)).scalars()) == {"dead_share", "constant_share"}
+    pair = measured(torch.rand(30, 1, generator=torch.Generator().manual_seed(0)).repeat(1, 2))
+    assert pair.defined and pair.labels.tolist() == [0, 0] and pair.num_communities == 1
+
+
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("mode", ["correlation", "mostafa2021"])
 def test_compute_without_update(mode):
