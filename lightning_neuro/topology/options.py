@@ -40,28 +40,6 @@ class MapperOptions(TypedDict, total=False):
     min_samples: int
 
 
-class TopologyOptions(MapperOptions, total=False):
-    """Options of `ActivationTopology` that it passes on to `ActivationShape`, which has their defaults and checks.
-
-    Args:
-        mapper: Whether to compute Mapper graphs.
-        homology: Whether to compute persistent homology, on at most 1,000 of the samples.
-        num_subsamples: Number of random halves of the samples, stratified by class, whose standard deviation is the
-            error bar of the homology's measures; 0 for no error bars, otherwise at least 2.
-        warm_up: Number of evaluations that estimate a radius of their own, the one before training included. The
-            radius of the next evaluation is frozen, because graphs with different radii cannot be compared. It is
-            frozen relative to the .9 quantile of the distances, because activations can grow a hundredfold in the first
-            epochs. If `coverage` falls nevertheless, call `refreeze`.
-        max_points: Maximum number of points (samples or tokens); of more, a fixed random choice is used.
-    """
-
-    mapper: bool
-    homology: bool
-    num_subsamples: int
-    warm_up: int
-    max_points: int
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MapperSettings:
     """The options of a Mapper graph with their defaults, checked; see `MapperOptions` for their meaning.
@@ -91,3 +69,25 @@ class MapperSettings:
         if self.eps is not None:
             check_number("eps", self.eps, "be None or a finite number >= 0", lambda value: value >= 0)
         check_int("min_samples", self.min_samples, minimum=1)
+
+
+class TopologyOptions(MapperOptions, total=False):
+    """Options of `ActivationTopology` that it passes on to `ActivationShape`, which has their defaults and checks.
+
+    Args:
+        mapper: Whether to compute Mapper graphs.
+        homology: Whether to compute persistent homology, on at most 1,000 of the samples.
+        num_subsamples: Number of random halves of the samples, stratified by class, whose standard deviation is the
+            error bar of the homology's measures; 0 for no error bars, otherwise at least 2.
+        warm_up: Number of evaluations that estimate a radius of their own, the one before training included. The
+            radius of the next evaluation is frozen, because graphs with different radii cannot be compared. It is
+            frozen relative to the .9 quantile of the distances, because activations can grow a hundredfold in the first
+            epochs. If `coverage` falls nevertheless, call `refreeze`.
+        max_points: Maximum number of points (samples or tokens); of more, a fixed random choice is used.
+    """
+
+    mapper: bool
+    homology: bool
+    num_subsamples: int
+    warm_up: int
+    max_points: int

@@ -28,6 +28,7 @@ from lightning_neuro.topology import (
 from lightning_neuro.topology.layout import place_nodes, point_positions
 from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.sample_images import SampleImages
+from tests.helpers import texts
 from tests.models import Module, fit, images, loader, mlp
 
 
@@ -38,12 +39,6 @@ def results(seed=0, **options):
     metric = ActivationShape(**options)
     metric.update(x, y)
     return metric.compute()
-
-
-def texts(figure):
-    return " | ".join(
-        text.get_text() for axes in figure.axes for text in [*axes.texts, axes.title] if text.get_text()
-    ) + " | ".join(text.get_text() for text in figure.texts)
 
 
 class Keep(ActivationTopology):

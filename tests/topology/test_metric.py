@@ -179,9 +179,8 @@ def test_a_dead_layer_freezes_nothing(distance):
 def through_state_dict(metric):
     file = io.BytesIO()
     torch.save(metric.state_dict(), file)
-    file.seek(0)
     fresh = ActivationShape()
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     return fresh
 
 
