@@ -186,6 +186,17 @@ def test_the_picture_changes_little():
     assert (place_nodes(graph, odd) - started).norm(dim=1).max() < 0.3
 
 
+@pytest.mark.parametrize(("linked", "gap"), [(True, 0.921), (False, 2.0)])
+def test_two_nodes_come_to_rest_where_the_forces_balance(linked, gap):
+    # With x the gap relative to the springs' length 1.2 / sqrt(2): 1 / x^2 - x = 1 / 4 if linked, else 1 / x^2 = 1 / 4.
+    x = torch.tensor([[0.0], [0.1], [1.0], [2.0], [2.1]])
+    lens = torch.tensor([0.0, 0.0, 1.0 if linked else 0.0, 2.0, 2.0])
+    graph = compute_mapper(x, lens=lambda _: lens, num_intervals=2, overlap_fraction=0.5, eps=1.0, min_samples=2)
+    assert (graph.num_nodes, graph.num_edges) == (2, int(linked))
+    first, second = place_nodes(graph)
+    assert float((first - second).norm()) == pytest.approx(gap * 1.2 / 2**0.5, rel=0.02)
+
+
 def test_pies_have_the_shares_and_areas_of_their_nodes():
     result = results()
     graph = result.graph
