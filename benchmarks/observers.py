@@ -330,9 +330,8 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
             f"  {name} at {layers[-1]}: selectivity {float(result.selectivity[a]):.3f},"
             f" bits {float(result.information_bits[a]):.3f}"
         )
-    print(
-        "  denoting units:", {layer: observers.scalars.get(f"observers/num_denoting_units/{layer}") for layer in layers}
-    )
+    counts = [observers.scalars.get(f"observers/num_denoting_units/{layer}") for layer in layers]
+    print("  denoting units:", dict(zip(layers, counts, strict=True)))
     if out is not None:
         draw_history(history, layers, observers.from_input["contains circle"], out / "nlvr_circle.png")
         for name, figure in observers.draw(observers.result).items():

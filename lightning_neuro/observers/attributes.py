@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.batches import BatchField, read_field
-from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, check_field, describe, require
+from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, describe, require
 
 
 def check_attributes(attributes: Any) -> dict[str, BatchField] | None:
@@ -20,8 +20,8 @@ def check_attributes(attributes: Any) -> dict[str, BatchField] | None:
     for name, field in attributes.items():
         valid = isinstance(name, str) and name.strip() != "" and "/" not in name
         require(valid, "attributes", "have names that are non-empty strings without '/'", name)
-        require(field is not None, f"attributes[{name!r}]", "be a field of a batch", field)
-        check_field(f"attributes[{name!r}]", field)
+        valid = callable(field) or (isinstance(field, (str, int)) and not isinstance(field, bool))
+        require(valid, "attributes", f"map {name!r} to a function of the batch, a key or an index", field)
     return dict(attributes)
 
 

@@ -104,18 +104,18 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     """
 
     family = "observers"
-    baselines = ("balanced_accuracy",)
     charts = {  # noqa: RUF012
         "balanced accuracy, before training": ("balanced_accuracy", "balanced_accuracy_initial"),
         "units that denote something": ("num_denoting_units",),
     }
     histogram_name = "attribute_scores"
-    run_state: ClassVar[tuple[str, ...]] = ("from_input", "before")
+    baselines = ("balanced_accuracy",)
     meanings = {  # noqa: RUF012
         "balanced_accuracy": "how well a linear classifier predicts each class against the others; .5: chance",
         "information_bits": "bits about each class that it gets",
         "num_denoting_units": "units that alone denote a class or a set of classes",
     }
+    run_state: ClassVar[tuple[str, ...]] = ("from_input", "before")
 
     def __init__(
         self,

@@ -15,16 +15,8 @@ def logistic_cross_fit(x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> Cr
     """Fit logistic observers, one attribute at a time; the strength of the penalty is chosen on a fold of its own.
 
     With fold k held out, the strength (of four) with the smallest log-loss on fold k + 1 is chosen, the observer being
-    fitted on the remaining folds; it is then fitted on all folds but k.
-
-    Args:
-        x: (N, d) float64, standardised units.
-        y: (N, C) float64 of 0, 1 and NaN (missing).
-        fold: (N,) fold of each sample.
-        num_folds: Number of folds, at least 3.
-
-    Returns:
-        Scores (log-odds) of held-out samples and weights, as `ridge.cross_fit` returns them.
+    fitted on the remaining folds; it is then fitted on all folds but k. Arguments and result are those of
+    `ridge.cross_fit`, but for two things: it needs at least 3 folds, and the scores are log-odds.
     """
     inputs, truth, which = x.cpu().numpy(), y.cpu(), fold.cpu()
     scores = torch.full_like(truth, torch.nan)

@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightning_neuro import figures
 from lightning_neuro.checks import require
-from lightning_neuro.figures import (
-    FAINT,
-    INK,
-    MAX_PANELS,
-    NULL,
-    SCORE,
-    VALUE,
-    inch_axes,
-    layers_left_out,
-    new_figure,
-    short_name,
-)
 from lightning_neuro.observers.depth import DepthCurve
 from lightning_neuro.observers.result import ObserverResult
 
@@ -30,7 +19,7 @@ if TYPE_CHECKING:
 MAX_ATTRIBUTES = 40
 MAX_WRITTEN = 64
 _CELL, _ROW = 0.62, 0.27  # inches
-_SCALE = {"cmap": SCORE, "vmin": 0.5, "vmax": 1.0}
+_SCALE = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
 
 
 def show_cells(
@@ -41,7 +30,7 @@ def show_cells(
 
     (left, bottom), (width, height) = corner, size
     extent = (left, left + width, bottom, bottom + height)
-    axes.add_patch(Rectangle(corner, width, height, facecolor=FAINT, edgecolor=INK, lw=0.8))
+    axes.add_patch(Rectangle(corner, width, height, facecolor=figures.FAINT, edgecolor=figures.INK, lw=0.8))
     if values.size:
         axes.imshow(
             np.ma.masked_invalid(values), extent=extent, aspect="auto", interpolation="nearest", zorder=2, **scale
@@ -66,29 +55,31 @@ def plot_attributes(
         from_input: Attribute -> balanced accuracy of an observer of the raw input.
 
     Returns:
-        A matplotlib figure that pyplot does not know, so there is nothing to close.
+        A matplotlib figure; pyplot does not know it, so there is nothing to close.
 
     Raises:
-        ArgumentError: If there is no result.
+        ArgumentError: If there is no result to draw.
 
     Example:
         >>> import torch
         >>> from lightning_neuro.observers import read_attributes
-        >>> figure = plot_attributes({"fc1": read_attributes(torch.randn(60, 4), torch.arange(60) % 3)})
+        >>> x, labels = torch.randn(60, 4), torch.arange(60) % 3
+        >>> results = {"fc1": read_attributes(x, labels)}
+        >>> figure = plot_attributes(results)
     """
     require(len(results) > 0, "results", "hold at least one layer", "none")
-    layers = list(results)[:MAX_PANELS]
+    layers = list(results)[: figures.MAX_PANELS]
     result = results[layers[0]]
     names = result.names[:MAX_ATTRIBUTES]
     blocks = _blocks({layer: results[layer] for layer in layers}, names, initial or {}, from_input or {})
 
     count = sum(len(columns) for _, columns, _ in blocks)
     left, bottom, top, tall = 2.6, 1.15, 0.75, max(1, len(names)) * _ROW
-    figure = new_figure(left + _CELL * count + 0.25 * len(blocks) + 0.8, bottom + tall + top)
-    axes, x, room = inch_axes(figure), left, MAX_WRITTEN
+    figure = figures.new_figure(left + _CELL * count + 0.25 * len(blocks) + 0.8, bottom + tall + top)
+    axes, x, room = figures.inch_axes(figure), left, MAX_WRITTEN
     for row, (name, share) in enumerate(zip(names, result.label_proportion.tolist(), strict=False)):
         y = bottom + tall - (row + 0.5) * _ROW
-        axes.text(left - 0.07, y, f"{short_name(name)} [{share:.0%}]", fontsize=8, ha="right", va="center")
+        axes.text(left - 0.07, y, f"{figures.short_name(name)} [{share:.0%}]", fontsize=8, ha="right", va="center")
     # If not all numbers can be written, those of the current layers are.
     written = {title: (room := room - len(names) * len(columns)) >= 0 for title, columns, _ in reversed(blocks)}
     for title, columns, values in blocks:
@@ -99,7 +90,7 @@ def plot_attributes(
         axes.text(x + 0.19, bottom + share * tall, word, fontsize=7, va="center")
     more = len(result.names) - len(names)
     heading = f"Balanced accuracy of linear observers, held out; {result.num_samples:,} samples; chance is .5"
-    parts = [heading, f"{more} more attributes not drawn" if more else "", layers_left_out(len(results))]
+    parts = [heading, f"{more} more attributes not drawn" if more else "", figures.layers_left_out(len(results))]
     width, height = figure.get_size_inches()
     text = textwrap.fill("; ".join(filter(None, parts)), int(width * 12))
     axes.text(0.1, height - 0.08, text, fontsize=9, va="top")
@@ -143,7 +134,7 @@ def _draw_block(
     axes.text(left + wide / 2, bottom + tall + 0.06, title, fontsize=8, ha="center", va="bottom")
     for column, name in enumerate(columns):
         x = left + (column + 0.7) * _CELL
-        axes.text(x, bottom - 0.06, short_name(name, 16), fontsize=8, rotation=45, ha="right", va="top")
+        axes.text(x, bottom - 0.06, figures.short_name(name, 16), fontsize=8, rotation=45, ha="right", va="top")
     for (row, column), value in np.ndenumerate(values) if written else ():
         text = "-" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
         color = "white" if value < 0.75 else "black"
@@ -165,20 +156,21 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
     Returns:
         A matplotlib figure that pyplot does not know, so there is nothing to close.
     """
-    figure = new_figure(6.4, 3.9)
+    figure = figures.new_figure(6.4, 3.9)
     panel = figure.add_axes((0.11, 0.3, 0.86, 0.54))
     depth = curve.depth.numpy()
     drawn = curve.null.isfinite().all(0)
     if drawn.any():
         low, high = (torch.quantile(curve.null[:, drawn], q, dim=0).numpy() for q in (0.05, 0.95))
         at = depth[drawn.numpy()]
-        panel.fill_between(at, low, high, color=FAINT, lw=0)
-        panel.vlines(at, low, high, color=NULL, lw=6, alpha=0.6)
-        panel.plot(depth, curve.proportion.numpy(), "o-", color=VALUE, ms=6)
+        panel.fill_between(at, low, high, color=figures.FAINT, lw=0)
+        panel.vlines(at, low, high, color=figures.NULL, lw=6, alpha=0.6)
+        panel.plot(depth, curve.proportion.numpy(), "o-", color=figures.VALUE, ms=6)
     else:
         panel.text(0.5, 0.25, "no layer has significant units", ha="center", fontsize=9)
     ticks = [
-        f"{short_name(name, 14)}\n{int(count)} units" for name, count in zip(layers, curve.num_significant, strict=True)
+        f"{figures.short_name(name, 14)}\n{int(count)} units"
+        for name, count in zip(layers, curve.num_significant, strict=True)
     ]
     panel.set_xticks(depth, ticks, fontsize=7, rotation=30, ha="right")
     panel.set_xlim(-0.05, 1.05)
@@ -191,5 +183,5 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
         rho, null, p = found.values()
         text = f"Spearman correlation with depth {rho:.2f}; null {null:.2f} (p = {p:.3f})"
     figure.text(0.02, 0.97, f"Size of what single units denote, over depth\n{text}", fontsize=9, va="top")
-    figure.text(0.02, 0.02, "points: significant units; grey: 90 % of shuffled labels", fontsize=7, color=INK)
+    figure.text(0.02, 0.02, "points: significant units; grey: 90 % of shuffled labels", fontsize=7, color=figures.INK)
     return figure

@@ -7,18 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_neuro import figures
 from lightning_neuro.checks import require
-from lightning_neuro.figures import (
-    DIVERGING,
-    INK,
-    MAX_PANELS,
-    OTHER,
-    VALUE,
-    inch_axes,
-    layers_left_out,
-    new_figure,
-    short_name,
-)
 from lightning_neuro.observers.plot import MAX_ATTRIBUTES, show_cells
 from lightning_neuro.observers.result import ObserverResult
 
@@ -53,7 +43,7 @@ def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
         ArgumentError: If there is no result.
     """
     require(len(results) > 0, "results", "hold at least one layer", "none")
-    shown = dict(list(results.items())[:MAX_PANELS])
+    shown = dict(list(results.items())[: figures.MAX_PANELS])
     values = {
         # An attribute without an observer has NaN weights, which would leave no scale.
         "weights": {
@@ -64,7 +54,7 @@ def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
     }
     names = next(iter(shown.values())).names[:MAX_ATTRIBUTES]
     samples = next(iter(shown.values())).num_samples
-    facts = "; ".join(filter(None, [f"{samples:,} samples", layers_left_out(len(results))]))
+    facts = "; ".join(filter(None, [f"{samples:,} samples", figures.layers_left_out(len(results))]))
     return {name: _plot_map(f"{_MAPS[name]}; {facts}", layers, names) for name, layers in values.items()}
 
 
@@ -77,15 +67,15 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
     left, gap, bottom, top, row = 1.9, 0.2, 0.35, 0.85, 0.22
     cell, tall = min(0.16, max(0.05, 9.6 / sum(columns))), max(3, len(names)) * row
     rooms = [max(0.85, cell * count) for count in columns]
-    figure = new_figure(left + sum(rooms) + gap * len(rooms) + 0.75, bottom + tall + top)
-    axes, x, step = inch_axes(figure), left, tall / max(1, len(names))
+    figure = figures.new_figure(left + sum(rooms) + gap * len(rooms) + 0.75, bottom + tall + top)
+    axes, x, step = figures.inch_axes(figure), left, tall / max(1, len(names))
     for number, name in enumerate(names):
         y = bottom + tall - (number + 0.5) * step
-        axes.text(left - 0.07, y, short_name(name, 20), fontsize=8, ha="right", va="center")
-    scale = {"cmap": DIVERGING, "vmin": -largest, "vmax": largest}
+        axes.text(left - 0.07, y, figures.short_name(name, 20), fontsize=8, ha="right", va="center")
+    scale = {"cmap": figures.DIVERGING, "vmin": -largest, "vmax": largest}
     for (layer, image), room in zip(images.items(), rooms, strict=True):
         show_cells(axes, image.numpy(), (x, bottom), (room, tall), **scale)
-        head = f"{short_name(layer, 14)}\n{masses[layer] / total:.0%} of mass"
+        head = f"{figures.short_name(layer, 14)}\n{masses[layer] / total:.0%} of mass"
         axes.text(x + room / 2, bottom + tall + 0.05, head, fontsize=7, ha="center", va="bottom")
         units = f"{image.shape[1]} of {layers[layer].shape[1]} units"
         axes.text(x + room / 2, bottom - 0.05, units, fontsize=7, ha="center", va="top")
@@ -126,9 +116,13 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
     require(len(results) > 0, "results", "hold at least one layer", "none")
     layer, result = max(results.items(), key=lambda item: item[1].scalars().get("balanced_accuracy", 0.0))
     count = min(len(result.examples), 2)
-    figure = new_figure(3.1 * max(1, count) + 0.3, 3.1)
+    figure = figures.new_figure(3.1 * max(1, count) + 0.3, 3.1)
     figure.text(
-        0.02, 0.97, f"Contributions of units of {short_name(layer)} to scores of single samples", fontsize=9, va="top"
+        0.02,
+        0.97,
+        f"Contributions of units of {figures.short_name(layer)} to scores of single samples",
+        fontsize=9,
+        va="top",
     )
     if not count:
         figure.text(0.5, 0.5, "no sample has one of the first attributes", ha="center", fontsize=9)
@@ -150,12 +144,12 @@ def _draw_parts(panel: "Axes", result: ObserverResult, state: Tensor, attribute:
     rest = float(parts.sum() - parts[largest].sum())
     values = [*parts[largest].tolist(), rest]
     labels = [*(f"unit {int(unit)}" for unit in largest), "all others"]
-    colors = [OTHER if value > 0 else VALUE for value in values]
+    colors = [figures.OTHER if value > 0 else figures.VALUE for value in values]
     places = list(range(len(values)))[::-1]
     panel.barh(places, values, color=colors, height=0.8)
-    panel.axvline(0, color=INK, lw=0.8)
+    panel.axvline(0, color=figures.INK, lw=0.8)
     panel.set_yticks(places, labels, fontsize=7)
     panel.tick_params(length=0, labelsize=7)
     panel.set_title(
-        f"a sample with {short_name(result.names[attribute], 20)}\nscore {float(parts.sum()):.2f}", fontsize=8
+        f"a sample with {figures.short_name(result.names[attribute], 20)}\nscore {float(parts.sum()):.2f}", fontsize=8
     )

@@ -5,7 +5,7 @@ from lightning_neuro.topology.drift import topological_drift
 from lightning_neuro.topology.mapper import compute_mapper
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.metric import ActivationShape
-from lightning_neuro.topology.options import MapperOptions, TopologyOptions
+from lightning_neuro.topology.options import MapperOptions, MapperSettings, TopologyOptions
 from lightning_neuro.topology.persistence import Persistence, compute_persistence
 from lightning_neuro.topology.plot import plot_graphs
 from lightning_neuro.topology.plot_diagrams import plot_homology
@@ -19,6 +19,7 @@ __all__ = [
     "ActivationTopology",
     "MapperGraph",
     "MapperOptions",
+    "MapperSettings",
     "Persistence",
     "Purity",
     "TopologyOptions",

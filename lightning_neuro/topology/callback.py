@@ -56,7 +56,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         name: First part of the keys, instead of `topology`.
         prog_bar: Keys or globs of keys to show in the progress bar.
         on_error: What to do if an analysis fails: `"warn"` once and go on training, or `"raise"`.
-        options: See `TopologyOptions` and `MapperOptions`.
+        options: See `TopologyOptions`.
 
     Keys:
         Each is logged as `topology/<measure>/<layer>`, and as `topology/<measure>` for the mean over layers. Lengths

@@ -35,7 +35,7 @@ def compute_mapper(
         points: (N, units) NumPy array or tensor; on a CUDA tensor the distances are computed on the GPU. Rows with NaN
             or infinite values are counted and left out.
         targets: (N,) integer class labels, negative where there is none.
-        options: See `MapperOptions`.
+        options: The options from `lens` on in `TopologyOptions`.
 
     Returns:
         The graph. It has no nodes if no interval has `min_samples` points close together. Points that all coincide

@@ -52,7 +52,7 @@ class ActivationShape(ResultMetric):
         num_subsamples: See `TopologyOptions`.
         warm_up: See `TopologyOptions`.
         max_points: See `TopologyOptions`.
-        options: Options of the Mapper graph; see `MapperOptions`.
+        options: Options of the Mapper graph; see `TopologyOptions` too.
 
     Raises:
         ArgumentError: If an option is invalid; the message names it.

@@ -15,21 +15,7 @@ Distance = Literal["euclidean", "cosine"]
 
 
 class MapperOptions(TypedDict, total=False):
-    """Options of a Mapper graph; their defaults and checks are those of `MapperSettings`.
-
-    Args:
-        lens: The function that orders the points: `"l2"` norm, `"l1"` norm, `"knn"` distance to the fifth nearest other
-            point, `"pc1"` first principal component, or a function of the (N, units) points that returns one number for
-            each of them.
-        num_intervals: Number of intervals that cover the lens values; default: the cube root of the number of points,
-            rounded up.
-        overlap_fraction: Fraction of its width that an interval shares with the next one, at least 0 and below 1.
-        cover: `"uniform"` for intervals of equal width, `"quantile"` for intervals with equally many points.
-        distance: Distance of the clustering: `"euclidean"` or `"cosine"`.
-        eps: Radius of DBSCAN; default: estimated from the points by `adaptive_eps`. A given radius is used as it is,
-            however much the activations grow.
-        min_samples: Number of points within `eps`, itself included, that make a point a core point of DBSCAN.
-    """
+    """Options of a Mapper graph; `TopologyOptions` explains them, `MapperSettings` has their defaults and checks."""
 
     lens: Lens
     num_intervals: int | None
@@ -40,31 +26,9 @@ class MapperOptions(TypedDict, total=False):
     min_samples: int
 
 
-class TopologyOptions(MapperOptions, total=False):
-    """Options of `ActivationTopology` that it passes on to `ActivationShape`, which has their defaults and checks.
-
-    Args:
-        mapper: Whether to compute Mapper graphs.
-        homology: Whether to compute persistent homology, on at most 1,000 of the samples.
-        num_subsamples: Number of random halves of the samples, stratified by class, whose standard deviation is the
-            error bar of the homology's measures; 0 for no error bars, otherwise at least 2.
-        warm_up: Number of evaluations that estimate a radius of their own, the one before training included. The
-            radius of the next evaluation is frozen, because graphs with different radii cannot be compared. It is
-            frozen relative to the .9 quantile of the distances, because activations can grow a hundredfold in the first
-            epochs. If `coverage` falls nevertheless, call `refreeze`.
-        max_points: Maximum number of points (samples or tokens); of more, a fixed random choice is used.
-    """
-
-    mapper: bool
-    homology: bool
-    num_subsamples: int
-    warm_up: int
-    max_points: int
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MapperSettings:
-    """The options of a Mapper graph with their defaults, checked; see `MapperOptions` for their meaning.
+    """The options of a Mapper graph with their defaults, checked; see `TopologyOptions` for their meaning.
 
     Raises:
         ArgumentError: If an option is invalid; the message names it.
@@ -91,3 +55,38 @@ class MapperSettings:
         if self.eps is not None:
             check_number("eps", self.eps, "be None or a finite number >= 0", lambda value: value >= 0)
         check_int("min_samples", self.min_samples, minimum=1)
+
+
+class TopologyOptions(MapperOptions, total=False):
+    """Options that `ActivationTopology` passes on to `ActivationShape`; those from `lens` on are `MapperOptions` too.
+
+    Defaults and checks are those of `ActivationShape` and `MapperSettings`.
+
+    Args:
+        mapper: Whether to compute Mapper graphs.
+        homology: Whether to compute persistent homology, on at most 1,000 of the samples.
+        num_subsamples: Number of random halves of the samples, stratified by class, whose standard deviation is the
+            error bar of the homology's measures; 0 for no error bars, otherwise at least 2.
+        warm_up: Number of evaluations that estimate a radius of their own, the one before training included. The
+            radius of the next evaluation is frozen, because graphs with different radii cannot be compared. It is
+            frozen relative to the .9 quantile of the distances, because activations can grow a hundredfold in the first
+            epochs. If `coverage` falls nevertheless, call `refreeze`.
+        max_points: Maximum number of points (samples or tokens); of more, a fixed random choice is used.
+        lens: The function that orders the points: `"l2"` norm, `"l1"` norm, `"knn"` distance to the fifth nearest other
+            point, `"pc1"` first principal component, or a function of the (N, units) points that returns one number for
+            each of them.
+        num_intervals: Number of intervals that cover the lens values; default: the cube root of the number of points,
+            rounded up.
+        overlap_fraction: Fraction of its width that an interval shares with the next one, at least 0 and below 1.
+        cover: `"uniform"` for intervals of equal width, `"quantile"` for intervals with equally many points.
+        distance: Distance of the clustering: `"euclidean"` or `"cosine"`.
+        eps: Radius of DBSCAN; default: estimated from the points by `adaptive_eps`. A given radius is used as it is,
+            however much the activations grow.
+        min_samples: Number of points within `eps`, itself included, that make a point a core point of DBSCAN.
+    """
+
+    mapper: bool
+    homology: bool
+    num_subsamples: int
+    warm_up: int
+    max_points: int

@@ -9,18 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neuro.figures import (
-    FAINT,
-    INK,
-    NULL,
-    class_color,
-    class_name,
-    first_panels,
-    inch_axes,
-    layers_left_out,
-    new_figure,
-    short_name,
-)
+from lightning_neuro import figures
 from lightning_neuro.topology.layout import place_nodes
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.result import TopologyResult
@@ -69,9 +58,9 @@ def plot_graphs(
         >>> figure = plot_graphs({"fc1": metric.compute()})
     """
     graphs = {name: (result, result.graph) for name, result in results.items() if result.graph is not None}
-    shown, rows, columns = first_panels(graphs)
-    figure = new_figure(columns * (_PANEL + _GAP) + _GAP, rows * (_PANEL + _TOP) + _BOTTOM)
-    axes = inch_axes(figure)
+    shown, rows, columns = figures.first_panels(graphs)
+    figure = figures.new_figure(columns * (_PANEL + _GAP) + _GAP, rows * (_PANEL + _TOP) + _BOTTOM)
+    axes = figures.inch_axes(figure)
     width, height = figure.get_size_inches()
     colors = _colors([graph for _, (_, graph) in shown])
     for panel, (name, (result, graph)) in enumerate(shown):
@@ -82,7 +71,7 @@ def plot_graphs(
         axes.text(left, bottom + _PANEL + 0.06, title, fontsize=8, va="bottom", linespacing=1.3)
         place = (positions or {}).get(name)
         _draw_panel(axes, corner, graph, colors, place_nodes(graph) if place is None else place)
-    _legend(axes, width, colors, class_names, layers_left_out(len(graphs)))
+    _legend(axes, width, colors, class_names, figures.layers_left_out(len(graphs)))
     return figure
 
 
@@ -99,9 +88,11 @@ def _colors(graphs: Sequence[MapperGraph]) -> Colors:
             present |= set(graph.classes[graph.class_counts.sum(dim=0) > 0].tolist())
     shown = sorted(present)
     shown = shown if len(shown) <= MAX_CLASSES else shown[: MAX_CLASSES - 1]
-    colors = {label: class_color(label) for label in shown}
+    colors = {label: figures.class_color(label) for label in shown}
     # Labels such as 0 and 10 have the same colour: then colours go by position.
-    return colors if len(set(colors.values())) == len(shown) else {c: class_color(i) for i, c in enumerate(shown)}
+    return (
+        colors if len(set(colors.values())) == len(shown) else {c: figures.class_color(i) for i, c in enumerate(shown)}
+    )
 
 
 def _draw_panel(
@@ -111,7 +102,7 @@ def _draw_panel(
 
     left, bottom = corner
     box = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * _PANEL + corner
-    axes.add_collection(LineCollection([box], colors=FAINT, linewidths=0.8), autolim=False)
+    axes.add_collection(LineCollection([box], colors=figures.FAINT, linewidths=0.8), autolim=False)
     if graph.num_nodes == 0:
         why = textwrap.fill(graph.why_empty(), 40)
         axes.text(left + _PANEL / 2, bottom + _PANEL / 2, why, fontsize=9, ha="center", va="center")
@@ -121,7 +112,7 @@ def _draw_panel(
     centres = _inside(positions, corner, largest)
     lines = centres[graph.edges.numpy()]
     widths = 0.6 + 5 * graph.weights.numpy()
-    axes.add_collection(LineCollection(list(lines), colors=NULL, linewidths=widths, zorder=1), autolim=False)
+    axes.add_collection(LineCollection(list(lines), colors=figures.NULL, linewidths=widths, zorder=1), autolim=False)
     wedges, colours = _pies(graph, centres, radii, colors)
     pies = PolyCollection(wedges, facecolors=colours, edgecolors="white", linewidths=0.3, zorder=2)
     axes.add_collection(pies, autolim=False)
@@ -143,11 +134,11 @@ def _pies(graph: MapperGraph, centres: Any, radii: Any, colors: Colors) -> tuple
     wedges, colours = [], []
     shares = graph.class_shares
     for node in range(graph.num_nodes):
-        parts = [(1.0, NULL)]
+        parts = [(1.0, figures.NULL)]
         if shares is not None and colors:
             own = dict(zip(graph.classes.tolist(), shares[node].tolist(), strict=True))
             parts = [(own.get(label, 0.0), color) for label, color in colors.items()]
-            parts.append((1 - sum(share for share, _ in parts), FAINT))
+            parts.append((1 - sum(share for share, _ in parts), figures.FAINT))
         begin = 0.25
         for share, colour in parts:
             if share <= 1e-9:
@@ -162,7 +153,7 @@ def _pies(graph: MapperGraph, centres: Any, radii: Any, colors: Colors) -> tuple
 
 def _title(name: str, result: TopologyResult, graph: MapperGraph) -> list[str]:
     points = f"{graph.num_points - graph.num_nonfinite:,} samples"
-    lines = [f"{short_name(name)}: {points}" if name else points]
+    lines = [f"{figures.short_name(name)}: {points}" if name else points]
     if graph.num_nodes:
         nodes = f"{graph.num_nodes} node" + "s" * (graph.num_nodes != 1)
         components = f"{graph.num_components} component" + "s" * (graph.num_components != 1)
@@ -177,8 +168,10 @@ def _title(name: str, result: TopologyResult, graph: MapperGraph) -> list[str]:
 
 def _legend(axes: "Axes", width: float, colors: Colors, class_names: Sequence[str] | None, left_out: str) -> None:
     """Coloured words: a tenth of the time of a matplotlib legend."""
-    entries = [(short_name(class_name(label, class_names), 16), color) for label, color in colors.items()]
-    entries += [("other", FAINT)] if len(colors) == MAX_CLASSES - 1 else []
+    entries = [
+        (figures.short_name(figures.class_name(label, class_names), 16), color) for label, color in colors.items()
+    ]
+    entries += [("other", figures.FAINT)] if len(colors) == MAX_CLASSES - 1 else []
     x, y = _GAP, 0.52
     for text, colour in entries:
         if x > _GAP and x + 0.16 + 0.075 * len(text) > width:
@@ -188,4 +181,4 @@ def _legend(axes: "Axes", width: float, colors: Colors, class_names: Sequence[st
         x += 0.07 * len(text) + 0.3
     foot = "Area: samples in the cluster; line: shared samples (Jaccard index); A to F: largest clusters."
     foot = f"{foot} {left_out}".strip()
-    axes.text(_GAP, 0.06, textwrap.fill(foot, int(15 * width)), fontsize=7, color=INK, va="bottom")
+    axes.text(_GAP, 0.06, textwrap.fill(foot, int(15 * width)), fontsize=7, color=figures.INK, va="bottom")

@@ -6,19 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_neuro.figures import (
-    FAINT,
-    INK,
-    MAX_PANELS,
-    NULL,
-    OTHER,
-    VALUE,
-    first_panels,
-    inch_axes,
-    layers_left_out,
-    new_figure,
-    short_name,
-)
+from lightning_neuro import figures
 from lightning_neuro.topology.persistence import Persistence
 from lightning_neuro.topology.result import TopologyResult
 
@@ -53,13 +41,13 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
         >>> import torch
         >>> from lightning_neuro.topology import ActivationShape
         >>> metric = ActivationShape(mapper=False)
-        >>> metric.update(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)))
+        >>> metric.update(torch.randn(60, 4))
         >>> figure = plot_homology({"fc1": metric.compute()})
     """
     found = {name: (result, result.homology) for name, result in results.items() if result.homology is not None}
-    shown, _, columns = first_panels(found, max_columns=MAX_PANELS)
-    figure = new_figure(_LEFT + columns * (_PANEL + _GAP), 2 * _PANEL + _TOP + _MIDDLE + _BOTTOM)
-    axes = inch_axes(figure)
+    shown, _, columns = figures.first_panels(found, max_columns=figures.MAX_PANELS)
+    figure = figures.new_figure(_LEFT + columns * (_PANEL + _GAP), 2 * _PANEL + _TOP + _MIDDLE + _BOTTOM)
+    axes = figures.inch_axes(figure)
     most = max(homology.num_points for _, (_, homology) in shown)
     for column, (name, (result, homology)) in enumerate(shown):
         left = _LEFT + column * (_PANEL + _GAP)
@@ -68,7 +56,7 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
         axes.text(left, above + _PANEL + 0.06, title, fontsize=8, va="bottom", linespacing=1.3)
         _draw_diagram(axes, (left, above), homology, result.null.get("h1_longest_null"))
         _draw_curves(axes, (left, _BOTTOM), homology, most)
-    _label(axes, most, layers_left_out(len(found)))
+    _label(axes, most, figures.layers_left_out(len(found)))
     return figure
 
 
@@ -85,18 +73,18 @@ def _draw_diagram(axes: "Axes", corner: tuple[float, float], homology: Persisten
         births, deaths = np.asarray(births)[inside], np.asarray(deaths)[inside]
         axes.plot(left + (0.04 + births * 0.92) * _PANEL, bottom + (0.04 + deaths * 0.92) * _PANEL, style, **options)
 
-    draw([0, 1], [0, 1], color=FAINT, lw=0.8)
+    draw([0, 1], [0, 1], color=figures.FAINT, lw=0.8)
     merged = homology.diagrams[0][:, 1] / homology.scale
-    draw(np.zeros_like(merged), merged, "_", color=VALUE, ms=6, mew=0.5, alpha=0.5)
+    draw(np.zeros_like(merged), merged, "_", color=figures.VALUE, ms=6, mew=0.5, alpha=0.5)
     loops = homology.diagrams.get(1, np.zeros((0, 2))) / homology.scale
     closed = np.isfinite(loops[:, 1])
-    draw(loops[closed, 0], loops[closed, 1], ".", color=OTHER, ms=3)
+    draw(loops[closed, 0], loops[closed, 1], ".", color=figures.OTHER, ms=3)
     end = homology.threshold / homology.scale
     if np.isfinite(end):
-        draw([0, 1], [end, end], ":", color=FAINT, lw=0.8)
-        draw(loops[~closed, 0], np.full((~closed).sum(), end), "^", color=OTHER, ms=5)
+        draw([0, 1], [end, end], ":", color=figures.FAINT, lw=0.8)
+        draw(loops[~closed, 0], np.full((~closed).sum(), end), "^", color=figures.OTHER, ms=5)
     if longest is not None and longest < 1:
-        draw([0, 1 - longest], [longest, 1], "--", color=NULL, lw=0.8)
+        draw([0, 1 - longest], [longest, 1], "--", color=figures.NULL, lw=0.8)
 
 
 def _draw_curves(axes: "Axes", corner: tuple[float, float], homology: Persistence, most: int) -> None:
@@ -105,7 +93,7 @@ def _draw_curves(axes: "Axes", corner: tuple[float, float], homology: Persistenc
     if homology.why_undefined():
         return
     at = np.linspace(0, 1, _GRID)
-    for dimension, colour in ((0, VALUE), (1, OTHER)):
+    for dimension, colour in ((0, figures.VALUE), (1, figures.OTHER)):
         if dimension in homology.diagrams:
             seen = at[at * homology.scale <= homology.threshold] if dimension else at
             alive = homology.betti_curve(dimension, seen * homology.scale)
@@ -121,7 +109,7 @@ def _logarithmic(count: Any, most: int) -> Any:
 
 def _box(axes: "Axes", corner: tuple[float, float]) -> None:
     edge = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * _PANEL + corner
-    axes.plot(*edge.T, color=INK, lw=0.8)
+    axes.plot(*edge.T, color=figures.INK, lw=0.8)
     for at, word in ((0, "0"), (0.5, ".5"), (1, "1")):
         x = corner[0] + (0.04 + 0.92 * at) * _PANEL
         axes.text(x, corner[1] - 0.06, word, fontsize=7, ha="center", va="top")
@@ -140,15 +128,15 @@ def _label(axes: "Axes", most: int, left_out: str) -> None:
     axes.text(0.12, _BOTTOM + middle, "alive at that distance", fontsize=8, rotation=90, ha="center", va="center")
     axes.text(_LEFT, above - 0.3, "birth (distance / scale)", fontsize=8, va="center")
     axes.text(_LEFT, _BOTTOM - 0.3, "distance / scale", fontsize=8, va="center")
-    axes.text(_LEFT, 0.12, "● loops", color=OTHER, fontsize=8)
-    axes.text(_LEFT + 0.7, 0.12, "┃ components", color=VALUE, fontsize=8)
+    axes.text(_LEFT, 0.12, "● loops", color=figures.OTHER, fontsize=8)
+    axes.text(_LEFT + 0.7, 0.12, "┃ components", color=figures.VALUE, fontsize=8)
     last = "; ".join(filter(None, ["╌╌ longest loop of a Gaussian cloud", left_out]))
-    axes.text(_LEFT + 1.75, 0.12, last, color=NULL, fontsize=8)
+    axes.text(_LEFT + 1.75, 0.12, last, color=figures.NULL, fontsize=8)
 
 
 def _title(name: str, result: TopologyResult, homology: Persistence) -> list[str]:
     points = f"{homology.num_points:,} samples"
-    lines = [f"{short_name(name)}: {points}" if name else points]
+    lines = [f"{figures.short_name(name)}: {points}" if name else points]
     if 1 in homology.diagrams:
         null = result.null.get("h1_total_null")
         lines.append(f"loops' total {homology.total(1):.2f}" + ("" if null is None else f", Gaussian {null:.2f}"))

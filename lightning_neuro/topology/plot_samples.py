@@ -7,15 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lightning_neuro.figures import (
-    THUMBNAIL_SIDE,
-    class_name,
-    first_panels,
-    inch_axes,
-    layers_left_out,
-    new_figure,
-    short_name,
-)
+from lightning_neuro import figures
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.plot import LETTERS, lettered
 from lightning_neuro.topology.result import TopologyResult
@@ -24,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEMBERS = 8
-_CELL = THUMBNAIL_SIDE + 2
+_CELL = figures.THUMBNAIL_SIDE + 2
 _PANEL, _LABEL, _TITLE = (2.8, 2.1), 1.2, 0.35  # inches
 
 
@@ -52,18 +44,18 @@ def plot_members(
         ValueError: If no result holds a graph.
     """
     graphs = {name: result.graph for name, result in results.items() if result.graph is not None}
-    shown, rows, columns = first_panels(graphs)
+    shown, rows, columns = figures.first_panels(graphs)
     (wide, tall), step = _PANEL, _PANEL[1] / len(LETTERS)
-    more = layers_left_out(len(graphs))
+    more = figures.layers_left_out(len(graphs))
     foot = 0.2 * bool(more)
-    figure = new_figure(columns * (wide + _LABEL + 0.1) + 0.1, rows * (tall + _TITLE) + 0.1 + foot)
-    axes = inch_axes(figure)
+    figure = figures.new_figure(columns * (wide + _LABEL + 0.1) + 0.1, rows * (tall + _TITLE) + 0.1 + foot)
+    axes = figures.inch_axes(figure)
     height = figure.get_size_inches()[1]
     axes.text(0.1, 0.12, more, fontsize=7, va="center")
     for number, (name, graph) in enumerate(shown):
         row, column = divmod(number, columns)
         left, bottom = 0.1 + column * (wide + _LABEL + 0.1) + _LABEL, height - (row + 1) * (tall + _TITLE)
-        axes.text(left - _LABEL, bottom + tall + 0.08, short_name(name), fontsize=9, weight="bold")
+        axes.text(left - _LABEL, bottom + tall + 0.08, figures.short_name(name), fontsize=9, weight="bold")
         nodes = lettered(graph)
         if not nodes:
             axes.text(left, bottom + tall / 2, "no node", fontsize=8)
@@ -83,7 +75,7 @@ def _montage(graph: MapperGraph, nodes: list[int], images: Mapping[int, Tensor])
         members = [own for own in graph.members[node].tolist() if own in images][:MEMBERS]
         for column, own in enumerate(members):
             image = images[own].numpy()
-            enlarge = max(1, THUMBNAIL_SIDE // max(image.shape[:2]))
+            enlarge = max(1, figures.THUMBNAIL_SIDE // max(image.shape[:2]))
             image = image.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
             y, x = row * _CELL + 1, column * _CELL + 1
             sheet[y : y + image.shape[0], x : x + image.shape[1]] = image
@@ -95,4 +87,5 @@ def _describe_node(graph: MapperGraph, node: int, class_names: Sequence[str] | N
     if graph.class_shares is None:
         return f"{size} samples"
     share, column = graph.class_shares[node].max(dim=0)
-    return f"{size}, {float(share):.0%} {short_name(class_name(int(graph.classes[column]), class_names), 12)}"
+    name = figures.class_name(int(graph.classes[column]), class_names)
+    return f"{size}, {float(share):.0%} {figures.short_name(name, 12)}"

@@ -23,12 +23,13 @@ LAYERS = ("net.2", "net.4")
 bright = {"bright": lambda batch: batch[0].flatten(1).mean(1) > 0.5, "even": lambda batch: batch[1] % 2 == 0}
 
 
-def probes(*args, **options):
-    return ObserverProbes(*args, on_error="raise", **options)
+def probes(*args, denotation=False, **options):
+    """Without the search for units that denote something, which takes most of the time."""
+    return ObserverProbes(*args, denotation=denotation, on_error="raise", **options)
 
 
 def test_every_documented_key_is_there():
-    callback = probes(attributes=bright)
+    callback = probes(attributes=bright, denotation=True)
     log = MemoryLogger()
     fit(mlp(), callback, logger=log)
     for measure in MEASURES:
@@ -72,7 +73,7 @@ def test_every_option_reaches_the_metric():
 
 def test_the_raw_input_is_read_with_the_same_folds():
     corners = {"corners": lambda batch: batch[0][:, 0, 0, 0] > batch[0][:, 0, 7, 7]}
-    callback = probes(Probe(source=images(64)), attributes=corners, num_folds=3, denotation=False)
+    callback = probes(Probe(source=images(64)), attributes=corners, num_folds=3)
     fit(mlp(), callback, max_epochs=1, train=loader())
     x, y = images(64).tensors
     values = read_attribute_values(corners, [x, y], 64)
@@ -86,8 +87,8 @@ def test_the_raw_input_is_read_with_the_same_folds():
 
 
 def test_classes_have_their_names():
-    named = probes(Probe(layers="net.4", class_names=["cat", "n/a", "emu"]), denotation=False)
-    plain = probes(Probe(layers="net.4"), denotation=False)
+    named = probes(Probe(layers="net.4", class_names=["cat", "n/a", "emu"]))
+    plain = probes(Probe(layers="net.4"))
     for callback in (named, plain):
         fit(mlp(), callback, max_epochs=1)
     for k, name in enumerate(["cat", "n_a", "emu", "class_3"]):
@@ -235,7 +236,7 @@ def test_undefined_attributes_are_told_in_one_warning_and_not_logged():
 
 def test_too_many_attributes_become_means_and_a_table(tmp_path):
     attributes = {f"class {k} | {n}": (lambda batch, k=k: batch[1] == k) for n in range(2) for k in range(4)}
-    options = {"attributes": attributes, "denotation": False, "heatmap": False, "num_controls": 0}
+    options = {"attributes": attributes, "heatmap": False, "num_controls": 0}
     callback = probes(max_tags=8 * 5 * 3 - 1, **options)
     fit(mlp(), callback, max_epochs=1, logger=TensorBoardLogger(tmp_path, name="", version=""))
     tags = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
@@ -253,7 +254,7 @@ def test_too_many_attributes_become_means_and_a_table(tmp_path):
 
 
 def test_a_network_that_learns_raises_what_can_be_read_and_the_input_stays():
-    callback = probes(Probe(layers="net.4"), denotation=False)
+    callback = probes(Probe(layers="net.4"))
     fit(mlp(), callback, max_epochs=8, train=loader(shuffle=True))
     key = "observers/balanced_accuracy/net.4"
     assert callback.scalars[key] > callback.initial[key] + 0.05
@@ -271,7 +272,7 @@ def test_the_same_samples_are_in_the_same_fold_all_run_and_in_any_order():
 
 
 def test_positions_of_one_sample_are_held_out_together():
-    callback = probes(Probe(reduction="tokens"), attributes=bright, denotation=False)
+    callback = probes(Probe(reduction="tokens"), attributes=bright)
     from tests.models import convnet
 
     fit(convnet(), callback, max_epochs=1)
@@ -326,7 +327,7 @@ def test_inputs_that_are_no_floats_have_no_raw_observer():
 
 
 def test_the_logistic_observer_is_near():
-    make = partial(probes, Probe(layers="net.4"), attributes={"even": bright["even"]}, denotation=False, num_controls=0)
+    make = partial(probes, Probe(layers="net.4"), attributes={"even": bright["even"]}, num_controls=0)
     ridge, logistic = make(), make(classifier="logistic", num_folds=3)
     for callback in (ridge, logistic):
         fit(mlp(), callback, max_epochs=1, train=loader())
@@ -336,11 +337,11 @@ def test_the_logistic_observer_is_near():
 
 
 def test_figures_are_those_promised():
-    callback = probes()
+    callback = probes(denotation=True)
     fit(mlp(), callback)
     names = {"attributes", "weights", "patterns", "effects", "explanation", "proportion"}
     assert set(callback.draw(callback.result)) == names
-    plain = probes(heatmap=False, denotation=False)
+    plain = probes(heatmap=False)
     fit(mlp(), plain)
     assert set(plain.draw(plain.result)) == {"attributes"}
     assert "observers/num_denoting_units" not in plain.scalars

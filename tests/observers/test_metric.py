@@ -17,7 +17,7 @@ from lightning_neuro.observers import LinearObserver, read_attributes
 from lightning_neuro.observers.folds import attribute_order, stratified_folds
 from lightning_neuro.observers.ridge import ridge_penalty
 from tests.models import fit, mlp
-from tests.observers.planted import classes, planted
+from tests.observers.planted import classes, halfspaces
 
 PER_ATTRIBUTE = ("balanced_accuracy", "mcc", "auroc", "information_bits", "control", "label_proportion", "weights")
 
@@ -105,7 +105,7 @@ def test_samples_with_the_same_state_are_held_out_from_each_other_unless_told():
 
 
 def test_missing_values_are_as_if_their_samples_were_not_asked():
-    x, y = planted(400, 8, 1)
+    x, y = halfspaces(400, 8, 1)
     hidden = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.4
     wrong = y.clone()
     wrong[hidden] = math.nan
@@ -116,7 +116,7 @@ def test_missing_values_are_as_if_their_samples_were_not_asked():
 
 
 def test_undefined_attributes_are_named_and_never_perfect():
-    x, _ = planted(100, 5, 1)
+    x, _ = halfspaces(100, 5, 1)
     y = torch.zeros(100, 4)
     y[:, 1], y[:, 2], y[3, 3] = 1, math.nan, 1
     result = read_attributes(x, y, names=["never", "always", "missing", "once"])
@@ -131,7 +131,7 @@ def test_undefined_attributes_are_named_and_never_perfect():
 
 
 def test_samples_that_are_not_finite_are_counted_and_left_out():
-    x, y = planted(200, 6, 2)
+    x, y = halfspaces(200, 6, 2)
     spoiled = x.clone()
     spoiled[5, 2], spoiled[17, 0] = math.inf, math.nan
     spoiled[40] = math.nan
@@ -144,7 +144,7 @@ def test_samples_that_are_not_finite_are_counted_and_left_out():
 
 
 def test_constant_units_are_counted_and_have_no_weight():
-    x, y = planted(200, 6, 2)
+    x, y = halfspaces(200, 6, 2)
     result = read_attributes(torch.cat([x, torch.full((200, 1), 3.0)], 1), y, denotation=False)
     assert result.num_constant == 1 and (result.weights[:, 6] == 0).all() and (result.pattern[:, 6] == 0).all()
     torch.testing.assert_close(result.weights[:, :6].sign(), read_attributes(x, y).weights.sign())

@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge
 from lightning_neuro.observers.logistic import logistic_cross_fit
 from lightning_neuro.observers.ridge import cross_fit, moments, ridge_penalty
 from lightning_neuro.stats import balanced_accuracy, confusion
-from tests.observers.planted import planted
+from tests.observers.planted import halfspaces
 
 
 def standard(x):
@@ -27,7 +27,7 @@ def by_sklearn(x, y, rows):
 # More samples than units, about as many, fewer: two ways to solve.
 @pytest.mark.parametrize(("samples", "units"), [(200, 10), (60, 60), (70, 60), (40, 90)])
 def test_weights_are_those_of_scikit_learn(samples, units):
-    x, y = planted(samples, units)
+    x, y = halfspaces(samples, units)
     x = standard(x * torch.linspace(1, 3, units))
     fold = torch.arange(samples) % 5
     fit = cross_fit(x, y, fold, 5)
@@ -39,7 +39,7 @@ def test_weights_are_those_of_scikit_learn(samples, units):
 
 @pytest.mark.parametrize("units", [8, 60])
 def test_a_missing_value_is_as_if_its_products_had_not_been_there(units):
-    x, y = planted(50, units, 2, seed=1)
+    x, y = halfspaces(50, units, 2, seed=1)
     x = standard(x)
     y[::3, 1] = torch.nan
     fold = torch.arange(50) % 5
@@ -60,7 +60,7 @@ def test_a_missing_value_is_as_if_its_products_had_not_been_there(units):
 
 
 def test_moments_add_up_to_those_of_the_union():
-    x, y = planted(90, 7)
+    x, y = halfspaces(90, 7)
     y[4:20, 1] = torch.nan
     whole, parts = moments(x, y), [moments(x[part], y[part]) for part in torch.arange(90).split(25)]
     summed = parts[0] + parts[1] + parts[2] + parts[3]
@@ -71,7 +71,7 @@ def test_moments_add_up_to_those_of_the_union():
 
 
 def test_a_held_out_sample_has_no_say_in_its_own_score():
-    x, y = planted(60, 5, 1)
+    x, y = halfspaces(60, 5, 1)
     fold = torch.arange(60) % 3
     scores = cross_fit(x, y, fold, 3).scores
     flipped = y.clone()
@@ -97,7 +97,7 @@ def test_attributes_that_are_noise_are_told_by_chance_with_few_samples_and_many_
 
 
 def test_the_threshold_is_the_middle_of_the_classes_scores_in_the_other_folds():
-    x, y = planted(90, 5, 1, seed=2)
+    x, y = halfspaces(90, 5, 1, seed=2)
     fold = torch.arange(90) % 3
     fit = cross_fit(x, y, fold, 3)
     raw = torch.stack([x[i] @ fit.fold_weights[fold[i], 0] for i in range(90)])
@@ -114,7 +114,7 @@ def test_the_threshold_is_the_middle_of_the_classes_scores_in_the_other_folds():
 
 
 def test_planted_attributes_are_read_and_noise_is_not():
-    x, y = planted(600, 20, 4)
+    x, y = halfspaces(600, 20, 4)
     noise = torch.randint(0, 2, (600, 4), generator=torch.Generator().manual_seed(3)).double()
     fold = torch.arange(600) % 5
     scores = cross_fit(x, torch.cat([y, noise], 1), fold, 5).scores
@@ -149,7 +149,7 @@ def test_units_far_outnumbering_samples_do_not_shift_the_threshold_to_the_common
 
 
 def test_one_class_in_the_training_folds_gives_no_score():
-    x, y = planted(30, 4, 1)
+    x, y = halfspaces(30, 4, 1)
     y[:] = 0
     y[7] = 1  # the other folds of this sample's own hold none
     fold = torch.arange(30) % 5
@@ -167,7 +167,7 @@ def test_constant_scores_are_chance():
 
 @pytest.mark.parametrize("samples", [400, 1000])
 def test_ridge_and_logistic_observers_agree(samples):
-    x, y = planted(samples, 15, 4, seed=5)
+    x, y = halfspaces(samples, 15, 4, seed=5)
     flips = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) < 0.15
     y = torch.where(flips, 1 - y, y)
     fold = torch.arange(samples) % 5
@@ -179,7 +179,7 @@ def test_ridge_and_logistic_observers_agree(samples):
 
 
 def test_logistic_observers_leave_out_what_is_missing():
-    x, y = planted(60, 4, 3)
+    x, y = halfspaces(60, 4, 3)
     y[::2, 0] = torch.nan
     y[:, 1] = 1
     fit = logistic_cross_fit(x, y, torch.arange(60) % 3, 3)

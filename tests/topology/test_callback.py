@@ -28,6 +28,7 @@ from lightning_neuro.topology import (
 from lightning_neuro.topology.layout import place_nodes, point_positions
 from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.sample_images import SampleImages
+from tests.helpers import texts
 from tests.models import Module, fit, images, loader, mlp
 
 
@@ -38,12 +39,6 @@ def results(seed=0, **options):
     metric = ActivationShape(**options)
     metric.update(x, y)
     return metric.compute()
-
-
-def texts(figure):
-    return " | ".join(
-        text.get_text() for axes in figure.axes for text in [*axes.texts, axes.title] if text.get_text()
-    ) + " | ".join(text.get_text() for text in figure.texts)
 
 
 class Keep(ActivationTopology):
@@ -189,6 +184,17 @@ def test_the_picture_changes_little():
     odd = point_positions(graph, first.flip(0))
     started = torch.stack([odd[own].nanmean(dim=0) for own in graph.members])
     assert (place_nodes(graph, odd) - started).norm(dim=1).max() < 0.3
+
+
+@pytest.mark.parametrize(("linked", "gap"), [(True, 0.921), (False, 2.0)])
+def test_two_nodes_come_to_rest_where_the_forces_balance(linked, gap):
+    # With x the gap relative to the springs' length 1.2 / sqrt(2): 1 / x^2 - x = 1 / 4 if linked, else 1 / x^2 = 1 / 4.
+    x = torch.tensor([[0.0], [0.1], [1.0], [2.0], [2.1]])
+    lens = torch.tensor([0.0, 0.0, 1.0 if linked else 0.0, 2.0, 2.0])
+    graph = compute_mapper(x, lens=lambda _: lens, num_intervals=2, overlap_fraction=0.5, eps=1.0, min_samples=2)
+    assert (graph.num_nodes, graph.num_edges) == (2, int(linked))
+    first, second = place_nodes(graph)
+    assert float((first - second).norm()) == pytest.approx(gap * 1.2 / 2**0.5, rel=0.02)
 
 
 def test_pies_have_the_shares_and_areas_of_their_nodes():

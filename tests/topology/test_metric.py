@@ -179,9 +179,8 @@ def test_a_dead_layer_freezes_nothing(distance):
 def through_state_dict(metric):
     file = io.BytesIO()
     torch.save(metric.state_dict(), file)
-    file.seek(0)
     fresh = ActivationShape()
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     return fresh
 
 
@@ -227,6 +226,7 @@ def test_the_spread_is_that_of_halves():
     x, y = cloud(400)
     result = of(x, y, ActivationShape(num_subsamples=8))
     assert not any(name.endswith("_std") for name in of(x, y, ActivationShape(num_subsamples=0)).scalars())
+    assert "h0_total_std" in of(x, y, ActivationShape(num_subsamples=2)).scalars()
     # The same by hand, over random halves of another generator.
     rng = np.random.default_rng(0)
     totals = [compute_persistence(x[rng.permutation(400)[:200]]).scalars()["h0_total"] for _ in range(25)]
