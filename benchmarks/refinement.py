@@ -20,19 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_neuro.refinement.batch import TrainBatch
-from lightning_neuro.refinement.recorder import StepRecorder, find_layers
 from networks import resnet18, small_cnn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_neuro.refinement import RefinementLedger, SampleTable, Sources
-<<<<<<< HEAD
-=======
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.traced_layers import find_layers
 from lightning_neuro.refinement.training_steps import TrainBatch, TrainingSteps
->>>>>>> refinement
 
 CLASSES, BATCH, DATASET = 10, 128, 60_000
 # Network, and what to trace: layers with a ledger, layers whose samples are followed.

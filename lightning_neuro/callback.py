@@ -56,7 +56,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         | `<name>/<measure>/<layer>` | the measure at the layer |
         | `<name>/<measure>` | its mean over the layers at which it is defined, or a number of the whole network |
         | `<name>/<measure>/<attribute>/<layer>` | for methods that tell attributes of the data apart |
-        | `<name>/<measure>/<attribute>/mean_over_layers` | its mean over layers |
+        | `<name>/<measure>/<attribute>/whole_network` | its mean over layers, or a number of the whole network |
         | `<name>/<measure>_initial/...` | for the measures in `baselines`: the value before the first step |
 
         Undefined values (NaN, infinite) are not logged: they would stop EarlyStopping.
@@ -147,8 +147,11 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         """Measure -> attribute -> value of one layer, for methods that tell attributes of the data apart."""
         return {}
 
-    def network_measures(self, results: Mapping[str, R]) -> Mapping[str, float]:
-        """Measure -> value of the whole network; replaces the mean over layers of a measure of the same name."""
+    def network_measures(self, results: Mapping[str, R]) -> Mapping[str, float | Mapping[str, float]]:
+        """Measure -> value of the whole network, which replaces the mean over layers.
+
+        A mapping attribute -> value is logged for each attribute, and its mean as the value of the measure.
+        """
         return {}
 
     def over_layers(self, measure: str, values: Sequence[float]) -> float:
@@ -288,7 +291,12 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             groups.setdefault(entry._replace(layer=None), []).append(value)
         means = {entry: self.over_layers(entry.measure, values) for entry, values in groups.items()}
         with self.guarded("the whole network"):
-            network = {Entry(measure): value for measure, value in self.network_measures(results).items()}
+            network: Table = {}
+            for measure, found in self.network_measures(results).items():
+                if isinstance(found, Mapping):
+                    network |= {Entry(measure, attribute=name): value for name, value in found.items()}
+                    found = sum(found.values()) / len(found)
+                network[Entry(measure)] = found
             means |= {entry: float(value) for entry, value in network.items() if self._is_defined(entry, value)}
         return means | table
 

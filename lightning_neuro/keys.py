@@ -2,10 +2,10 @@
 
 | key | what it is |
 |---|---|
-| `<family>/<measure>` | of the whole network, or the mean over layers |
+| `<family>/<measure>` | of the whole network: a number of its own, or the mean over layers |
 | `<family>/<measure>/<layer>` | of a layer (of attributes: their mean at the layer) |
 | `<family>/<measure>/<attribute>/<layer>` | of an attribute at a layer |
-| `<family>/<measure>/<attribute>/mean_over_layers` | of an attribute, the mean over layers |
+| `<family>/<measure>/<attribute>/whole_network` | of an attribute, likewise |
 
 So the number of segments says what a key is. No part of it contains "/".
 """
@@ -13,7 +13,7 @@ So the number of segments says what a key is. No part of it contains "/".
 from collections.abc import Mapping
 from typing import NamedTuple
 
-MEAN_OVER_LAYERS = "mean_over_layers"
+WHOLE_NETWORK = "whole_network"
 
 
 class Entry(NamedTuple):
@@ -38,11 +38,11 @@ def key_of(family: str, entry: Entry) -> str:
 
     Example:
         >>> key_of("observers", Entry("auroc", attribute="mark"))
-        'observers/auroc/mark/mean_over_layers'
+        'observers/auroc/mark/whole_network'
     """
     last = entry.layer
     if entry.attribute is not None and last is None:
-        last = MEAN_OVER_LAYERS
+        last = WHOLE_NETWORK
     return "/".join(part for part in (family, entry.measure, entry.attribute, last) if part is not None)
 
 
@@ -61,7 +61,7 @@ def parse_key(key: str) -> tuple[str, Entry]:
         raise ValueError(f"`key` must have two to four parts separated by '/'; got {key!r}.")
     family, measure = parts[:2]
     if len(parts) == 4:
-        return family, Entry(measure, None if parts[3] == MEAN_OVER_LAYERS else parts[3], parts[2])
+        return family, Entry(measure, None if parts[3] == WHOLE_NETWORK else parts[3], parts[2])
     return family, Entry(measure, parts[2] if len(parts) == 3 else None)
 
 

@@ -206,7 +206,7 @@ class Everything(MetricCallback[Tensor]):
 
     def network_measures(self, results: Any) -> Any:
         self.count += 1
-        return {"count": self.count, "value": -1.0, "bad": float("inf")}
+        return {"count": self.count, "value": -1.0, "bad": float("inf"), "raw": {"a": 2.0, "b": 4.0}}
 
     def remember(self, result: Any, memory: Any) -> Any:
         return {"n": 1 + (memory or {"n": 0})["n"]}
@@ -225,7 +225,8 @@ def test_the_public_hooks_in_their_order_and_what_becomes_of_their_values() -> N
     expected = {f"own/value/{layer}": value for layer, value in zip(HIDDEN, values, strict=True)}
     expected |= {f"own/score/a/{layer}": value for layer, value in zip(HIDDEN, values, strict=True)}
     expected |= {f"own/score/b/{layer}": 1.0 for layer in HIDDEN}
-    expected |= {"own/score/a/mean_over_layers": sum(values) / 2, "own/score/b/mean_over_layers": 1.0}
+    expected |= {"own/score/a/whole_network": sum(values) / 2, "own/score/b/whole_network": 1.0}
+    expected |= {"own/raw": 3.0, "own/raw/a/whole_network": 2.0, "own/raw/b/whole_network": 4.0}
     assert callback.initial == pytest.approx(expected | {"own/value": -1.0, "own/count": 1.0})
     # What the whole network says of a measure stands in the place of the mean over layers, in the baseline too.
     assert callback.scalars["own/value_initial"] == -1.0

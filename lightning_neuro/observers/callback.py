@@ -61,7 +61,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
 
     Keys:
         The first five are logged as `observers/<measure>/<attribute>/<layer>`, with the means
-        `observers/<measure>/<attribute>/mean_over_layers`, `observers/<measure>/<layer>` (over attributes) and
+        `observers/<measure>/<attribute>/whole_network`, `observers/<measure>/<layer>` (over attributes) and
         `observers/<measure>` (over both).
 
         | measure | meaning | range | better when |
@@ -72,7 +72,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         | `information_bits` | usable information about the attribute, in bits | .. 1 | > 0 |
         | `selectivity` | balanced accuracy minus that of random sets of classes | -1 .. 1 | > 0 |
         | `balanced_accuracy_initial` | before training; per layer and the mean | 0 .. 1 | (reference) |
-        | `balanced_accuracy_input` | from the raw input; the mean over attributes | 0 .. 1 | (reference) |
+        | `balanced_accuracy_input` | from the raw input; per attribute and the mean | 0 .. 1 | (reference) |
         | `num_denoting_units` | per layer: units that alone denote an attribute | 0 .. | neither |
         | `label_proportion` | per layer: fraction of samples with what they denote, folded | 0 .. .5 | neither |
         | `proportion_depth_rho` | rank correlation of depth and this fraction | -1 .. 1 | neither |
@@ -99,7 +99,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     Example:
         >>> corner = ObserverProbes(attributes={"mark": lambda batch: batch[0][:, 0, 0, 0] > 0.5})
         >>> from pytorch_lightning.callbacks import EarlyStopping
-        >>> key = "observers/balanced_accuracy/mark/mean_over_layers"
+        >>> key = "observers/balanced_accuracy/mark/whole_network"
         >>> stop = EarlyStopping(key, mode="max", stopping_threshold=0.9)
     """
 
@@ -222,13 +222,16 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     def _too_many(self, result: ObserverResult) -> bool:
         return len(result.names) * len(MEASURES) * (len(self.result) + 1) > self.max_tags
 
-    def network_measures(self, results: Mapping[str, ObserverResult]) -> dict[str, float]:
-        """Label proportion over depth, and the mean balanced accuracy of the raw input."""
+    def network_measures(self, results: Mapping[str, ObserverResult]) -> Mapping[str, float | Mapping[str, float]]:
+        """Label proportion over depth, and the balanced accuracy of the raw input."""
         if not results:
             return {}
-        found = {} if self.depth is None else self.depth.scalars()
-        if self.from_input:
-            found["balanced_accuracy_input"] = sum(self.from_input.values()) / len(self.from_input)
+        found: dict[str, float | Mapping[str, float]] = {}
+        if self.depth is not None:
+            found |= self.depth.scalars()
+        if raw := self.from_input:
+            too_many = any(map(self._too_many, results.values()))
+            found["balanced_accuracy_input"] = sum(raw.values()) / len(raw) if too_many else raw
         return found
 
     def draw(self, results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:

@@ -35,7 +35,7 @@ def test_every_documented_key_is_there():
     for measure in MEASURES:
         for name in bright:
             values = [callback.scalars[f"observers/{measure}/{name}/{layer}"] for layer in LAYERS]
-            assert callback.scalars[f"observers/{measure}/{name}/mean_over_layers"] == pytest.approx(sum(values) / 2)
+            assert callback.scalars[f"observers/{measure}/{name}/whole_network"] == pytest.approx(sum(values) / 2)
         for layer in LAYERS:
             values = [callback.scalars[f"observers/{measure}/{name}/{layer}"] for name in bright]
             assert callback.scalars[f"observers/{measure}/{layer}"] == pytest.approx(sum(values) / 2)
