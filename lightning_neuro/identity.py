@@ -4,8 +4,12 @@ Samples arrive in another order on every rank and in every sharding. What is cho
 half) must not depend on that order, so it is chosen by content.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lightning_neuro.batches import samples_first, tensors_in
 
 _SEED = 20_210_604
 
@@ -17,7 +21,7 @@ def content_hash(rows: Tensor) -> Tensor:
     (-0 equals 0). Zeros at the end of a row do not count, so texts may be padded to any length.
 
     Args:
-        rows: (N, ...) of any real dtype.
+        rows: (N, ...) of any dtype.
 
     Returns:
         int64 (N,), not negative (63 bits), on the device of the rows.
@@ -28,7 +32,8 @@ def content_hash(rows: Tensor) -> Tensor:
         >>> one == same, one == other
         (True, False)
     """
-    flat = rows.detach().flatten(1) if rows.ndim > 1 else rows.detach()[:, None]
+    rows = torch.view_as_real(rows.detach()) if rows.is_complex() else rows.detach()
+    flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
     # Adding 0 turns -0 into 0.
     bits = (flat.float() + 0.0).view(torch.int32).long() if flat.is_floating_point() else flat.long()
     generator = torch.Generator().manual_seed(_SEED)
@@ -36,6 +41,24 @@ def content_hash(rows: Tensor) -> Tensor:
     key = (bits * factors.to(bits.device)).sum(dim=1)
     key = (key ^ (key >> 31)) * 0x7FB5D329728EA185
     return key ^ (key >> 29)
+
+
+def sample_hashes(inputs: Any, num_samples: int) -> Tensor | None:
+    """A hash of each sample's part of a model's inputs, in whatever the tensors are nested.
+
+    Args:
+        inputs: Tensors, or nested collections of them, with the samples in dimension 0 (or 1, after the time).
+        num_samples: N.
+
+    Returns:
+        int64 (N,) on the CPU; None if no tensor holds the samples.
+    """
+    rows = (samples_first(tensor, num_samples) for tensor in tensors_in(inputs))
+    hashes = [content_hash(part).cpu() for part in rows if part is not None]
+    if not hashes:
+        return None
+    # All tensors together: the mask of a text alone would be the same for all texts of one length.
+    return hashes[0] if len(hashes) == 1 else content_hash(torch.stack(hashes, dim=1))
 
 
 def canonical_order(*keys: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 
 from lightning_neuro import figures, stats
-from lightning_neuro.identity import canonical_order, content_hash, number_in_group
+from lightning_neuro.identity import canonical_order, content_hash, number_in_group, sample_hashes
 from lightning_neuro.keys import Entry, key_of, parse_key
 from lightning_neuro.ranks import stack_padded
 
@@ -96,6 +96,26 @@ def test_a_hash_depends_on_content_alone() -> None:
     assert content_hash(torch.arange(5)).unique().numel() == 5
     pairs = torch.tensor([[1, 2], [2, 1], [3, 0], [0, 3]])
     assert content_hash(pairs).unique().numel() == 4
+
+
+def test_brightness_does_not_order_the_hashes() -> None:
+    x = torch.arange(400.0)[:, None].repeat(1, 5) + 1  # rows that grow: folds must not follow them
+    ranks = content_hash(x).argsort().argsort().double()
+    assert abs(torch.corrcoef(torch.stack([ranks, torch.arange(400.0).double()]))[0, 1]) < 0.15
+
+
+def test_samples_are_told_apart_by_all_tensors_of_the_inputs() -> None:
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    x[4] = x[1]
+    mask = torch.ones(6, 3)
+    alone, both = sample_hashes(x, 6), sample_hashes({"mask": mask, "x": [x, "text"]}, 6)
+    for hashes in (alone, both):
+        assert hashes is not None and hashes[4] == hashes[1] and hashes.unique().numel() == 5
+    time_first = sample_hashes(x[None].repeat(3, 1, 1), 6)
+    assert time_first is not None and torch.equal(time_first, content_hash(x.repeat(1, 3)))
+    assert sample_hashes(["a"] * 6, 6) is None
+    spectrum = sample_hashes(torch.complex(mask, x[:, :1] * mask), 6)
+    assert spectrum is not None and spectrum.unique().numel() == 5
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))

@@ -5,34 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_neuro.batches import samples_first, tensors_in
-from lightning_neuro.identity import canonical_order
-
-
-def row_hashes(values: Tensor) -> Tensor:
-    """A number for each row that depends on its content alone, so that it is the same on every rank, all run long.
-
-    Args:
-        values: (N, ...) of any dtype. Floating values are compared in float32; zeros at the end of a row do not count,
-            so texts may be padded to any length.
-
-    Returns:
-        int64 (N,), pseudo-random.
-
-    Example:
-        >>> import torch
-        >>> one, same, other = row_hashes(torch.tensor([[1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])).tolist()
-        >>> one == same, one == other
-        (True, False)
-    """
-    rows = values.detach().flatten(1) if values.ndim > 1 else values.detach()[:, None]
-    # Adding 0 makes -0 the same as 0.
-    bits = (rows.float() + 0.0).view(torch.int32) if rows.is_floating_point() else rows.to(torch.int32)
-    weights = (torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x9E3779B1).to(torch.int32)
-    hashes = (bits * weights).sum(1)
-    for shift in (31, 29, 32):  # neighbouring sums must not become neighbours in order
-        hashes = (hashes ^ (hashes >> shift)) * -0x40A7B892E31B1A47
-    return hashes
+from lightning_neuro.identity import canonical_order, content_hash, sample_hashes
 
 
 def fold_groups(groups: Tensor | None, inputs: Any, num_samples: int, *, num_before: int) -> Tensor:
@@ -50,13 +23,9 @@ def fold_groups(groups: Tensor | None, inputs: Any, num_samples: int, *, num_bef
         int64 (num_samples,), on the CPU.
     """
     if groups is not None:
-        return row_hashes(groups[:, None])
-    rows = (samples_first(tensor, num_samples) for tensor in tensors_in(inputs))
-    hashes = [row_hashes(part).cpu() for part in rows if part is not None]
-    if not hashes:
-        return torch.arange(num_samples) + num_before
-    # All tensors together: the mask of a text alone would group all texts of one length.
-    return hashes[0] if len(hashes) == 1 else row_hashes(torch.stack([part >> 32 for part in hashes], 1))
+        return content_hash(groups)
+    hashes = sample_hashes(inputs, num_samples)
+    return torch.arange(num_samples) + num_before if hashes is None else hashes
 
 
 def attribute_order(attributes: Tensor, *keys: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.checks import ArrayLike, as_activations, as_labels, finite_rows, require
+from lightning_neuro.identity import content_hash
 from lightning_neuro.observers.attributes import as_attributes, check_names, class_attribute_names
 from lightning_neuro.observers.controls import control_attributes
 from lightning_neuro.observers.denotation import find_denotation
-from lightning_neuro.observers.folds import attribute_order, row_hashes, stratified_folds
+from lightning_neuro.observers.folds import attribute_order, stratified_folds
 from lightning_neuro.observers.logistic import logistic_cross_fit
 from lightning_neuro.observers.measures import balanced_accuracy_bounds, information_bits
 from lightning_neuro.observers.options import ObserverOptions, ObserverSettings
@@ -74,7 +75,7 @@ def read_attributes(
         classes = torch.full((len(x),), -1)
 
     used = finite_rows(x)
-    content = row_hashes(x[used])
+    content = content_hash(x[used])
     keys = [content if grouping is None else grouping.to(x.device)[used], content, classes.to(x.device)[used]]
     values = values.to(x.device, torch.float64)[used]
     order = attribute_order(values, *keys)

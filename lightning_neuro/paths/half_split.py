@@ -4,36 +4,17 @@ The half of a sample depends on its content alone (a hash), and neither on the o
 that hold them: shards give what a single process gives.
 """
 
-from typing import Any
-from zlib import crc32
-
 import torch
 from torch import Tensor
 
-from lightning_neuro.batches import samples_first, tensors_in
 from lightning_neuro.identity import canonical_order, number_in_group
-
-
-def row_hashes(inputs: Any, num_samples: int) -> Tensor:
-    """A hash of each sample's part of a model's inputs, int64 (N,), on the CPU."""
-    hashes = [0] * num_samples
-    for tensor in tensors_in(inputs):
-        rows = samples_first(tensor.detach(), num_samples)
-        if rows is None:
-            continue
-        rows = rows.cpu()
-        # In float32, whatever the precision of the run.
-        rows = rows.float() if rows.is_floating_point() else rows
-        rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(num_samples, -1).contiguous()
-        hashes = [crc32(row.tobytes(), known) for row, known in zip(rows.numpy(), hashes, strict=True)]
-    return torch.tensor(hashes, dtype=torch.int64)
 
 
 def numbers_in_concept(hashes: Tensor, concepts: Tensor, per_concept: int) -> Tensor:
     """The number of each chosen sample within its concept; even numbers are the first half, odd ones the second.
 
     Args:
-        hashes: int64 (N,), as `row_hashes` returns them.
+        hashes: int64 (N,), as `lightning_neuro.identity.sample_hashes` returns them.
         concepts: (N,) integers, negative for none.
         per_concept: How many samples of each concept are chosen: those with the smallest hashes.
 

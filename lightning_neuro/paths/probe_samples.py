@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_neuro.batches import BatchField, concatenate_samples, read_field, select_samples
 from lightning_neuro.checks import ArgumentError, as_labels
+from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_kernels
-from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
+from lightning_neuro.paths.half_split import numbers_in_concept
 from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts, masked_table
 from lightning_neuro.paths.options import Ablation
 from lightning_neuro.probe_pass import ProbeBatch
@@ -76,7 +77,10 @@ def choose_samples(
         concepts = concepts_of(batch).cpu()
         targets = concepts if batch.targets is None else batch.targets.cpu()
         concepts = torch.where(targets >= 0, concepts, -1)
-        found.append(torch.stack([row_hashes(batch.inputs, len(concepts)), concepts, targets], dim=1))
+        hashes = sample_hashes(batch.inputs, len(concepts))
+        # Without a tensor to tell samples apart, those of a concept are taken in the order in which they come.
+        hashes = torch.zeros_like(concepts) if hashes is None else hashes
+        found.append(torch.stack([hashes, concepts, targets], dim=1))
 
     agreed(trainer, lambda: run_pass(visit))
     own = torch.cat(found) if found else torch.zeros(0, 3, dtype=torch.int64)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neuro.identity import number_in_group
+from lightning_neuro.identity import content_hash, number_in_group
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -15,11 +15,8 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def number_hashes(numbers: Tensor, draw: int = 0) -> Tensor:
-    """A pseudo-random number for each sample number, always the same (splitmix64); another one for each draw."""
-    z = (numbers.numpy().astype(np.uint64) + np.uint64(draw << 40)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy((z >> np.uint64(1)).astype(np.int64))
+    """A pseudo-random number for each sample number, always the same; another one for each draw."""
+    return content_hash(torch.stack([numbers, torch.full_like(numbers, draw)], dim=1))
 
 
 def random_order(samples: Tensor, labels: Tensor, draw: int = 0) -> Tensor:

@@ -22,7 +22,8 @@ from lightning_neuro import (
     Probe,
     RepresentationRefinement,
 )
-from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
+from lightning_neuro.identity import sample_hashes
+from lightning_neuro.paths.half_split import numbers_in_concept
 from lightning_neuro.probe_pass import ProbeBatch
 from tests.helpers import ROOT
 from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
@@ -196,7 +197,7 @@ def feed_contributions(callback: MetricCallback, metric: Any, net: Any, layer: s
     activations = net[: int(layer[-1]) + 1](x).detach().requires_grad_()
     logits = upper(activations)
     (gradients,) = torch.autograd.grad(logits[torch.arange(len(y)), y].sum(), activations)
-    numbers = numbers_in_concept(row_hashes(x, len(x)), y, per_concept=32)
+    numbers = numbers_in_concept(sample_hashes(x, len(x)), y, per_concept=32)
     activations = activations.detach()
     facts = {"numbers": numbers, "features": activations, "predictions": logits.argmax(1)}
     metric.update(activations * gradients, y, **facts)

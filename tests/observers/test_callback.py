@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ArgumentError, ObserverProbes, Probe
+from lightning_neuro.identity import content_hash
 from lightning_neuro.keys import parse_key
 from lightning_neuro.observers import ObserverOptions, read_attributes
 from lightning_neuro.observers.attributes import read_attribute_values
-from lightning_neuro.observers.folds import row_hashes
 from lightning_neuro.observers.result import MEASURES
 from tests.models import MemoryLogger, Module, fit, images, loader, mlp
 
@@ -79,7 +79,7 @@ def test_the_raw_input_is_read_with_the_same_folds():
     values = read_attribute_values(corners, [x, y], 64)
 
     def by_hand(**options):
-        found = read_attributes(x.flatten(1), values, y, groups=row_hashes(x), denotation=False, **options)
+        found = read_attributes(x.flatten(1), values, y, groups=content_hash(x), denotation=False, **options)
         return found.balanced_accuracy.item()
 
     assert callback.from_input == {"corners": pytest.approx(by_hand(num_folds=3))}

@@ -5,34 +5,11 @@ import math
 import pytest
 import torch
 
+from lightning_neuro.identity import content_hash
 from lightning_neuro.observers import read_attributes
 from lightning_neuro.observers.controls import control_attributes
-from lightning_neuro.observers.folds import attribute_order, fold_groups, row_hashes, stratified_folds
+from lightning_neuro.observers.folds import attribute_order, fold_groups, stratified_folds
 from tests.observers.planted import classes
-
-
-def test_hashes_depend_on_content_alone():
-    x = torch.randn(1000, 3, 8, generator=torch.Generator().manual_seed(0))
-    hashes = row_hashes(x)
-    assert len(hashes.unique()) == 1000
-    order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(row_hashes(x[order]), hashes[order])
-    assert torch.equal(row_hashes(x.double()), hashes)
-    assert torch.equal(torch.cat([row_hashes(part) for part in x.split(7)]), hashes)
-
-
-def test_hashes_do_not_see_padding_nor_the_sign_of_zero():
-    tokens = torch.randint(1, 100, (50, 6), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(row_hashes(torch.nn.functional.pad(tokens, (0, 9))), row_hashes(tokens))
-    assert torch.equal(row_hashes(torch.tensor([[-0.0, 1.0]])), row_hashes(torch.tensor([[0.0, 1.0]])))
-
-
-def test_brightness_does_not_order_the_hashes():
-    """Rows that grow: their hashes must be in no order, or folds would follow the content."""
-    x = torch.arange(400.0)[:, None].repeat(1, 5) + 1
-    ranks = row_hashes(x).argsort().argsort().double()
-    assert abs(torch.corrcoef(torch.stack([ranks, torch.arange(400.0).double()]))[0, 1]) < 0.15
-    assert abs((row_hashes(x) > 0).double().mean() - 0.5) < 0.1
 
 
 def test_the_canonical_order_is_one_for_all_orders():
@@ -147,5 +124,5 @@ def test_groups_are_the_users_or_the_content_or_the_position():
     # Neither the mask nor where the time is changes which samples are alike.
     both = fold_groups(None, {"mask": mask, "x": x}, 6, num_before=0)
     assert both[4] == both[1] and len(both.unique()) == 5
-    assert torch.equal(fold_groups(None, x[None].repeat(3, 1, 1), 6, num_before=0), row_hashes(x.repeat(1, 3)))
+    assert torch.equal(fold_groups(None, x[None].repeat(3, 1, 1), 6, num_before=0), content_hash(x.repeat(1, 3)))
     assert fold_groups(None, ["a"] * 6, 6, num_before=12).tolist() == list(range(12, 18))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ActivationEntropy, ConceptPaths, Probe
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths import (
     NadPaths,
     PathOptions,
@@ -28,7 +29,7 @@ from lightning_neuro.paths import (
 )
 from lightning_neuro.paths import callback as callback_file
 from lightning_neuro.paths.gate_learning import initial_gates
-from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
+from lightning_neuro.paths.half_split import numbers_in_concept
 from tests.helpers import hooks_of
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp
 from tests.paths.networks import Residual, residual_net
@@ -37,7 +38,7 @@ X, Y = images(32).tensors
 
 
 def halves(per_class: int = 32) -> list[tuple[Tensor, Tensor]]:
-    numbers = numbers_in_concept(row_hashes(X, 32), Y, per_class)
+    numbers = numbers_in_concept(sample_hashes(X, 32), Y, per_class)
     return [(X[rows], Y[rows]) for half in (0, 1) for rows in [(numbers >= 0) & (numbers % 2 == half)]]
 
 

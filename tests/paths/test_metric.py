@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths import LayerPaths, PathResult, attribution_scores, concept_paths, path_similarity
 from lightning_neuro.paths.gates import Attribution, GatedModel, evaluating
-from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
+from lightning_neuro.paths.half_split import numbers_in_concept
 from tests.paths.networks import convnet, data, disjoint_paths
 
 CLASSES = 4
@@ -21,7 +22,7 @@ def watched(ablation: str = "zero") -> tuple[Attribution, Tensor, Tensor, Tensor
     net, (x, y) = convnet().eval(), data(60, CLASSES)
     with evaluating(net):
         seen = GatedModel(net, {"5": net[5]}, net).attribute(x, y, gradients=ablation == "mean")
-    return seen, x, y, numbers_in_concept(row_hashes(x, 60), y, per_concept=10)
+    return seen, x, y, numbers_in_concept(sample_hashes(x, 60), y, per_concept=10)
 
 
 def show(metric: LayerPaths, seen: Attribution, y: Tensor, numbers: Tensor, rows: Tensor) -> None:
@@ -279,11 +280,11 @@ def test_results_can_be_compared_and_pickled() -> None:
 
 def test_the_halves_depend_on_the_samples_alone() -> None:
     x, y = data(60, CLASSES)
-    keys = row_hashes(x, 60)
+    keys = sample_hashes(x, 60)
     assert len(set(keys.tolist())) == 60
     numbers = numbers_in_concept(keys, y, per_concept=8)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    again = numbers_in_concept(row_hashes(x[order], 60), y[order], per_concept=8)
+    again = numbers_in_concept(sample_hashes(x[order], 60), y[order], per_concept=8)
     assert torch.equal(again, numbers[order])
     for label in range(CLASSES):
         assert sorted(numbers[(y == label) & (numbers >= 0)].tolist()) == list(range(8))
@@ -293,10 +294,10 @@ def test_the_halves_depend_on_the_samples_alone() -> None:
 def test_keys_are_those_of_all_parts_and_of_any_precision() -> None:
     x, _ = data(20)
     series = torch.randn(5, 20, 3)
-    keys = row_hashes(x, 20)
-    assert torch.equal(row_hashes(x.double(), 20), keys)
-    assert not torch.equal(row_hashes({"a": x, "b": torch.arange(20)}, 20), keys)
-    one = row_hashes([x, series], 20)
-    assert torch.equal(row_hashes([x[:, :, :4], series], 20) == one, torch.zeros(20, dtype=torch.bool))
-    assert len(set(row_hashes(series, 20).tolist())) == 20
-    assert row_hashes("text", 3).tolist() == [0, 0, 0]
+    keys = sample_hashes(x, 20)
+    assert torch.equal(sample_hashes(x.double(), 20), keys)
+    assert not torch.equal(sample_hashes({"a": x, "b": torch.arange(20)}, 20), keys)
+    one = sample_hashes([x, series], 20)
+    assert torch.equal(sample_hashes([x[:, :, :4], series], 20) == one, torch.zeros(20, dtype=torch.bool))
+    assert len(set(sample_hashes(series, 20).tolist())) == 20
+    assert sample_hashes("text", 3).tolist() == [0, 0, 0]

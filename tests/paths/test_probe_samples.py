@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths import concept_paths, evaluate_paths
 from lightning_neuro.paths.evaluation import summarise
 from lightning_neuro.paths.gates import GatedModel, evaluating
-from lightning_neuro.paths.half_split import numbers_in_concept, row_hashes
+from lightning_neuro.paths.half_split import numbers_in_concept
 from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples, read_concepts
 from lightning_neuro.probe_pass import ProbeBatch
 from tests.paths.networks import convnet, data
@@ -48,7 +49,7 @@ def kept(per_concept: int = 6) -> ProbeSamples:
 
 def test_the_choice_is_that_of_the_hashes_of_all_samples() -> None:
     choice = chosen()
-    numbers = numbers_in_concept(row_hashes(X, 60), Y, per_concept=6)
+    numbers = numbers_in_concept(sample_hashes(X, 60), Y, per_concept=6)
     assert torch.equal(choice.numbers, numbers)
     assert choice.counts.tolist() == [[3.0] * 4] * 2 and choice.num_concepts == 4
     assert torch.equal(choice.members, torch.stack([Y, Y], dim=1)[numbers >= 0])
