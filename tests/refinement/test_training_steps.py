@@ -176,6 +176,23 @@ def test_where_a_gradient_is_zero_it_tells_no_rate_for_the_others():
     steps.remove()
 
 
+def test_a_layer_without_a_gradient_does_not_hide_the_clipping_that_another_tells():
+    """The first layer returns 0, so the weight of the second one has no gradient; the factor is that of the first."""
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    nn.init.zeros_(net[0].weight)
+    diary = Diary()
+    steps, (optimizer,), errors = followed(net, [diary], ledgers=("0", "1"))
+    backward(steps, net)
+    factor = 0.5 / float(nn.utils.clip_grad_norm_(net.parameters(), 0.5))
+    diary.pages.clear()
+    optimizer.step()
+    assert factor < 0.9
+    assert [page[:2] for page in diary.pages] == [("commit", "0"), ("commit", "1")]
+    assert [page[2] for page in diary.pages] == pytest.approx([0.25 * factor] * 2, rel=1e-4)
+    assert errors == []
+    steps.remove()
+
+
 def test_a_step_that_a_fused_optimizer_skips_is_dropped_for_its_own_layers():
     net, diary = two(), Diary()
     optimizers = [SGD(net[0].parameters(), lr=0.5, fused=True), Adam(net[1].parameters(), lr=0.125, fused=True)]
