@@ -58,7 +58,10 @@ def test_nad_goes_down_the_papers_objective(beta: float) -> None:
 def test_nad_leaves_the_model_alone_and_classes_without_samples_undefined() -> None:
     net, (x, y) = convnet(), data(12, 3)
     before = copy.deepcopy(net.state_dict())
-    found = NadPaths(net, num_passes=1).fit(x, y)
+    unfitted = NadPaths(net, num_passes=1)
+    assert unfitted.paths == unfitted.gates == {}
+    found = unfitted.fit(x, y)
+    assert found is unfitted
     assert net.training and hooks_of(net) == []
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
