@@ -153,9 +153,15 @@ def test_one_class_in_the_training_folds_gives_no_score():
     y[:] = 0
     y[7] = 1  # the other folds of this sample's own hold none
     fold = torch.arange(30) % 5
-    scores = cross_fit(x, y, fold, 5).scores
-    assert scores[fold == fold[7]].isnan().all()
-    assert torch.isnan(balanced_accuracy(*confusion(scores, y))).all()
+    fit = cross_fit(x, y, fold, 5)
+    assert fit.scores[fold == fold[7]].isnan().all()
+    assert torch.isnan(balanced_accuracy(*confusion(fit.scores, y))).all()
+    # No positive sample is scored, so the threshold of the other folds stays that of the fit.
+    for k in (0, 1, 3, 4):
+        train = x[fold != k] @ fit.fold_weights[k, 0]
+        positive = y[fold != k, 0] == 1
+        middle = (train[positive].mean() + train[~positive].mean()) / 2
+        torch.testing.assert_close(fit.scores[fold == k, 0], x[fold == k] @ fit.fold_weights[k, 0] - middle)
 
 
 def test_constant_scores_are_chance():
