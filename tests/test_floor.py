@@ -114,6 +114,10 @@ def test_samples_are_told_apart_by_all_tensors_of_the_inputs() -> None:
     time_first = sample_hashes(x[None].repeat(3, 1, 1), 6)
     assert time_first is not None and torch.equal(time_first, content_hash(x.repeat(1, 3)))
     assert sample_hashes(["a"] * 6, 6) is None
+    # Every part counts, in whatever precision.
+    assert torch.equal(sample_hashes(x.double(), 6), alone)
+    longer = sample_hashes([x, torch.arange(6)], 6)
+    assert longer is not None and longer.unique().numel() == 6
     spectrum = sample_hashes(torch.complex(mask, x[:, :1] * mask), 6)
     assert spectrum is not None and spectrum.unique().numel() == 5
 

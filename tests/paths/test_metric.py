@@ -289,15 +289,3 @@ def test_the_halves_depend_on_the_samples_alone() -> None:
     for label in range(CLASSES):
         assert sorted(numbers[(y == label) & (numbers >= 0)].tolist()) == list(range(8))
     assert (numbers_in_concept(keys, torch.full((60,), -1), 8) == -1).all()
-
-
-def test_keys_are_those_of_all_parts_and_of_any_precision() -> None:
-    x, _ = data(20)
-    series = torch.randn(5, 20, 3)
-    keys = sample_hashes(x, 20)
-    assert torch.equal(sample_hashes(x.double(), 20), keys)
-    assert not torch.equal(sample_hashes({"a": x, "b": torch.arange(20)}, 20), keys)
-    one = sample_hashes([x, series], 20)
-    assert torch.equal(sample_hashes([x[:, :, :4], series], 20) == one, torch.zeros(20, dtype=torch.bool))
-    assert len(set(sample_hashes(series, 20).tolist())) == 20
-    assert sample_hashes("text", 3).tolist() == [0, 0, 0]
