@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_neuro.figures import (
-    DIVERGING,
-    FAINT,
-    INK,
-    MAX_PANELS,
-    NULL,
-    OTHER,
-    SCORE,
-    VALUE,
-    class_name,
-    first_panels,
-    layers_left_out,
-    new_figure,
-    short_name,
-)
+from lightning_neuro import figures
+from lightning_neuro.figures import class_name, first_panels, layers_left_out, new_figure, short_name
 from lightning_neuro.paths.result import PathResult
 
 if TYPE_CHECKING:
@@ -66,7 +53,7 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
         panel.set_yticks(range(len(ticks)), ticks, fontsize=7)
         panel.set_xticks([])
         similarity = result.similarity[order][:, order].numpy()
-        return panel.imshow(similarity, cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+        return panel.imshow(similarity, cmap=figures.DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
 
     figure, images = _panels(results, draw, left=0.8, right=0.9, side=3.0)
     width, height = figure.get_size_inches()
@@ -123,7 +110,7 @@ def plot_flow(
     if two is None or not shown or max(two) >= len(shown[0][1].masks):
         _say(panel, "two concepts are needed, each with a path")
         return figure
-    colors = (VALUE, INK, OTHER, FAINT)
+    colors = (figures.VALUE, figures.INK, figures.OTHER, figures.FAINT)
     edges = [_column(panel, number, result, two, colors) for number, (_, result) in enumerate(shown)]
     for number, (left, right) in enumerate(pairwise(edges)):
         for part, color in enumerate(colors[:3]):
@@ -138,7 +125,11 @@ def plot_flow(
     panel.set_ylabel("fraction of the layer's units", fontsize=8)
     figure.text(0.5, 0.02, "layers and their numbers of units", **_CENTRED)
     first, second = (short_name(class_name(concept, class_names), 14) for concept in two)
-    legend = ((f"■ only {first}", VALUE), ("■ both (grey line: by chance)", INK), (f"■ only {second}", OTHER))
+    legend = (
+        (f"■ only {first}", figures.VALUE),
+        ("■ both (grey line: by chance)", figures.INK),
+        (f"■ only {second}", figures.OTHER),
+    )
     for place, (text, color) in zip((0.09, 0.33, 0.75), legend, strict=True):
         figure.text(place, 0.91, text, color=color, fontsize=8)
     return figure
@@ -158,7 +149,7 @@ def _column(
     if result.num_units <= MAX_LINES:  # so that each unit can be seen
         lines = torch.arange(1, result.num_units).numpy() / result.num_units
         panel.hlines(lines, *sides, color="white", lw=0.5)
-    panel.plot(sides, [edges[1] + chance] * 2, color=NULL, lw=2)
+    panel.plot(sides, [edges[1] + chance] * 2, color=figures.NULL, lw=2)
     return edges
 
 
@@ -195,9 +186,9 @@ def plot_reuse(results: Mapping[str, PathResult]) -> "Figure":
         counts = torch.bincount(paths.sum(0), minlength=len(paths) + 1).double()
         expected = poisson_binomial(paths.double().mean(1)) * result.num_units
         places = torch.arange(len(counts)).numpy()
-        panel.fill_between(places - 0.5, 0, counts.numpy(), step="post", color=VALUE, lw=0)
-        panel.fill_between([len(counts) - 1.5, len(counts) - 0.5], 0, float(counts[-1]), color=VALUE, lw=0)
-        panel.plot(places, expected.numpy(), color=NULL, lw=1.2, marker="." if len(counts) < 30 else None, ms=4)
+        panel.fill_between(places - 0.5, 0, counts.numpy(), step="post", color=figures.VALUE, lw=0)
+        panel.fill_between([len(counts) - 1.5, len(counts) - 0.5], 0, float(counts[-1]), color=figures.VALUE, lw=0)
+        panel.plot(places, expected.numpy(), color=figures.NULL, lw=1.2, marker="." if len(counts) < 30 else None, ms=4)
         highest = float(torch.cat([counts, expected]).max())
         panel.set_xlim(-0.5, len(counts) - 0.5)
         panel.set_ylim(0, 1.08 * max(highest, 1))
@@ -241,10 +232,10 @@ def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: S
     if not history:
         _say(panel, "known from the second evaluation on")
         return figure
-    shown = list(layers)[:MAX_PANELS]
+    shown = list(layers)[: figures.MAX_PANELS]
     for number, layer in enumerate(shown):
         points = [(step, values[layer]) for step, values in history if layer in values]
-        color = colormaps[SCORE](number / len(shown))  # from dark to light with depth
+        color = colormaps[figures.SCORE](number / len(shown))  # from dark to light with depth
         steps, values = zip(*points, strict=True) if points else ((), ())
         panel.plot(steps, values, color=color, lw=1.3, marker="o" if len(points) < 30 else None, ms=3)
         figure.text(0.78, 0.84 - 0.085 * number, f"— {short_name(layer, 22)}", color=color, fontsize=8)
@@ -256,7 +247,7 @@ def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: S
     panel.set_xticks(ticks, [f"{step:,}" for step in ticks], fontsize=7)
     panel.set_ylim(-0.02, 1.02)
     panel.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
-    figure.text(0.78, 0.2, "1: noise floor\n0: another class's path", fontsize=7, color=INK)
+    figure.text(0.78, 0.2, "1: noise floor\n0: another class's path", fontsize=7, color=figures.INK)
     panel.set_xlabel("training step", fontsize=8)
     return figure
 
