@@ -197,6 +197,10 @@ def test_two_nodes_come_to_rest_where_the_forces_balance(linked, gap):
     assert float((first - second).norm()) == pytest.approx(gap * 1.2 / 2**0.5, rel=0.02)
 
 
+def test_a_single_node_is_placed_in_the_middle():
+    assert place_nodes(compute_mapper(torch.ones(20, 3))).abs().max() < 0.01
+
+
 def test_pies_have_the_shares_and_areas_of_their_nodes():
     result = results()
     graph = result.graph

@@ -307,7 +307,7 @@ def test_fewer_points_than_min_samples_give_an_empty_graph(count):
 def test_an_empty_graph_counts_no_class():
     graph = compute_mapper(torch.randn(4, 3), targets=torch.tensor([0, 1, 1, 2]))
     assert graph.class_counts.shape == graph.class_shares.shape == (0, 3)
-    assert graph.sizes.shape == graph.component_of.shape == (0,)
+    assert graph.sizes.shape == graph.component_of.shape == (0,) and graph.eps == 0
 
 
 def test_rows_that_are_not_finite_are_counted_and_left_out():
