@@ -104,9 +104,11 @@ def sample_dim(tensor: Tensor, num_samples: int) -> int | None:
     Recurrent and attention layers put the time first unless told otherwise. Where both dimensions have the size of the
     batch, the first one is taken.
     """
-    if tensor.ndim > 0 and tensor.shape[0] == num_samples:
-        return 0
-    return 1 if tensor.ndim > 1 and tensor.shape[1] == num_samples else None
+    return min(_fitting_dims(tensor, num_samples), default=None)
+
+
+def _fitting_dims(tensor: Tensor, num_samples: int) -> set[int]:
+    return {dim for dim in (0, 1) if dim < tensor.ndim and tensor.shape[dim] == num_samples}
 
 
 def samples_first(tensor: Tensor, num_samples: int) -> Tensor | None:
@@ -141,8 +143,10 @@ def concatenate_samples(batches: Sequence[Any], lengths: Sequence[int]) -> Any:
     columns = zip(*(tensors_in(batch) for batch in batches), strict=True)
 
     def join(parts: Sequence[Tensor]) -> Tensor:
-        dim = sample_dim(parts[0], lengths[0])
-        return parts[0] if dim is None else torch.cat(tuple(parts), dim)
+        # In all batches: with as many samples as time steps, one batch alone does not tell.
+        dims = [_fitting_dims(part, length) for part, length in zip(parts, lengths, strict=True)]
+        common = sorted(set.intersection(*dims))
+        return torch.cat(tuple(parts), common[0]) if common else parts[0]
 
     joined = iter([join(parts) for parts in columns])
     return apply_to_collection(batches[0], Tensor, lambda _: next(joined), allow_frozen=True)

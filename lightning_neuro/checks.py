@@ -32,7 +32,7 @@ def require(condition: bool, name: str, must: str, seen: object) -> None:
         condition: What must be true.
         name: The argument.
         must: What the argument must be, such as `"be an integer >= 1"`.
-        seen: What was given; described with `describe` unless it is a string that already describes it.
+        seen: What was given, as `describe` shows it.
 
     Raises:
         ArgumentError: If the condition is false.

@@ -54,10 +54,15 @@ def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
 
 def over_ranks(trainer: "pl.Trainer", value: int, reduce_op: Literal["sum", "max"]) -> int:
     """The sum or the maximum of an integer over all ranks."""
-    if trainer.world_size == 1:
-        return value
-    number = torch.tensor(value, device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(number, reduce_op=reduce_op))
+    return value if trainer.world_size == 1 else int(reduced(trainer, torch.tensor(value), reduce_op))
+
+
+def reduced(trainer: "pl.Trainer", tensor: Tensor, reduce_op: Literal["sum", "max", "mean"]) -> Tensor:
+    """The sum, maximum or mean of a tensor over all ranks, as a new tensor on the device of the strategy."""
+    # A copy, because the reduction works in place.
+    copy = tensor.to(trainer.strategy.root_device, copy=True)
+    result: Tensor = trainer.strategy.reduce(copy, reduce_op=reduce_op)
+    return result
 
 
 def gather(trainer: "pl.Trainer", tensor: Tensor) -> list[Tensor]:

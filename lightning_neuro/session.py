@@ -54,7 +54,7 @@ class Session:
         if callback not in self.callbacks:
             self.callbacks.append(callback)
         probe_pass = self.passes.setdefault(callback.probe, ProbePass(callback.probe))
-        if not probe_pass.layers and (callback.needs_layers or callback.probe.layers is not None):
+        if callback.needs_layers and not probe_pass.layers:
             probe_pass.resolve_layers(pl_module)
         return probe_pass
 

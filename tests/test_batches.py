@@ -161,3 +161,9 @@ def test_the_first_tensor_of_an_output(output: Any) -> None:
 def test_an_output_without_a_tensor() -> None:
     with pytest.raises(TypeError, match="no tensor"):
         first_tensor({"a": 1})
+
+
+def test_with_as_many_samples_as_time_steps_the_other_batches_tell() -> None:
+    sequence = torch.arange(5 * 8 * 2).reshape(5, 8, 2)  # time first
+    parts = [sequence[:, :5], sequence[:, 5:]]  # the first has 5 samples and 5 time steps
+    assert torch.equal(concatenate_samples(parts, [5, 3]), sequence)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.ranks import reduced
 from lightning_neuro.ranks import over_ranks
 from lightning_neuro.refinement.influence import (
     Influence,
@@ -20,7 +21,6 @@ from lightning_neuro.refinement.influence import (
 )
 from lightning_neuro.refinement.layer_gradients import parameters_of
 from lightning_neuro.refinement.options import Direction
-from lightning_neuro.refinement.sample_table import reduced
 from lightning_neuro.refinement.sources import ledger_dtype
 from lightning_neuro.refinement.traced_layers import require_linear
 from lightning_neuro.refinement.training_steps import TrainBatch

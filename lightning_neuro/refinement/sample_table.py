@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_neuro.checks import ArgumentError, check_int, require
 from lightning_neuro.figures import class_name
+from lightning_neuro.ranks import reduced
 from lightning_neuro.ranks import over_ranks
 from lightning_neuro.refinement.sample_norms import gradient_norms
 from lightning_neuro.refinement.sources import ledger_dtype
@@ -198,14 +199,6 @@ class SampleTable:
         self._visits = self._visits.to(device)
         self._targets = self._targets.to(device)
         self._num_nonfinite = self._num_nonfinite.to(device)
-
-
-def reduced(trainer: "pl.Trainer", tensor: Tensor, reduce_op: Literal["sum", "max"]) -> Tensor:
-    """The sum or the maximum of a tensor over all ranks, as a new tensor. Call it on every rank."""
-    # A copy, because the reduction works in place.
-    copy = tensor.to(trainer.strategy.root_device, copy=True)
-    result: Tensor = trainer.strategy.reduce(copy, reduce_op=reduce_op)
-    return result
 
 
 def gini(values: Tensor) -> float:

@@ -64,7 +64,7 @@ def trained(make: Make, directory: Path) -> Fact:
     """Monitors listed before ours, an uneven sample set (31), a logger on rank 0."""
     module, callback, logger = mlp(), make(), MemoryLogger()
     measures = {"communities": "modularity", "entropy": "dead_share", "observers": "balanced_accuracy"}
-    measures |= {"refinement": "norm", "topology": "h0_total", "paths": "auroc"}
+    measures |= {"refinement": "norm", "topology": "h0_total", "paths": "auroc", "dimension": "dimension"}
     monitor = f"{callback.name}/{measures.get(callback.name, 'value')}"
     monitors = [
         EarlyStopping(monitor, mode="max", patience=100),
