@@ -22,6 +22,17 @@ class LayerResult(Protocol):
         """The values whose distribution is logged."""
 
 
+def nonfinite_note(num_nonfinite: int, num_samples: int) -> str:
+    """The note on samples that were left out.
+
+    Args:
+        num_nonfinite: Samples left out.
+        num_samples: Samples used.
+    """
+    total = num_samples + num_nonfinite
+    return f"{num_nonfinite} of {total} samples are left out, because they have NaN or infinite activations."
+
+
 class ResultMetric(Metric):
     """A metric whose `compute()` returns a frozen dataclass.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_neuro.results import nonfinite_note
+
 if TYPE_CHECKING:
     import networkx
 
@@ -93,8 +95,7 @@ class CommunityResult:
         """Kind -> warning: samples left out, why nothing is defined, units left out."""
         notes = {}
         if self.num_nonfinite:
-            total = self.num_nonfinite + self.num_samples
-            notes["nonfinite"] = f"{self.num_nonfinite} of {total} samples hold NaN or infinity and are left out."
+            notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         if self.reason:
             notes["undefined"] = f"Neuron communities are not defined: {self.reason}."
         if self.num_units < self.layer_width:

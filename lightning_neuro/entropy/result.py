@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_neuro.entropy.options import Mode
+from lightning_neuro.results import nonfinite_note
 
 MAX_CLASSES = 256
 
@@ -95,10 +96,7 @@ class EntropyResult:
         """
         notes = {}
         if self.num_nonfinite:
-            notes["nonfinite"] = (
-                f"{self.num_nonfinite} of {self.num_nonfinite + self.num_samples} samples held NaN or infinite "
-                "activations and were left out."
-            )
+            notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         if self.num_samples < 2:
             notes["undefined"] = (
                 f"There is no entropy, because it needs at least 2 finite samples and there were {self.num_samples}."

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_neuro.observers.denotation import Denotation
+from lightning_neuro.results import nonfinite_note
 
 MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
 _NAMED = 5
@@ -133,10 +134,7 @@ class ObserverResult:
         """Kind -> a sentence that the user must be told once: samples left out, attributes without a score."""
         notes = {}
         if self.num_nonfinite:
-            notes["nonfinite"] = (
-                f"{self.num_nonfinite} of {self.num_samples + self.num_nonfinite} samples were left out, because they"
-                " have NaN or infinite activations."
-            )
+            notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         undefined = self.undefined()
         if undefined:
             named = "; ".join(f"'{name}' is {why}" for name, why in list(undefined.items())[:_NAMED])

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.ranks import reduced
-from lightning_neuro.ranks import over_ranks
+from lightning_neuro.ranks import over_ranks, reduced
 from lightning_neuro.refinement.influence import (
     Influence,
     check_direction,

@@ -9,7 +9,7 @@ part in later steps is not included: the table ranks samples, and the exact acco
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from lightning_neuro.checks import ArgumentError, check_int, require
 from lightning_neuro.figures import class_name
-from lightning_neuro.ranks import reduced
-from lightning_neuro.ranks import over_ranks
+from lightning_neuro.ranks import over_ranks, reduced
 from lightning_neuro.refinement.sample_norms import gradient_norms
 from lightning_neuro.refinement.sources import ledger_dtype
 from lightning_neuro.refinement.training_steps import TrainBatch

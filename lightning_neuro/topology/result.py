@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_neuro.results import nonfinite_note
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.persistence import Persistence
 
@@ -54,10 +55,7 @@ class TopologyResult:
         """Kind -> a sentence that the user must be told once: samples left out, why something is undefined."""
         notes: dict[str, str] = {}
         if self.num_nonfinite:
-            notes["nonfinite"] = (
-                f"{self.num_nonfinite} of {self.num_samples + self.num_nonfinite} samples were left out, because they"
-                " have NaN or infinite activations."
-            )
+            notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         reasons = [self.homology.why_undefined()] if self.homology is not None else []
         reasons += [self.graph.why_empty()] if self.graph is not None else []
         if undefined := " ".join(filter(None, reasons)):
