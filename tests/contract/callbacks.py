@@ -43,15 +43,19 @@ def from_examples(name: str) -> Any:
 # A new method adds its line here.
 CALLBACKS: dict[str, Make] = {
     "communities": NeuronCommunities,
-    "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
     "entropy": ActivationEntropy,
-    "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
     "refinement": RepresentationRefinement,
     "observers": ObserverProbes,
     "topology": ActivationTopology,
     "paths": ConceptPaths,
     "example": from_examples("own_method").ActivationDimension,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
+}
+
+# Modes whose metrics keep other states: they run where states matter, over ranks, in resumes and in other precisions.
+MODES: dict[str, Make] = {
+    "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
+    "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
 }
 
 # Its wrong arguments, beside those that all callbacks share: (argument, value).
@@ -159,6 +163,8 @@ RIDING = {"refinement": ["net.5: _forward_hooks"]}
 AT_THE_END = {"refinement": ["top_samples/net.5"]}
 
 over_activations = pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in OWN_LAYERS])
+with_modes = pytest.mark.parametrize("name", CALLBACKS | MODES)
+over_activations_with_modes = pytest.mark.parametrize("name", [n for n in CALLBACKS | MODES if n not in OWN_LAYERS])
 
 
 def layers_of(name: str) -> tuple[str, ...]:
@@ -169,7 +175,7 @@ def layers_of(name: str) -> tuple[str, ...]:
 @functools.lru_cache
 def keys_of(name: str) -> tuple[str, ...]:
     """Every key that a callback has from the first evaluation on."""
-    callback = CALLBACKS[name]()
+    callback = (CALLBACKS | MODES)[name]()
     fit(mlp(), callback, max_epochs=1)
     return tuple(callback.initial)
 

@@ -78,6 +78,7 @@ def test_every_method_lists_its_wrong_arguments() -> None:
     assert {name for name in CALLBACKS if name not in ("user", "example") and "-" not in name} == set(WRONG)
 
 
+@over_activations
 def test_a_pattern_that_matches_nothing_names_the_nearest(make: Make) -> None:
     with pytest.raises(ArgumentError, match=r"`layers`.*'nett\.2'.*net\.2"):
         fit(mlp(), make(Probe(layers="nett.2")))

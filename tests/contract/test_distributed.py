@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import HIDDEN, SHUFFLED, Make, assert_close, feed, layers_of, over_activations
+from tests.contract.callbacks import (
+    HIDDEN,
+    SHUFFLED,
+    Make,
+    assert_close,
+    feed,
+    layers_of,
+    over_activations_with_modes,
+    with_modes,
+)
 from tests.contract.two_ranks import SCENARIOS
 from tests.helpers import run_two_ranks
 from tests.models import fit, images, loader, mlp
@@ -68,6 +77,7 @@ def from_weights(make: Make, found: dict[str, Any]) -> dict[str, float]:
     return values
 
 
+@with_modes
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_ranks_hold_the_same(name: str, scenario: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue("failing" if scenario in FAILING else "sound")
@@ -83,6 +93,7 @@ def test_the_ranks_hold_the_same(name: str, scenario: str, request: pytest.Fixtu
         assert torch.equal(value, second["weights"][key])
 
 
+@with_modes
 def test_monitors_saw_the_same_on_both(name: str, sound: Path) -> None:
     first, second = both(sound, "trained", name)
     assert first["best"] == second["best"]
@@ -92,17 +103,19 @@ def test_monitors_saw_the_same_on_both(name: str, sound: Path) -> None:
         assert first["curves"][key] == second["curves"][key]
 
 
+@with_modes
 def test_the_first_values_are_those_of_one_process(make: Make, name: str, sound: Path) -> None:
     first, _ = both(sound, "trained", name)
     assert_close(additive(first["initial"]), additive(single(make).initial))
 
 
+@with_modes
 def test_the_first_values_of_some_samples_are_those_of_one_process(make: Make, name: str, sound: Path) -> None:
     first, _ = both(sound, "few_samples", name)
     assert_close(additive(first["initial"]), additive(single(make, num_samples=3).initial))
 
 
-@over_activations
+@over_activations_with_modes
 def test_the_last_values_are_those_of_the_weights(make: Make, name: str, sound: Path) -> None:
     first, _ = both(sound, "trained", name)
     expected = additive(from_weights(make, first))
@@ -110,6 +123,7 @@ def test_the_last_values_are_those_of_the_weights(make: Make, name: str, sound: 
     assert_close({key: first["scalars"][key] for key in expected}, expected)
 
 
+@with_modes
 @pytest.mark.parametrize("scenario", FAILING)
 def test_a_failure_on_one_rank_is_told_and_training_goes_on(name: str, scenario: str, failing: Path) -> None:
     first, _ = both(failing, scenario, name)

@@ -93,6 +93,7 @@ def test_tensorboard_of_lightning(make: Make, name: str, tmp_path: Path) -> None
     assert len(tags["histograms"]) == (0 if name in ("user", "example") else len(layers_of(name)))
 
 
+@over_activations
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_an_error_before_training_leaves_no_hook(make: Make, namespace: str) -> None:
     pl = NAMESPACES[namespace]

@@ -16,6 +16,7 @@ from tests.contract.callbacks import (
     assert_logged,
     listed_probe,
     over_activations,
+    over_activations_with_modes,
 )
 from tests.helpers import hooks_of
 from tests.models import MemoryLogger, Module, fit, loader, mlp
@@ -57,7 +58,7 @@ def not_deterministic_afterwards() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@over_activations
+@over_activations_with_modes
 @pytest.mark.parametrize("mode", MODES)
 def test_values_are_those_of_the_weights(make: Make, mode: str) -> None:
     new, options, tolerance = MODES[mode]
