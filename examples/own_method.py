@@ -6,8 +6,8 @@ The effective dimension (participation ratio) of the covariance C of a layer's u
 variance lies in one direction, the number of units if it is spread evenly over all of them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torchmetrics import Metric
 from lightning_neuro import MetricCallback, Probe
 from lightning_neuro.checks import as_activations, finite_rows
 from lightning_neuro.figures import INITIAL, VALUE, new_figure, short_name
-from lightning_neuro.scheduling import OnError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +47,8 @@ class EffectiveDimension(Metric):
         """The effective dimension, undefined (NaN) for constant units."""
         mean = self.total / self.count
         covariance = self.products / self.count - torch.outer(mean, mean)
+        # Constant units leave rounding errors of this size.
+        covariance = torch.where(covariance.abs() > 1e-12 * self.products.abs() / self.count, covariance, 0.0)
         return {"dimension": covariance.trace() ** 2 / covariance.square().sum()}
 
 
@@ -56,17 +57,10 @@ class ActivationDimension(MetricCallback[dict[str, Tensor]]):
 
     family = "dimension"
     baselines = ("dimension",)
-    charts = {"effective dimension and its initial value": ("dimension", "dimension_initial")}  # noqa: RUF012
+    charts: Mapping[str, tuple[str, ...]] = {"effective dimension": ("dimension", "dimension_initial")}
 
-    def __init__(
-        self,
-        probe: Probe | None = None,
-        *,
-        name: str | None = None,
-        prog_bar: str | Sequence[str] = (),
-        on_error: OnError = "warn",
-    ) -> None:
-        super().__init__(EffectiveDimension(), probe, name=name, prog_bar=prog_bar, on_error=on_error)
+    def __init__(self, probe: Probe | None = None, **options: Any) -> None:
+        super().__init__(EffectiveDimension(), probe, **options)
 
     def network_measures(self, results: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
         """Last layer relative to the first: below 1, the network compresses."""

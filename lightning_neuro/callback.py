@@ -1,7 +1,7 @@
 """The base class of all callbacks: one metric per layer sees the activations, and its results become curves.
 
 The public half of `MetricCallback` is all that a new method needs; see `examples/own_method.py`. When it evaluates is
-decided in `scheduling.py` and `session.py`.
+decided in `scheduled_callback.py` and `session.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
 from lightning_neuro.checks import ArgumentError, check_metric, describe
-from lightning_neuro.keys import Entry, Table, key_of, with_keys
+from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
+from lightning_neuro.layer_result import LayerResult
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
-from lightning_neuro.ranks import FailedOnAnotherRankError, on_any_rank
-from lightning_neuro.results import LayerResult
-from lightning_neuro.scheduling import OnError, ScheduledCallback
+from lightning_neuro.ranks import names_on_all_ranks
+from lightning_neuro.scheduled_callback import OnError, ScheduledCallback
 from lightning_neuro.session import Event
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         Undefined values (NaN, infinite) are not logged: they would stop EarlyStopping.
 
     Attributes:
-        result: Layer -> latest result, exactly as the metric returned it. Its tensors are not copied: do not change
-            them.
+        result: Layer -> result of the latest evaluation, exactly as the metric returned it; empty if the evaluation
+            failed. Its tensors are not copied: do not change them.
         scalars: Key -> latest known value.
         initial: Key -> value at the first evaluation, before training.
 
@@ -129,8 +128,11 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
         """Show one layer's activations in one batch to the layer's metric."""
         targets = batch.targets
-        if targets is not None and len(activations) != len(targets):
-            targets = targets.repeat_interleave(len(activations) // len(targets))
+        if targets is not None and len(activations) != len(targets):  # several positions of each sample
+            positions, rest = divmod(len(activations), max(1, len(targets)))
+            if rest or not positions:
+                raise ValueError(f"{len(activations)} activations do not fit the {len(targets)} labels of the batch")
+            targets = targets.repeat_interleave(positions)
         metric.update(activations, targets)
 
     def finalize(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", results: dict[str, R]) -> dict[str, R]:
@@ -214,30 +216,107 @@ class MetricCallback(ScheduledCallback, Generic[R]):
 
     def show(self, batch: ProbeBatch) -> None:
         """Take in one batch of the pass, as long as nothing has failed in this callback."""
-        if self.needs_labels and batch.targets is None:
-            raise ArgumentError(
-                f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in the"
-                f" batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
-            )
-        if self._prepared and self._broken is None:
-            try:
-                self.observe(batch)
-            except MisconfigurationException:
-                raise
-            except Exception as error:
-                # The pass goes on for the other callbacks; the ranks agree on it when it is over.
-                self._broken = error
+        if not self._prepared or self._broken is not None:
+            return
+        try:
+            if self.needs_labels and batch.targets is None:
+                raise ArgumentError(
+                    f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in"
+                    f" the batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
+                )
+            self.observe(batch)
+        except Exception as error:
+            # The pass goes on for the other callbacks; the ranks agree on the error when it is over.
+            self._broken = error
 
     def end_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, complete: bool) -> None:
-        """Compute, log and draw; where the pass was not complete there are no results."""
-        assert self.event is not None
-        self.class_names = self.probe_pass.class_names(trainer)
-        if on_any_rank(trainer, self._broken is not None):
-            self.report("the probe set", self._broken or FailedOnAnotherRankError())
-            complete = False
-        results = self._compute(trainer) if complete and self._prepared else {}
+        """Compute, log and draw; if the pass was not complete there are no results."""
+        self.class_names = self.attempt(trainer, "the class names", lambda: self.probe_pass.class_names(trainer))
+        complete = (
+            complete and self._prepared and self.attempt(trainer, "the probe set", self._check_batches) is not None
+        )
+        results = self._compute(trainer) if complete else {}
         self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
-        table = self._table(self.result)
+        table = self._table(trainer, self.result)
+        self._log(trainer, pl_module, table)
+        if self.result:
+            self.attempt(trainer, "the figures", lambda: self._log_figures(trainer))
+            self.attempt(trainer, "what is logged beside the scalars", lambda: self.log_extra(trainer, self.result))
+
+    def _check_batches(self) -> bool:
+        if self._broken is not None:
+            raise self._broken
+        return True
+
+    def _compute(self, trainer: "pl.Trainer") -> dict[str, R]:
+        """One result per layer; what fails is left out on all ranks alike, or one would wait for another forever."""
+        updated = [layer for layer, metric in self.layer_metrics.items() if metric.update_called]
+        everywhere, elsewhere = names_on_all_ranks(trainer, list(dict.fromkeys([*updated, *self._failed])))
+        for layer in elsewhere:
+            self.report(f"layer '{layer}'", RuntimeError("it was called on some ranks only"))
+        results: dict[str, R] = {}
+        for layer in everywhere:
+            result = self.attempt(trainer, f"layer '{layer}'", lambda layer=layer: self._result_of(layer))  # type: ignore[misc]
+            if result is not None:
+                results[layer] = result
+        for metric in self.layer_metrics.values():
+            # A computation that broke off leaves the states of all ranks joined, over which a reset would stumble.
+            metric.unsync(should_unsync=metric._is_synced)
+            metric.reset()
+        return results
+
+    def _result_of(self, layer: str) -> R:
+        if layer in self._failed:
+            raise self._failed[layer]
+        result: R = self.layer_metrics[layer].compute()
+        return result
+
+    def _table(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> Table:
+        """All defined values of an evaluation: of layers, their means, and of the whole network."""
+        table: Table = {}
+        for layer, result in results.items():
+            found = self.attempt(trainer, f"layer '{layer}'", lambda layer=layer, r=result: self._layer_table(layer, r))  # type: ignore[misc]
+            table |= found or {}
+        network = self.attempt(trainer, "the whole network", lambda: self._network_table(results, table))
+        return (network or {}) | table
+
+    def _layer_table(self, layer: str, result: R) -> Table:
+        memory = self._memory.get(layer)
+        table: Table = {Entry(measure, layer): value for measure, value in self.layer_measures(result, memory).items()}
+        for measure, attributes in self.attribute_measures(result, memory).items():
+            table |= {Entry(measure, layer, name): value for name, value in attributes.items()}
+        self._memory[layer] = self.remember(result, memory)
+        for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
+            # What is wrong with the samples is wrong at all layers alike: one warning says it.
+            self.warn_once(f"{kind}/{note}", f"{self.name}: {note} (First at layer '{layer}'.)")
+        return self._defined(table)
+
+    def _network_table(self, results: Mapping[str, R], layers: Table) -> Table:
+        groups: dict[Entry, list[float]] = {}
+        for entry, value in layers.items():
+            groups.setdefault(entry._replace(layer=None), []).append(value)
+        table: Table = {entry: self.over_layers(entry.measure, values) for entry, values in groups.items()}
+        for measure, found in self.network_measures(results).items():
+            if isinstance(found, Mapping):
+                table |= {Entry(measure, attribute=name): value for name, value in found.items()}
+                found = sum(found.values()) / len(found)
+            table[Entry(measure)] = found
+        return self._defined(table)
+
+    def _defined(self, table: Table) -> Table:
+        """The finite values of a table, as numbers; the others are named once."""
+        defined: Table = {}
+        for entry, given in table.items():
+            require_segments(entry)
+            value, key = float(given), key_of(self.name, entry)
+            if isfinite(value):
+                defined[entry] = value
+            else:
+                self.warn_once(key, f"{key} is {value}, so it is not logged.")
+        return defined
+
+    def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", table: Table) -> None:
+        assert self.event is not None
         if self.event.kind == "start" and self.event.step == 0:
             self.initial = with_keys(self.name, table)
             self._baselines = {
@@ -245,67 +324,12 @@ class MetricCallback(ScheduledCallback, Generic[R]):
                 for entry, value in table.items()
                 if entry.measure in self.baselines and entry.attribute is None
             }
-        layers = set(self.result)
-        start = {entry: value for entry, value in self._baselines.items() if entry.layer in layers or not entry.layer}
-        scalars = with_keys(self.name, table | (start if table else {}))
+        now = {entry.layer for entry in table}
+        initial = {entry: value for entry, value in self._baselines.items() if entry.layer in now}
+        scalars = with_keys(self.name, table | initial)
         self.scalars = self.scalars | scalars
         moment: loggers.Moment = "now" if self.event.kind in ("start", "step") else "epoch"
         loggers.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, moment=moment)
-        if self.result:
-            with self.guarded("the figures"):
-                self._log_figures(trainer)
-            self.attempt(trainer, "what is logged beside the scalars", lambda: self.log_extra(trainer, self.result))
-
-    def _compute(self, trainer: "pl.Trainer") -> dict[str, R]:
-        """One result per layer; what fails is left out on all ranks alike, or one would wait for another forever."""
-        results: dict[str, R] = {}
-        for layer, metric in self.layer_metrics.items():
-            if on_any_rank(trainer, layer in self._failed):
-                self.report(f"layer '{layer}'", self._failed.get(layer) or FailedOnAnotherRankError())
-            elif metric.update_called:
-                result = self.attempt(trainer, f"layer '{layer}'", metric.compute)
-                if result is not None:
-                    results[layer] = result
-                else:
-                    # It broke off with the states of all ranks joined, over which a reset would stumble.
-                    metric.unsync(should_unsync=metric._is_synced)
-            metric.reset()
-        return results
-
-    def _table(self, results: Mapping[str, R]) -> Table:
-        """All defined values of an evaluation, with their means over layers."""
-        table: Table = {}
-        for layer, result in results.items():
-            with self.guarded(f"layer '{layer}'"):
-                memory = self._memory.get(layer)
-                entries = {Entry(m, layer): value for m, value in self.layer_measures(result, memory).items()}
-                for measure, attributes in self.attribute_measures(result, memory).items():
-                    entries |= {Entry(measure, layer, name): value for name, value in attributes.items()}
-                table |= {entry: float(value) for entry, value in entries.items() if self._is_defined(entry, value)}
-                self._memory[layer] = self.remember(result, memory)
-            for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
-                # What is wrong with the samples is wrong at all layers alike: one warning says it.
-                self.warn_once(f"{kind}/{note}", f"{self.name}: {note} (First at layer '{layer}'.)")
-        groups: dict[Entry, list[float]] = {}
-        for entry, value in table.items():
-            groups.setdefault(entry._replace(layer=None), []).append(value)
-        means = {entry: self.over_layers(entry.measure, values) for entry, values in groups.items()}
-        with self.guarded("the whole network"):
-            network: Table = {}
-            for measure, found in self.network_measures(results).items():
-                if isinstance(found, Mapping):
-                    network |= {Entry(measure, attribute=name): value for name, value in found.items()}
-                    found = sum(found.values()) / len(found)
-                network[Entry(measure)] = found
-            means |= {entry: float(value) for entry, value in network.items() if self._is_defined(entry, value)}
-        return means | table
-
-    def _is_defined(self, entry: Entry, value: float) -> bool:
-        if not isfinite(float(value)):
-            key = key_of(self.name, entry)
-            self.warn_once(key, f"{key} is {float(value)}, so it is not logged.")
-            return False
-        return True
 
     def _log_figures(self, trainer: "pl.Trainer") -> None:
         loggers.log_figures(trainer, self.name, lambda: self.draw(self.result))
@@ -329,6 +353,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state."""
         super().load_state_dict(state_dict)
+        self.layer_metrics = {}  # made anew from what was saved
         self._saved_metrics = state_dict["metrics"]
         self._memory = state_dict["memory"]
         self._baselines = {Entry(*entry): value for *entry, value in state_dict["baselines"]}

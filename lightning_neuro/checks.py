@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_neuro.compat import MisconfigurationException
 
 ArrayLike = Tensor | npt.NDArray[Any]
 
@@ -20,8 +21,8 @@ _NAME = re.compile(r"\w[\w.-]*")
 class ArgumentError(MisconfigurationException, ValueError):
     """An argument is wrong.
 
-    The message names the argument, says what it must be and what was seen. It is both a Lightning
-    `MisconfigurationException` and a `ValueError`, so either can be caught.
+    The message names the argument, says what it must be and what was seen. It is a `ValueError` and a
+    `MisconfigurationException` of both Lightning packages, so any of them can be caught.
     """
 
 

@@ -9,16 +9,18 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+from lightning_neuro.module_state import module_state_restored
+
+_SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
 def why_off(trainer: "pl.Trainer") -> str:
     """Why the analyses cannot run under this trainer; an empty string if they can."""
     if trainer.barebones:
         return "the trainer is barebones and logs nothing"
-    strategy = type(trainer.strategy).__name__
-    if strategy in _SHARDED:
-        return f"{strategy} shards the weights, which a separate forward pass cannot gather"
+    if _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
+        name = type(trainer.strategy).__name__
+        return f"{name} shards the weights, which a separate forward pass cannot gather"
     return ""
 
 
@@ -43,32 +45,14 @@ def isolated_random_state(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode and restore each module's own training flag at the end.
+    """Put every module in evaluation mode, and put back what the modules hold at the end.
 
     The flags are set one by one: `model.eval()` could be overridden, and `model.train()` would unfreeze frozen parts.
-    Buffers that the forward pass changes in spite of evaluation mode (call counters, observers) are restored too.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    registered = [(module, dict(module._buffers)) for module, _ in flags]
-    buffers = [
-        (buffer, buffer._version, buffer.clone())
-        for _, own in registered
-        for buffer in own.values()
-        if buffer is not None and not buffer.is_inference()
-    ]
-    try:
-        for module, _ in flags:
+    with module_state_restored(model):
+        for module in model.modules():
             module.training = False
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for module, own in registered:
-            module._buffers.clear()
-            module._buffers.update(own)
-        for buffer, version, value in buffers:
-            if buffer._version != version:
-                buffer.copy_(value)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ So the number of segments says what a key is. No part of it contains "/".
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lightning_neuro.checks import ArgumentError
+
 WHOLE_NETWORK = "whole_network"
 
 
@@ -31,6 +33,17 @@ class Entry(NamedTuple):
 
 
 Table = dict[Entry, float]
+
+
+def require_segments(entry: Entry) -> None:
+    """Require that no part of a key contains "/", so that the key can be parsed.
+
+    Raises:
+        ArgumentError: For a measure or an attribute that does.
+    """
+    for part in (entry.measure, entry.attribute or ""):
+        if "/" in part:
+            raise ArgumentError(f"The names of measures and attributes must not contain '/'; got {part!r}.")
 
 
 def key_of(family: str, entry: Entry) -> str:

@@ -1,8 +1,9 @@
 """The probe set: the fixed samples a probe looks at, chosen from the user's data once, the same throughout the run."""
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -151,7 +152,9 @@ def _chosen_batches(
         order = order[: 2 * num_samples]
         found = [class_labels(target_fn(batch)) for batch in _load(loader, order.tolist())]
         known = [label for label in found if label is not None]
-        labels_in_order = torch.cat(known) if known and len(known) == len(found) else torch.zeros(len(order)).long()
+        labels_in_order = torch.cat(known) if known and len(known) == len(found) else torch.zeros(0).long()
+        if len(labels_in_order) != len(order):  # no labels, or not one per sample: two views of each, labels per token
+            labels_in_order = torch.zeros(len(order)).long()
     else:
         labels_in_order = labels[order]
     chosen = order[stratified(labels_in_order)[:num_samples]]
@@ -162,29 +165,26 @@ def _chosen_batches(
 
 def _sampled_indices(loader: DataLoader[Any]) -> Tensor:
     """The samples that the loader draws from: its whole dataset, unless its sampler covers only a part of it."""
-    sampler: Any = loader.sampler
-    # Lightning puts its distributed sampler around the user's own.
+    plain = type(loader.batch_sampler) is BatchSampler
+    sampler: Any = loader.batch_sampler.sampler if plain else loader.sampler  # type: ignore[union-attr]
+    # Lightning wraps its distributed sampler around the user's own.
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     num_samples = len(loader.dataset)  # type: ignore[arg-type]
-    if isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
-        if type(loader.batch_sampler) is not BatchSampler and not isinstance(sampler, DistributedSampler):
-            return _drawn(loader, (index for batch in loader.batch_sampler or () for index in batch), num_samples)
-        return torch.arange(num_samples)
-    return _drawn(loader, sampler, num_samples)
+    if type(sampler) in (SequentialSampler, RandomSampler) or isinstance(sampler, DistributedSampler):
+        if plain or isinstance(sampler, DistributedSampler):
+            return torch.arange(num_samples)
+        batches = _copy_of(loader.batch_sampler, loader.dataset)
+        return _distinct((index for batch in batches for index in batch), num_samples)
+    return _distinct(_copy_of(sampler, loader.dataset), num_samples)
 
 
-def _drawn(loader: DataLoader[Any], sampler: Iterable[int], num_samples: int) -> Tensor:
-    """The distinct indices that a sampler draws, leaving the user's own generator where it was."""
-    with _generator_kept(loader):
-        return torch.tensor(sorted(set(islice(sampler, num_samples))), dtype=torch.long)
+def _copy_of(sampler: Any, dataset: Any) -> Any:
+    """A sampler that can be iterated without moving the user's: its generator and whatever else it holds stay put."""
+    return copy.deepcopy(sampler, {id(dataset): dataset})
 
 
-@contextmanager
-def _generator_kept(loader: DataLoader[Any]) -> Iterator[None]:
-    state = None if loader.generator is None else loader.generator.get_state()
-    yield
-    if state is not None:
-        loader.generator.set_state(state)
+def _distinct(indices: Iterable[int], num_samples: int) -> Tensor:
+    return torch.tensor(sorted(set(islice(indices, num_samples))), dtype=torch.long)
 
 
 def stratified(labels: Tensor) -> Tensor:
@@ -214,10 +214,12 @@ def dataset_labels(dataset: Any) -> Tensor | None:
     if isinstance(dataset, TensorDataset):
         found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
     else:
-        found = getattr(dataset, "targets", getattr(dataset, "labels", None))
+        found = None
     try:
+        if not isinstance(dataset, TensorDataset):
+            found = getattr(dataset, "targets", getattr(dataset, "labels", None))
         labels = class_labels(torch.as_tensor(found))
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # a property of the user's may do anything
         return None
     return labels.cpu() if labels is not None and len(labels) == len(dataset) else None
 
@@ -255,6 +257,5 @@ def _unbatched(loader: DataLoader[Any], num_samples: int) -> Iterator[Any]:
     """The items of a loader that does no batching: each of them is a sample or a batch."""
     if isinstance(loader.dataset, IterableDataset):
         return iter(loader.dataset)
-    with _generator_kept(loader):
-        indices = list(islice(loader.sampler, num_samples))
+    indices = list(islice(_copy_of(loader.sampler, loader.dataset), num_samples))
     return (loader.dataset[index] for index in indices)

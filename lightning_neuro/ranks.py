@@ -9,28 +9,44 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.compat import MISCONFIGURATIONS
+
 T = TypeVar("T")
 
 
 class FailedOnAnotherRankError(RuntimeError):
-    """A step was abandoned on this rank because it failed on another one."""
-
-    def __init__(self) -> None:
-        super().__init__("it failed on another rank")
+    """A step was abandoned on this rank because it failed on another one; says which, and how."""
 
 
 def explain(error: Exception) -> str:
-    """An error in words: its type and message, or that it happened on another rank."""
-    return (
-        "It failed on another rank."
-        if isinstance(error, FailedOnAnotherRankError)
-        else f"{type(error).__name__}: {error}"
-    )
+    """An error in words: its type and message; what other ranks reported is passed on as it is."""
+    return str(error) if isinstance(error, FailedOnAnotherRankError) else f"{type(error).__name__}: {error}"
 
 
 def on_any_rank(trainer: "pl.Trainer", condition: bool) -> bool:
     """Whether a condition holds on at least one rank."""
     return condition if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(condition, all=False)
+
+
+def raise_on_all_ranks(trainer: "pl.Trainer", error: Exception | None) -> None:
+    """Raise on every rank if there is an error on at least one of them.
+
+    Raises:
+        Exception: The error of this rank.
+        ArgumentError: If it is only on another rank, and a wrong argument there.
+        FailedOnAnotherRankError: If it is only on another rank, and anything else.
+    """
+    if not on_any_rank(trainer, error is not None):
+        return
+    words = "" if error is None else explain(error)
+    wrong_argument = on_any_rank(trainer, isinstance(error, MISCONFIGURATIONS))
+    # Rank 0 alone can warn the user, so it must know what happened elsewhere.
+    found = gather_texts(trainer, words)
+    if error is not None:
+        raise error
+    elsewhere = "; ".join(f"on rank {rank}, {text}" for rank, text in enumerate(found) if text)
+    raise ArgumentError(elsewhere) if wrong_argument else FailedOnAnotherRankError(elsewhere)
 
 
 def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
@@ -39,17 +55,33 @@ def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
     Without this, the ranks that succeeded would wait forever in the next collective operation.
 
     Raises:
-        Exception: What `compute` raised on this rank.
-        FailedOnAnotherRankError: If it only failed on another rank.
+        Exception: As `raise_on_all_ranks`.
     """
     error: Exception | None = None
     try:
         value = compute()
     except Exception as failure:
         error = failure
-    if on_any_rank(trainer, error is not None):
-        raise error or FailedOnAnotherRankError()
+    raise_on_all_ranks(trainer, error)
     return value
+
+
+def gather_texts(trainer: "pl.Trainer", text: str) -> list[str]:
+    """A text of every rank, in the order of the ranks."""
+    if trainer.world_size == 1:
+        return [text]
+    parts = gather(trainer, torch.tensor([0, *text.encode()], dtype=torch.uint8))
+    return [bytes(part[1:].tolist()).decode() for part in parts]
+
+
+def names_on_all_ranks(trainer: "pl.Trainer", names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names that every rank has, in one order for all of them, and those that only some ranks have."""
+    if trainer.world_size == 1:
+        return list(names), []
+    lists = [text.split("\n") if text else [] for text in gather_texts(trainer, "\n".join(names))]
+    every = dict.fromkeys(name for found in lists for name in found)
+    common = [name for name in every if all(name in found for found in lists)]
+    return common, [name for name in every if name not in common]
 
 
 def over_ranks(trainer: "pl.Trainer", value: int, reduce_op: Literal["sum", "max"]) -> int:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_neuro.compat import MISCONFIGURATIONS
 from lightning_neuro.isolation import isolated_random_state, without_inference_mode
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch, ProbePass
 from lightning_neuro.ranks import agreed, explain
 
 if TYPE_CHECKING:
-    from lightning_neuro.scheduling import ScheduledCallback
+    from lightning_neuro.scheduled_callback import ScheduledCallback
 
 EventKind = Literal["start", "step", "epoch", "validate"]
 
@@ -94,7 +94,7 @@ def _evaluate_group(
     try:
         agreed(trainer, lambda: probe_pass.run(trainer, pl_module, show))
     except Exception as error:
-        wrong_argument = isinstance(error, MisconfigurationException) and event.kind in ("start", "validate")
+        wrong_argument = isinstance(error, MISCONFIGURATIONS) and event.kind in ("start", "validate")
         if wrong_argument or any(callback.on_error == "raise" for callback in group):
             raise
         names = ", ".join(callback.name for callback in group)

@@ -361,3 +361,52 @@ def test_class_names_are_those_of_the_dataset() -> None:
 @pytest.mark.parametrize("classes", [None, 10, [], {"cat": 0}, ["cat", 1], "cat", property(lambda self: 1 / 0)])
 def test_other_things_of_that_name_are_no_class_names(classes: Any) -> None:
     assert class_names_of(type("Odd", (Plain,), {"classes": classes})(numbered(4))) is None
+
+
+def test_a_sampler_with_a_generator_of_its_own_is_not_moved() -> None:
+    from torch.utils.data import WeightedRandomSampler
+
+    class OwnState(SequentialSampler):
+        def __init__(self, data: Any) -> None:
+            super().__init__(data)
+            self.passes = 0
+            self.random = np.random.RandomState(0)
+
+        def __iter__(self) -> Iterator[int]:
+            self.passes += 1
+            return iter(self.random.permutation(20).tolist())
+
+    data = numbered(40)
+    for make in (
+        lambda g: WeightedRandomSampler([1.0] * 20, 15, generator=g),
+        lambda g: SubsetRandomSampler(range(20), generator=g),
+        lambda g: BatchSampler(SubsetRandomSampler(range(20), generator=g), 4, False),
+    ):
+        generator = torch.Generator().manual_seed(3)
+        sampler = make(generator)
+        batches = isinstance(sampler, BatchSampler)
+        before = generator.get_state()
+        options = {"batch_sampler": sampler} if batches else {"sampler": sampler}
+        found = ids(load_probe_set(DataLoader(data, **options), num_samples=30))
+        assert set(found) <= set(range(20)) and len(found) > 5
+        assert torch.equal(generator.get_state(), before)
+    own = OwnState(data)
+    state = str(own.random.get_state())
+    assert sorted(ids(load_probe_set(DataLoader(data, sampler=own), num_samples=30))) == list(range(20))
+    assert own.passes == 0 and str(own.random.get_state()) == state
+
+
+def test_labels_that_are_not_one_per_sample_do_not_misalign_the_choice() -> None:
+    data = Plain(numbered(60, [0, 0, 1] * 20))
+    for target_fn in (lambda batch: batch[1].repeat(2), lambda batch: batch[1][::2]):
+        chosen = load_probe_set(data, num_samples=10, target_fn=target_fn)
+        assert chosen.num_samples == 10 and len(set(ids(chosen))) == 10
+
+
+def test_a_property_of_the_dataset_that_raises_does_no_harm() -> None:
+    class Odd(Plain):
+        @property
+        def targets(self) -> Any:
+            raise RuntimeError("not loaded yet")
+
+    assert dataset_labels(Odd(numbered(6))) is None

@@ -12,7 +12,7 @@ from lightning_neuro.communities.options import CommunityOptions
 from lightning_neuro.communities.plot import plot_communities
 from lightning_neuro.communities.result import CommunityResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.scheduling import OnError
+from lightning_neuro.scheduled_callback import OnError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

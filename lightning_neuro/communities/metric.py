@@ -32,8 +32,8 @@ from lightning_neuro.communities.unit_graph import (
     merge_moments,
     moments,
 )
+from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.ranks import gather_padded, stack_padded
-from lightning_neuro.results import ResultMetric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

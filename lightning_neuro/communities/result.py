@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_neuro.results import nonfinite_note
+from lightning_neuro.layer_result import nonfinite_note
 
 if TYPE_CHECKING:
     import networkx

@@ -15,7 +15,7 @@ from lightning_neuro.entropy.result import EntropyResult
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
-from lightning_neuro.scheduling import OnError
+from lightning_neuro.scheduled_callback import OnError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

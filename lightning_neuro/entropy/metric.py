@@ -24,8 +24,8 @@ from lightning_neuro.entropy.calibration import as_range, calibration_of, merge_
 from lightning_neuro.entropy.options import Mode
 from lightning_neuro.entropy.result import MAX_CLASSES, EntropyResult
 from lightning_neuro.entropy.state_counts import count_states, entropy_from_states, mostafa_entropy
+from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.ranks import stack_padded
-from lightning_neuro.results import ResultMetric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

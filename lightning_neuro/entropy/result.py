@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_neuro.entropy.options import Mode
-from lightning_neuro.results import nonfinite_note
+from lightning_neuro.layer_result import nonfinite_note
 
 MAX_CLASSES = 256
 

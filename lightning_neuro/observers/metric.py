@@ -10,11 +10,11 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_neuro.checks import ArrayLike, as_activations, as_labels, require
+from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.observers.attributes import as_attributes, check_names
 from lightning_neuro.observers.options import ObserverOptions, ObserverSettings
 from lightning_neuro.observers.reading import read_attributes
 from lightning_neuro.observers.result import ObserverResult
-from lightning_neuro.results import ResultMetric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_neuro.layer_result import nonfinite_note
 from lightning_neuro.observers.denotation import Denotation
-from lightning_neuro.results import nonfinite_note
 
 MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
 _NAMED = 5

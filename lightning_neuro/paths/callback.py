@@ -22,7 +22,7 @@ from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choo
 from lightning_neuro.paths.result import PathResult
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
-from lightning_neuro.scheduling import OnError
+from lightning_neuro.scheduled_callback import OnError
 
 if TYPE_CHECKING:
     import networkx as nx

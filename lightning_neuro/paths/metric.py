@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError, ArrayLike, as_activations, as_labels, check_choice, finite_rows
+from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.paths.attribution import group_sums, membership
 from lightning_neuro.paths.class_tree import tree_kinship
 from lightning_neuro.paths.options import DEFAULT_DENSITY, Ablation
 from lightning_neuro.paths.result import PathResult
 from lightning_neuro.paths.top_units import check_density, concept_paths
 from lightning_neuro.ranks import gather_padded, stack_padded
-from lightning_neuro.results import ResultMetric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_rows
+from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.refinement.layer_gradients import layer_output, samples_first, source_gradients
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.result import RefinementResult
 from lightning_neuro.refinement.sources import Sources, ledger_dtype
-from lightning_neuro.results import ResultMetric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

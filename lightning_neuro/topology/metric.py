@@ -18,7 +18,7 @@ from lightning_neuro.checks import (
     finite_rows,
     require,
 )
-from lightning_neuro.results import ResultMetric
+from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.topology.distances import Matrix, distance_matrix, pairs_of, scale_of
 from lightning_neuro.topology.drift import scaled
 from lightning_neuro.topology.gaussian_null import null_measures

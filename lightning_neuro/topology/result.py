@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_neuro.results import nonfinite_note
+from lightning_neuro.layer_result import nonfinite_note
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.persistence import Persistence
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neuro import MetricCallback, Probe
 from lightning_neuro.keys import key_of, parse_key
-from lightning_neuro.results import LayerResult
+from lightning_neuro.layer_result import LayerResult
 from tests.contract.callbacks import Make, layers_of, over_activations
 from tests.helpers import hooks_of
 from tests.models import HIDDEN, Module, fit, loader, mlp

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_neuro import MetricCallback
-from lightning_neuro.results import LayerResult
+from lightning_neuro.layer_result import LayerResult
 from tests.contract.callbacks import AT_THE_END, Make, layers_of, mean_keys
 from tests.models import MemoryLogger, fit, loader, mlp
 

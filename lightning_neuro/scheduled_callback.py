@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeVar
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neuro import loggers
 from lightning_neuro.checks import ArgumentError, check_choice, check_name, require
-from lightning_neuro.compat import Callback
+from lightning_neuro.compat import MISCONFIGURATIONS, Callback
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch, ProbePass
@@ -59,7 +58,10 @@ class ScheduledCallback(Callback):
         self.start_run()
 
     def start_run(self) -> None:
-        """Called at construction and before a fit from step 0: forget everything of an earlier run."""
+        """Called at construction and before a fit from step 0: forget everything of an earlier run.
+
+        At construction it runs inside the constructor of the base class, before a subclass has set its own attributes.
+        """
         self.scalars: dict[str, float] = {}
         self.initial: dict[str, float] = {}
         self.event: Event | None = None
@@ -106,7 +108,7 @@ class ScheduledCallback(Callback):
         Wrong arguments always raise up to the first evaluation. Later they do not end a run that began well.
         """
         begun = self.event is not None and self.event.kind in ("step", "epoch")
-        if self.on_error == "raise" or (isinstance(error, MisconfigurationException) and not begun):
+        if self.on_error == "raise" or (isinstance(error, MISCONFIGURATIONS) and not begun):
             raise error
         self.warn_once(f"{what}/error", f"{self.name}: the analysis of {what} failed and is left out. {explain(error)}")
 
@@ -225,7 +227,8 @@ class ScheduledCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state."""
         for name in self._all_run_state():
-            setattr(self, name, state_dict[name])
+            if name in state_dict:  # not in checkpoints of a version that did not have it
+                setattr(self, name, state_dict[name])
 
     def _all_run_state(self) -> list[str]:
         return [name for cls in type(self).__mro__ for name in vars(cls).get("run_state", ())]
@@ -241,8 +244,9 @@ class ScheduledCallback(Callback):
     def _log_layout(self, trainer: "pl.Trainer") -> None:
         """The last of our callbacks writes the layout for all: TensorBoard keeps one per run."""
         if self is (ours := _ours(trainer))[-1]:
-            charts = {our.name: loggers.multiline_charts(our.name, our.charts, our.layers_of) for our in ours}
-            loggers.log_layout(trainer, charts)
+            with self.guarded("the layout of the charts"):
+                charts = {our.name: loggers.multiline_charts(our.name, our.charts, our.layers_of) for our in ours}
+                loggers.log_layout(trainer, charts)
 
 
 def _ours(trainer: "pl.Trainer") -> list[ScheduledCallback]:
