@@ -5,6 +5,7 @@ decided in `scheduled_callback.py` and `session.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -256,26 +257,27 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             self.report(f"layer '{layer}'", RuntimeError("it was called on some ranks only"))
         results: dict[str, R] = {}
         for layer in everywhere:
-            result = self.attempt(trainer, f"layer '{layer}'", lambda layer=layer: self._result_of(layer))  # type: ignore[misc]
-            if result is not None:
-                results[layer] = result
+            what = f"layer '{layer}'"
+            # Agreed on beforehand, because a metric computes with the other ranks.
+            if self.attempt(trainer, what, partial(self._check_layer, layer)):
+                result = self.attempt(trainer, what, self.layer_metrics[layer].compute)
+                results |= {} if result is None else {layer: result}
         for metric in self.layer_metrics.values():
             # A computation that broke off leaves the states of all ranks joined, over which a reset would stumble.
             metric.unsync(should_unsync=metric._is_synced)
             metric.reset()
         return results
 
-    def _result_of(self, layer: str) -> R:
+    def _check_layer(self, layer: str) -> bool:
         if layer in self._failed:
             raise self._failed[layer]
-        result: R = self.layer_metrics[layer].compute()
-        return result
+        return True
 
     def _table(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> Table:
         """All defined values of an evaluation: of layers, their means, and of the whole network."""
         table: Table = {}
         for layer, result in results.items():
-            found = self.attempt(trainer, f"layer '{layer}'", lambda layer=layer, r=result: self._layer_table(layer, r))  # type: ignore[misc]
+            found = self.attempt(trainer, f"layer '{layer}'", partial(self._layer_table, layer, result))
             table |= found or {}
         network = self.attempt(trainer, "the whole network", lambda: self._network_table(results, table))
         return (network or {}) | table
