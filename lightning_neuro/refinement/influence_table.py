@@ -28,7 +28,7 @@ from lightning_neuro.refinement.training_steps import TrainBatch
 class InfluenceTable:
     """Accumulates the influence of each training sample on a few fixed inputs while the network trains.
 
-    It is a `StepObserver` of the training steps of one linear layer. Every few steps, `refresh` must be called with the
+    It is a `StepListener` of the training steps of one linear layer. Every few steps, `refresh` must be called with the
     current input h_t of the layer for the probe samples; all that is seen until the next call is scored against it.
     Before the first call nothing is scored.
 

@@ -79,7 +79,7 @@ def step_score(changes: Tensor) -> StepScore:
 class StepScores:
     """Keeps the change of the weights of a layer in each step and the samples of its batch, and scores inputs later.
 
-    It is a `StepObserver` of training steps. Memory: one copy of the weights per step, on the CPU.
+    It is a `StepListener` of training steps. Memory: one copy of the weights per step, on the CPU.
 
     Args:
         module: `nn.Linear`, `nn.Conv1d`, `Conv2d` or `Conv3d`, with its weights before training.
