@@ -125,7 +125,7 @@ class InfluenceTable:
         if isinstance(self.direction, Tensor):
             return self._sums[:-1]
         with torch.no_grad():
-            # Not by calling the module, whose hooks would report the call.
+            # Not by calling the module, whose hooks would deliver the call.
             along = directions(self._probe, self._weights(), self._initial, direction, targets)
             along = along.to(self._sums).flatten(1)
         return (self._sums[:-1].view(self.num_samples, *along.shape) * along).sum(2)

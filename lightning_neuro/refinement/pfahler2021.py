@@ -84,7 +84,7 @@ class StepScores:
     Args:
         module: `nn.Linear`, `nn.Conv1d`, `Conv2d` or `Conv3d`, with its weights before training.
         num_steps: Number of steps that will be recorded; it determines the memory.
-        layer: Name of the layer, as training steps are reported.
+        layer: Name of the layer, as `see` is given it.
         memory_limit: What the records may take: bytes, or a size such as "500MB".
 
     Raises:

@@ -3,7 +3,9 @@
 import copy
 import pickle
 import random
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+import lightning_neuro
 from lightning_neuro import RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement import Indexed, drawn_indices
@@ -506,3 +509,10 @@ def test_the_file_reads_no_other_private_name():
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_private"
     }
     assert asked == set(EVERY_NAME)
+
+
+def test_no_other_file_uses_private_names_of_the_data_loader():
+    names = {name for name in EVERY_NAME if name.startswith("_")}
+    folder = Path(lightning_neuro.__file__).parent
+    users = {path.name for path in folder.rglob("*.py") if any(re.search(rf"\b{n}\b", path.read_text()) for n in names)}
+    assert users == {"drawn_indices.py"}
