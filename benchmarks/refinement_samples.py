@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_neuro import stats
 from lightning_neuro.refinement import InfluenceTable, SampleTable, UpdateLogWriter, load_update_log
 from lightning_neuro.refinement import sample_norms as norms
-from lightning_neuro.refinement.training_steps import StepObserver, TrainBatch
+from lightning_neuro.refinement.training_steps import StepListener, TrainBatch
 
 RATE, FLIPPED, INPUTS, TOP = 0.05, 0.1, 50, 10
 
@@ -93,21 +93,21 @@ class Run:
     def fit(
         self,
         labels: Tensor,
-        observers: Callable[[dict[str, nn.Module]], Sequence[StepObserver]],
+        listeners: Callable[[dict[str, nn.Module]], Sequence[StepListener]],
         every_step: Callable[[nn.Module, int], None] = lambda net, step: None,
     ) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         """Train with hooks on all linear and convolution layers; returns the network and a checkpoint an epoch."""
         net, x = self.make(), self.train.tensors[0]
         layers = {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-        watching = observers(layers)
+        watching = listeners(layers)
         now = [TrainBatch()]
 
         def tap(name: str) -> Callable[..., None]:
             def forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
                 def backward(gradient: Tensor) -> None:
                     with torch.no_grad():
-                        for observer in watching:
-                            observer.see(name, module, inputs[0].detach(), gradient, now[0])
+                        for listener in watching:
+                            listener.see(name, module, inputs[0].detach(), gradient, now[0])
 
                 if output.requires_grad:
                     output.register_hook(backward)
@@ -125,9 +125,9 @@ class Run:
                 optimizer.zero_grad()
                 cross_entropy(net(x[ids]), labels[ids]).backward()
                 optimizer.step()
-                for observer in watching:
+                for listener in watching:
                     for name in layers:
-                        observer.commit(name, rate)
+                        listener.commit(name, rate)
                 step += 1
             checkpoints.append(copy.deepcopy(net.state_dict()))
         for handle in handles:
@@ -144,7 +144,7 @@ def mislabelled(run: Run, seed: int) -> None:
     labels = torch.where(flipped, (labels + other) % 10, labels)
     table: list[SampleTable] = []
 
-    def watch(layers: dict[str, nn.Module]) -> list[StepObserver]:
+    def watch(layers: dict[str, nn.Module]) -> list[StepListener]:
         table.append(SampleTable(list(layers), len(labels)))
         return [*table]
 
@@ -173,20 +173,20 @@ def influence(run: Run, refresh: int) -> None:
     labels, x = run.train.tensors[1], run.train.tensors[0]
     inputs, own = (tensor[:INPUTS] for tensor in run.test.tensors)
     with tempfile.TemporaryDirectory() as folder:
-        observers: list[StepObserver] = []
+        listeners: list[StepListener] = []
 
-        def watch(layers: dict[str, nn.Module]) -> list[StepObserver]:
+        def watch(layers: dict[str, nn.Module]) -> list[StepListener]:
             head = list(layers)[-1]
-            observers.append(InfluenceTable(head, layers[head], len(x)))
-            observers.append(UpdateLogWriter(Path(folder), {head: layers[head]}))
-            return observers
+            listeners.append(InfluenceTable(head, layers[head], len(x)))
+            listeners.append(UpdateLogWriter(Path(folder), {head: layers[head]}))
+            return listeners
 
         def look(net: nn.Module, step: int) -> None:
             if step % refresh == 0:
-                observers[0].refresh(features(net, inputs))
+                listeners[0].refresh(features(net, inputs))
 
         net, checkpoints = run.fit(labels, watch, look)
-        live, writer = observers
+        live, writer = listeners
         writer.close()
         live.refresh(features(net, inputs))
         size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_neuro.batches import first_tensor
 from lightning_neuro.hooks import ForwardHook
 
-MAX_CALLS = 8
+# Further calls of a module in one pass get no entry of their own.
+MAX_CALLS_AS_LAYERS = 8
 
 Transform = Callable[[str, Tensor], Tensor]
 
@@ -86,8 +87,10 @@ class Capture:
 
     def _record(self, recording: Recording, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         recording.calls[name] = call = recording.calls.get(name, 0) + 1
-        if call > MAX_CALLS:
-            recording.failures[name] = f"it ran more than {MAX_CALLS} times in one pass; the later calls are left out"
+        if call > MAX_CALLS_AS_LAYERS:
+            recording.failures[name] = (
+                f"it ran more than {MAX_CALLS_AS_LAYERS} times in one pass; the later calls are left out"
+            )
             return
         try:
             recording.outputs[name, call] = self._keep(name, first_tensor(output).detach())

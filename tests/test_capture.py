@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro.capture import MAX_CALLS, Capture, uncompiled
+from lightning_neuro.capture import MAX_CALLS_AS_LAYERS, Capture, uncompiled
 from tests.helpers import hooks_of
 from tests.models import mlp
 
@@ -102,10 +102,10 @@ def test_other_errors_of_a_transform_are_not_hidden(x: Tensor) -> None:
 def test_calls_after_the_eighth_are_left_out_and_said(x: Tensor) -> None:
     layer = nn.Identity()
     with Capture({"layer": layer}).recording() as recording:
-        for i in range(MAX_CALLS + 2):
+        for i in range(MAX_CALLS_AS_LAYERS + 2):
             layer(x + i)
-    assert recording.calls["layer"] == MAX_CALLS + 2
-    assert list(recording.activations) == [f"layer.call{i + 1}" for i in range(MAX_CALLS)]
+    assert recording.calls["layer"] == MAX_CALLS_AS_LAYERS + 2
+    assert list(recording.activations) == [f"layer.call{i + 1}" for i in range(MAX_CALLS_AS_LAYERS)]
     assert all(torch.equal(value, x + i) for i, value in enumerate(recording.activations.values()))
     assert "more than 8 times" in recording.failures["layer"]
 

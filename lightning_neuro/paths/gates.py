@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_neuro.batches import first_tensor
-from lightning_neuro.capture import MAX_CALLS, uncompiled
+from lightning_neuro.capture import MAX_CALLS_AS_LAYERS, uncompiled
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import evaluation_mode, without_inference_mode
 from lightning_neuro.layers import named_layers, resolve_layers
@@ -59,7 +59,11 @@ def modules_of_sites(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn
         MisconfigurationException: If a name is neither a layer nor a call of one.
     """
     layers = named_layers(model)
-    calls = {Site(layer, call).name(MAX_CALLS): layer for layer in layers for call in range(1, MAX_CALLS + 1)}
+    calls = {
+        Site(layer, call).name(MAX_CALLS_AS_LAYERS): layer
+        for layer in layers
+        for call in range(1, MAX_CALLS_AS_LAYERS + 1)
+    }
     return resolve_layers(model, [name if name in layers else calls.get(name, name) for name in names])
 
 
@@ -233,8 +237,10 @@ class GatedModel:
 
         def locate(site: Site, output: Tensor) -> Tensor:
             try:
-                if site.call > MAX_CALLS:
-                    raise ValueError(f"it ran more than {MAX_CALLS} times in one pass; the later calls are left out")
+                if site.call > MAX_CALLS_AS_LAYERS:
+                    raise ValueError(
+                        f"it ran more than {MAX_CALLS_AS_LAYERS} times in one pass; the later calls are left out"
+                    )
                 found[site] = unit_axes(output, num_samples, layout(output))
             except ValueError as error:
                 self.failures[site.layer] = str(error)

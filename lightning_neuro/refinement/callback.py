@@ -22,13 +22,13 @@ from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.plot import plot_refinement
 from lightning_neuro.refinement.result import Divided, RefinementExplanation, RefinementResult, with_sample_gini
 from lightning_neuro.refinement.sample_table import Arrays, SampleTable, gini
-from lightning_neuro.refinement.tracing import TracingCallback
+from lightning_neuro.refinement.training_hooks import TrainingHooksCallback
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class RepresentationRefinement(TracingCallback[Divided]):
+class RepresentationRefinement(TrainingHooksCallback[Divided]):
     r"""Logs which classes of training samples shaped a layer, exactly, while the network trains.
 
     The output of a linear or convolution layer on any input is the sum of what its initial weights give and what each
@@ -248,9 +248,9 @@ class RepresentationRefinement(TracingCallback[Divided]):
             if layer not in self.hooks.recorded:
                 self.warn_once(layer, f"{self.name}: layer '{layer}' was not called, so it is left out.")
             for inputs, outputs in self.hooks.recorded.get(layer, ()):
-                self._update_layer(layer, inputs, outputs, batch)
+                self._summarise_layer(layer, inputs, outputs, batch)
 
-    def _update_layer(self, layer: str, inputs: Tensor, outputs: Tensor, batch: ProbeBatch) -> None:
+    def _summarise_layer(self, layer: str, inputs: Tensor, outputs: Tensor, batch: ProbeBatch) -> None:
         try:
             assert self.run is not None
             rows = self.run.rows(batch.batch, batch.targets)

@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_neuro.batches import first_tensor
 from lightning_neuro.refinement.layer_gradients import Operator, parameters_of
 
-# Further calls of a module in one forward pass of the probe set (in a loop, say) are not recorded.
-MAX_CALLS = 64
+# Further calls of a module in one forward pass of the probe set (in a loop, say) are not evaluated.
+MAX_EVALUATED_CALLS = 64
 
 
 def _is_zero(gradient: Tensor | None) -> bool:
@@ -24,7 +24,7 @@ def _no_pass() -> None:
 
 
 class Receiver(Protocol):
-    """What the backward passes of the layers are reported to."""
+    """What the backward passes of the layers are delivered to."""
 
     def see(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
         """Take in one backward pass through one call of a layer."""
@@ -43,7 +43,7 @@ class GradientHooks:
         layers: Layer name -> the modules that own its weight: several if modules are tied.
 
     Attributes:
-        receiver: What backward passes are reported to.
+        receiver: What backward passes are delivered to, once `deliver_to` has named it.
         tracing: Whether the calls of the layers are followed to their backward passes.
         recorded: Layer -> (inputs, outputs) of each call in the latest forward pass, while recording is on.
     """
@@ -61,6 +61,10 @@ class GradientHooks:
             for layer, owners in layers.items()
             for module in owners
         ]
+
+    def deliver_to(self, receiver: Receiver) -> None:
+        """Deliver the backward passes to this receiver from now on, while `tracing` is on."""
+        self.receiver = receiver
 
     @property
     def recording(self) -> bool:
@@ -102,21 +106,21 @@ class GradientHooks:
                 # Autograd keeps a copy in the lower precision; the input itself may be changed in place later.
                 inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
 
-            def report(gradients: Tensor) -> None:
-                self._report(layer, module, inputs, gradients)
+            def deliver(gradients: Tensor) -> None:
+                self._deliver(layer, module, inputs, gradients)
 
-            output.register_hook(report)  # type: ignore[no-untyped-call]
+            output.register_hook(deliver)  # type: ignore[no-untyped-call]
 
     def _record_call(self, layer: str, inputs: Tensor, output: Tensor) -> None:
         if (number := self._pass_number()) != self._last_pass:
             self._last_pass = number
             self.recorded = {}
         calls = self.recorded.setdefault(layer, [])
-        if len(calls) < MAX_CALLS:
+        if len(calls) < MAX_EVALUATED_CALLS:
             # Copies, because later modules may change both in place.
             calls.append((inputs.detach().clone(), output.detach().clone()))
 
-    def _report(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
+    def _deliver(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
         if self.receiver is None:
             return
         # Only the first gradient after a forward pass can follow a reset; later ones belong to the same pass.

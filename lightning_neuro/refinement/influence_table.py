@@ -28,7 +28,7 @@ from lightning_neuro.refinement.training_steps import TrainBatch
 class InfluenceTable:
     """Accumulates the influence of each training sample on a few fixed inputs while the network trains.
 
-    It is a `StepObserver` of the training steps of one linear layer. Every few steps, `refresh` must be called with the
+    It is a `StepListener` of the training steps of one linear layer. Every few steps, `refresh` must be called with the
     current input h_t of the layer for the probe samples; all that is seen until the next call is scored against it.
     Before the first call nothing is scored.
 
@@ -125,7 +125,7 @@ class InfluenceTable:
         if isinstance(self.direction, Tensor):
             return self._sums[:-1]
         with torch.no_grad():
-            # Not by calling the module, whose hooks would report the call.
+            # Not by calling the module, whose hooks would deliver the call.
             along = directions(self._probe, self._weights(), self._initial, direction, targets)
             along = along.to(self._sums).flatten(1)
         return (self._sums[:-1].view(self.num_samples, *along.shape) * along).sum(2)

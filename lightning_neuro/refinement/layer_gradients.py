@@ -53,7 +53,7 @@ def weights_on_cpu(module: nn.Module) -> list[Tensor]:
     return [parameter.detach().to("cpu", copy=True) for parameter in parameters if parameter is not None]
 
 
-def samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+def layer_samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     """Bring the samples of the batch to the first dimension of a layer's inputs and output gradients.
 
     Linear layers may have them in the second dimension, after the time. If both dimensions have the size of the batch,

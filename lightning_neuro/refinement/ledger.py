@@ -119,8 +119,15 @@ class RefinementLedger:
 
     # While training
 
+    def is_moved_by(self, optimizer: Optimizer) -> bool:
+        """Whether a step of this optimizer changes the layer, so that the ledger must repeat it."""
+        return any(True for _ in self._moved_by(optimizer))
+
     def join(self, mean_over_ranks: Callable[[Tensor], Tensor] | None) -> None:
-        """Contribute zeros to the mean over ranks, because the ledger failed on this rank."""
+        """Contribute zeros to the mean over ranks, because the ledger failed on this rank.
+
+        Call it after each step that moves the layer (`is_moved_by`), and after no other.
+        """
         if mean_over_ranks is not None:
             self.drop()
             self._pending_rows(mean_over_ranks)
@@ -231,11 +238,14 @@ class RefinementLedger:
         other[-1] = 1
         return split, torch.where(counts.sum() > 0, shares, other)
 
-    def _mean(self, name: str, group: dict[str, Any]) -> tuple[Tensor, bool]:
+    def _mean(self, name: str, group: dict[str, Any]) -> tuple[Tensor | None, bool]:
+        """The running mean of each row, if the optimizer has one, and whether it begins with this step."""
         if group.get("momentum", 1) == 0:
-            return self._parts[name], False  # not used
+            return None, False
         first = name not in self._means
-        return self._means.setdefault(name, torch.zeros_like(self._parts[name]) if first else self._parts[name]), first
+        if first:
+            self._means[name] = torch.zeros_like(self._parts[name])
+        return self._means[name], first
 
     def _credit(self, name: str, parameter: Tensor, split: Tensor) -> None:
         """Approximate a step: credit its change of the weights in proportion to the projection of the gradients."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_rows
 from lightning_neuro.layer_result import ResultMetric
-from lightning_neuro.refinement.layer_gradients import layer_output, samples_first, source_gradients
+from lightning_neuro.refinement.layer_gradients import layer_output, layer_samples_first, source_gradients
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.result import RefinementResult
 from lightning_neuro.refinement.sources import Sources, ledger_dtype
@@ -99,7 +99,7 @@ class RefinementSummary(ResultMetric):
         labels = torch.full((len(inputs),), -1) if targets is None else as_labels(targets, len(targets))
         assert labels is not None
         labels = labels.to(inputs.device)
-        inputs, outputs = samples_first(module, inputs, outputs, len(labels))
+        inputs, outputs = layer_samples_first(module, inputs, outputs, len(labels))
         finite = finite_rows(inputs.flatten(1)) & finite_rows(outputs.flatten(1))
         self.num_nonfinite = self.num_nonfinite + (~finite).sum()
         inputs, outputs, labels = inputs[finite], outputs[finite], labels[finite]

@@ -50,7 +50,7 @@ def step_parts(
     state: dict[str, Any],
     *,
     parts: Tensor,
-    means: Tensor,
+    means: Tensor | None,
     gradients: Tensor,
     first: bool,
 ) -> None:
@@ -61,7 +61,8 @@ def step_parts(
         group: The parameter group, which holds the options of the step.
         state: The state of the parameter after the step.
         parts: (parts, *shape), changed in place; they sum to the parameter.
-        means: (parts, *shape), changed in place: the running mean of the gradients of each part.
+        means: (parts, *shape), changed in place: the running mean of the gradients of each part; None for SGD without
+            momentum.
         gradients: (parts, *shape), changed in place; they sum to the gradient that the optimizer used.
         first: Whether the optimizer had no running mean before this step.
     """
@@ -70,15 +71,17 @@ def step_parts(
     if type(optimizer) is SGD:
         _sgd(group, parts, means, gradients, first)
     else:
+        assert means is not None
         decoupled = group.get("decoupled_weight_decay", type(optimizer) is AdamW)  # torch before 2.7 has no entry
         _adam(group, state, parts, means, gradients, decoupled)
 
 
-def _sgd(group: dict[str, Any], parts: Tensor, means: Tensor, gradients: Tensor, first: bool) -> None:
+def _sgd(group: dict[str, Any], parts: Tensor, means: Tensor | None, gradients: Tensor, first: bool) -> None:
     lr, momentum = group["lr"], group["momentum"]
     if group["weight_decay"]:
         gradients.add_(parts * group["weight_decay"])
     if momentum:
+        assert means is not None
         means.mul_(momentum).add_(gradients * (1.0 if first else 1 - group["dampening"]))
         gradients = gradients + momentum * means if group["nesterov"] else means
     parts.sub_(lr * gradients)

@@ -79,12 +79,12 @@ def step_score(changes: Tensor) -> StepScore:
 class StepScores:
     """Keeps the change of the weights of a layer in each step and the samples of its batch, and scores inputs later.
 
-    It is a `StepObserver` of training steps. Memory: one copy of the weights per step, on the CPU.
+    It is a `StepListener` of training steps. Memory: one copy of the weights per step, on the CPU.
 
     Args:
         module: `nn.Linear`, `nn.Conv1d`, `Conv2d` or `Conv3d`, with its weights before training.
         num_steps: Number of steps that will be recorded; it determines the memory.
-        layer: Name of the layer, as training steps are reported.
+        layer: Name of the layer, as `see` is given it.
         memory_limit: What the records may take: bytes, or a size such as "500MB".
 
     Raises:

@@ -1,6 +1,7 @@
 """One fit: what is traced in it, from the hooks on the layers to the ledgers, tables and files that they fill."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_neuro import loggers
 from lightning_neuro.capture import uncompiled
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import evaluation_mode
+from lightning_neuro.ranks import reduced
 from lightning_neuro.refinement.attachment import Attachment
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.options import RunOptions, check_memory, parse_bytes
@@ -21,7 +23,7 @@ from lightning_neuro.refinement.result import RefinementExplanation
 from lightning_neuro.refinement.sample_tracking import SampleTracking
 from lightning_neuro.refinement.sources import Sources, check_num_sources, source_rows
 from lightning_neuro.refinement.traced_layers import require_linear
-from lightning_neuro.refinement.training_steps import StepObserver, TrainBatch, TrainingSteps
+from lightning_neuro.refinement.training_steps import StepListener, TrainBatch, TrainingSteps
 from lightning_neuro.refinement.update_log import UpdateLogWriter
 
 
@@ -107,16 +109,16 @@ class RefinementRun:
         self.tracking = self._open_tracking(trainer, attachment, layers, options, saved)
         self._log = self._open_log(trainer, layers, options, saved)
         self.step_scores = self._open_step_scores(trainer, layers, options, saved)
-        observers: list[StepObserver | None] = [self.tracking, self._log, *self.step_scores.values()]
+        listeners: list[StepListener | None] = [self.tracking, self._log, *self.step_scores.values()]
         self._steps: TrainingSteps | None = TrainingSteps(
             attachment.hooks,
             self.ledgers,
-            [observer for observer in observers if observer is not None],
+            [listener for listener in listeners if listener is not None],
             trainer.optimizers,
             report,
             elementwise=changes_elements(trainer, trainer.lightning_module),
             world_size=trainer.world_size,
-            mean_over_ranks=_mean_over(trainer) if trainer.world_size > 1 else None,
+            mean_over_ranks=partial(reduced, trainer, reduce_op="mean") if trainer.world_size > 1 else None,
         )
 
     # Opening, in the order of the constructor
@@ -221,8 +223,8 @@ class RefinementRun:
             return
         rows = self.rows(batch, targets).to(device)
         ids = None if self._ids is None else self._ids.of_batch(batch)
-        if ids is not None and targets is not None:
-            ids = ids.to(targets.device, non_blocking=True)
+        ids = None if ids is None else ids.to(device, non_blocking=True)
+        targets = None if targets is None else targets.to(device, non_blocking=True)
         self._steps.begin(TrainBatch(ids, targets), Sources(rows, self.num_sources + 1))
 
     def end_batch(self, global_step: int) -> None:
@@ -262,7 +264,7 @@ class RefinementRun:
         """Write what is to be kept, because training ended as planned. Call it on every rank."""
         # First what the ranks do together, because the disk may fail on one of them.
         if self.tracking is not None:
-            self.tracking.log_top_samples(trainer, self.name, device, class_names)
+            self.tracking.write_samples(trainer, self.name, device, class_names)
         if self._log is not None:
             self._log.close()
 
@@ -290,11 +292,3 @@ class RefinementRun:
             "step_scores": {layer: scores.state_dict() for layer, scores in self.step_scores.items()},
             "update_log": {} if self._log is None else self._log.state_dict(),
         }
-
-
-def _mean_over(trainer: "pl.Trainer") -> Callable[[Tensor], Tensor]:
-    def mean(tensor: Tensor) -> Tensor:
-        result: Tensor = trainer.strategy.reduce(tensor, reduce_op="mean")
-        return result
-
-    return mean

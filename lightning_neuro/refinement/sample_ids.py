@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_neuro.batches import BatchField, read_field, tensors_in
 from lightning_neuro.checks import ArgumentError, require
-from lightning_neuro.refinement.loader_adapter import DrawnIndices, UnknownInternalsError, training_loaders
+from lightning_neuro.refinement.drawn_indices import DrawnIndices, UnknownInternalsError, training_loaders
 
 ID_KEY = "sample_id"
 _REMEDY = (

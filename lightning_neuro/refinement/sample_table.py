@@ -31,7 +31,7 @@ _PREFIX = "refinement/"
 class SampleTable:
     """Accumulates over training how much each sample refined each layer.
 
-    It is a `StepObserver` of training steps. Until the optimizer makes its step, one number per sample is kept; nothing
+    It is a `StepListener` of training steps. Until the optimizer makes its step, one number per sample is kept; nothing
     waits for the device. Memory: 8 bytes x (layers + 2) x samples, on the device of the model.
 
     A sample is counted as visited once per micro-batch, when the first of the layers is committed. Gradients of several

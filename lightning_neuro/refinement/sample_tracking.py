@@ -1,25 +1,27 @@
 """What is tracked of single training samples in a fit: their table, their influence on a few inputs, and the files."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_neuro import loggers
+from lightning_neuro.batches import sample_dim, select_samples
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import isolated_random_state
 from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.refinement.drawn_indices import training_loaders
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.influence_table import InfluenceTable
-from lightning_neuro.refinement.loader_adapter import training_loaders
+from lightning_neuro.refinement.layer_gradients import layer_samples_first
 from lightning_neuro.refinement.options import megabytes
 from lightning_neuro.refinement.plot import plot_influence, plot_top_samples
-from lightning_neuro.refinement.sample_table import SampleTable, top_rows, write_csv
+from lightning_neuro.refinement.sample_table import Arrays, SampleTable, top_rows, write_csv
 from lightning_neuro.refinement.training_steps import TrainBatch
 
 if TYPE_CHECKING:
@@ -35,17 +37,17 @@ class TrackedInputs(NamedTuple):
 
     Attributes:
         layer_inputs: (Q, ..., in), their current input of the layer.
-        inputs: Their input of the model.
+        inputs: The input of the model of each of them.
         targets: (Q,) class labels, or None.
     """
 
     layer_inputs: Tensor | None
-    inputs: Any
+    inputs: Sequence[Any] | None
     targets: Tensor | None
 
 
 class SampleTracking:
-    """A `StepObserver` that fills the table of samples and the table of influence, and logs them.
+    """A `StepListener` that fills the table of samples and the table of influence, and logs them.
 
     Args:
         layers: Names of the layers in the table; empty: there is no table.
@@ -110,12 +112,18 @@ class SampleTracking:
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe_pass: ProbePass, hooks: GradientHooks
     ) -> "TrackedInputs":
         """The current state in the network of the first samples of the probe set."""
-        layer = "" if self.influence_table is None else self.influence_table.layer
         found = [TrackedInputs(None, None, None)]
+        if (table := self.influence_table) is None:
+            return found[0]
 
         def keep(batch: ProbeBatch) -> None:
+            layer_inputs = hooks.recorded[table.layer][0][0]
+            layer_inputs, _ = layer_samples_first(table.module, layer_inputs, layer_inputs, batch.num_samples)
+            inputs = [
+                _one_sample(batch.inputs, row, batch.num_samples) for row in range(min(NUM_INPUTS, batch.num_samples))
+            ]
             targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
-            found[0] = TrackedInputs(hooks.recorded[layer][0][0][:NUM_INPUTS], batch.inputs[:NUM_INPUTS], targets)
+            found[0] = TrackedInputs(layer_inputs[:NUM_INPUTS], inputs, targets)
 
         hooks.record(lambda: probe_pass.num_forwards)
         try:
@@ -158,38 +166,20 @@ class SampleTracking:
         )
         return {f"influence/{layer}": figure}
 
-    def log_top_samples(
+    def write_samples(
         self, trainer: "pl.Trainer", name: str, device: torch.device, class_names: Sequence[str] | None
-    ) -> Path | None:
-        """Log the samples that refined each layer most, and write the table to a file. Call it on every rank.
-
-        Returns:
-            The file, on rank 0 if the logger has a folder.
-        """
+    ) -> None:
+        """Log the samples that refined each layer most, and write the table to `samples.csv`. Call it on every rank."""
         table = self.table_over_ranks(trainer)
         folder = loggers.artefact_folder(trainer, name)
         if table is None or not trainer.is_global_zero:
-            return None
+            return
         arrays = table.arrays()
-        header = ("rank", "sample id", "class", "visits", "refinement", "fraction of the layer's total")
-        for layer in table.layers:
-            text = loggers.markdown_table(header, top_rows(arrays, layer, TOP, class_names))
-            loggers.log_text(trainer, f"{name}/top_samples/{layer}", text)
-
-        def draw() -> dict[str, "Figure"]:
-            images = _training_dataset(trainer)
-            return {
-                f"top_samples/{layer}": plot_top_samples(arrays, layer, images, count=TOP, class_names=class_names)
-                for layer in table.layers
-            }
-
         # Datasets often augment what they return.
         with isolated_random_state(device):
-            loggers.log_figures(trainer, name, draw)
-        if folder is None:
-            return None
-        write_csv(arrays, folder / "samples.csv")
-        return folder / "samples.csv"
+            _log_top_samples(trainer, name, table.layers, arrays, class_names)
+        if folder is not None:
+            write_csv(arrays, folder / "samples.csv")
 
     def state_dict(self, trainer: "pl.Trainer | None" = None) -> dict[str, Any]:
         """Both tables; with a trainer, those of all ranks, and it must be called on every rank."""
@@ -197,6 +187,36 @@ class SampleTracking:
         if trainer is not None:
             tables = {name: table.over_ranks(trainer) for name, table in tables.items()}
         return {name: table.state_dict() for name, table in tables.items()}
+
+
+def _log_top_samples(
+    trainer: "pl.Trainer", name: str, layers: Sequence[str], arrays: Arrays, class_names: Sequence[str] | None
+) -> None:
+    """Log a table and a figure of the samples that refined each layer most."""
+    header = ("rank", "sample id", "class", "visits", "refinement", "fraction of the layer's total")
+    for layer in layers:
+        text = loggers.markdown_table(header, top_rows(arrays, layer, TOP, class_names))
+        loggers.log_text(trainer, f"{name}/top_samples/{layer}", text)
+
+    def draw() -> dict[str, "Figure"]:
+        images = _training_dataset(trainer)
+        return {
+            f"top_samples/{layer}": plot_top_samples(arrays, layer, images, count=TOP, class_names=class_names)
+            for layer in layers
+        }
+
+    loggers.log_figures(trainer, name, draw)
+
+
+def _one_sample(inputs: Any, row: int, num_samples: int) -> Any:
+    """The input of one sample of a batch, which may be nested, without the dimension of the samples."""
+    one = select_samples(inputs, torch.tensor([row]), num_samples)
+
+    def squeeze(tensor: Tensor) -> Tensor:
+        dim = sample_dim(tensor, 1)
+        return tensor if dim is None else tensor.squeeze(dim)
+
+    return apply_to_collection(one, Tensor, squeeze, allow_frozen=True)
 
 
 def _training_dataset(trainer: "pl.Trainer") -> Any:

@@ -1,4 +1,4 @@
-"""From backward passes to steps: ledgers and observers see the gradients, and the optimizer step makes them count."""
+"""From backward passes to steps: ledgers and listeners see the gradients, and the optimizer step makes them count."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
-from lightning_neuro.refinement.layer_gradients import Operator, parameters_of, samples_first
+from lightning_neuro.refinement.layer_gradients import Operator, layer_samples_first, parameters_of
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.sources import Sources
 
@@ -37,7 +37,7 @@ class TrainBatch:
         return torch.where((ids >= 0) & (ids < num_samples), ids, num_samples)
 
 
-class StepObserver(Protocol):
+class StepListener(Protocol):
     """Collects something about layers while they are trained: a table of samples, a log of updates.
 
     What it sees is pending until the optimizer makes the step of the layer (`commit`) or does not (`drop`). None of
@@ -68,12 +68,12 @@ class StepObserver(Protocol):
 
 
 class TrainingSteps:
-    """Shows each backward pass to ledgers and observers, and tells them what the optimizer made of it.
+    """Shows each backward pass to ledgers and listeners, and tells them what the optimizer made of it.
 
     Args:
         hooks: Hooks on the layers.
         ledgers: Layer name -> ledger, for some of the layers.
-        observers: Are shown the backward passes of all layers.
+        listeners: Are shown the backward passes of all layers.
         optimizers: Their steps are followed from now on. What they hold of earlier training is credited to the initial
             weights.
         report: Is given the layer and the error if something fails; no error may reach the training step.
@@ -92,7 +92,7 @@ class TrainingSteps:
         self,
         hooks: GradientHooks,
         ledgers: Mapping[str, RefinementLedger],
-        observers: Sequence[StepObserver],
+        listeners: Sequence[StepListener],
         optimizers: Iterable[Optimizer],
         report: Callable[[str, Exception], None],
         *,
@@ -102,7 +102,7 @@ class TrainingSteps:
     ) -> None:
         self.hooks = hooks
         self.ledgers = dict(ledgers)
-        self.observers = list(observers)
+        self.listeners = list(listeners)
         self.report = report
         self.elementwise = elementwise
         self.world_size = world_size
@@ -116,7 +116,7 @@ class TrainingSteps:
             for ledger in self.ledgers.values():
                 ledger.start(optimizer)
         self._handles = [optimizer.register_step_post_hook(self._stepped) for optimizer in optimizers]
-        hooks.receiver = self
+        hooks.deliver_to(self)
 
     def begin(self, batch: TrainBatch | None, sources: Sources) -> None:
         """A training micro-batch is about to run."""
@@ -138,15 +138,15 @@ class TrainingSteps:
         self.end()
 
     def see(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
-        """Show one backward pass through one call of a layer to its ledger and to the observers."""
+        """Show one backward pass through one call of a layer to its ledger and to the listeners."""
         if self._batch is None or self._sources is None:
             return
         try:
-            inputs, gradients = samples_first(module, inputs, gradients, len(self._sources.rows))
+            inputs, gradients = layer_samples_first(module, inputs, gradients, len(self._sources.rows))
             if layer in self.ledgers:
                 self.ledgers[layer].see(module, inputs, gradients, self._sources)
-            for observer in self.observers:
-                observer.see(layer, module, inputs, gradients, self._batch)
+            for listener in self.listeners:
+                listener.see(layer, module, inputs, gradients, self._batch)
         except Exception as error:
             self.report(layer, error)
 
@@ -154,8 +154,8 @@ class TrainingSteps:
         """Forget what is pending of a layer, because its gradients did not reach the optimizer."""
         if layer in self.ledgers:
             self.ledgers[layer].drop()
-        for observer in self.observers:
-            observer.drop(layer)
+        for listener in self.listeners:
+            listener.drop(layer)
 
     def _require_one_optimizer(self, optimizers: Sequence[Optimizer]) -> None:
         for layer, ledger in self.ledgers.items():
@@ -188,6 +188,9 @@ class TrainingSteps:
         scale: Tensor | None = None
         for layer, ledger in self.ledgers.items():
             try:
+                # Not on the steps of other optimizers: the ranks on which this ledger works do not wait for it there.
+                if not ledger.is_moved_by(optimizer):
+                    continue
                 if layer in self.broken:
                     ledger.join(self.mean_over_ranks)
                     continue
@@ -201,9 +204,9 @@ class TrainingSteps:
         return scale
 
     def _commit(self, layer: str, rate: Tensor) -> None:
-        for observer in self.observers:
+        for listener in self.listeners:
             try:
-                observer.commit(layer, rate)
+                listener.commit(layer, rate)
             except Exception as error:
                 self.report(layer, error)
 

@@ -39,7 +39,7 @@ Rows = dict[str, Tensor]
 class UpdateLogWriter:
     """Writes the updates of linear layers to disk while they are trained.
 
-    It is a `StepObserver` of training steps. Committed updates stay on the device until they fill a shard; training
+    It is a `StepListener` of training steps. Committed updates stay on the device until they fill a shard; training
     only waits while a shard is written. If the disk is full or the limit is reached, the log ends with the last
     complete shard, a warning says so once, and training continues.
 

@@ -1,6 +1,7 @@
 """Masked passes against surgery on the weights, a loop over classes, and networks whose paths are known."""
 
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -201,10 +202,11 @@ def test_labels_of_any_whole_type_give_the_same(dtype: torch.dtype) -> None:
 
 def test_recurrent_layers_are_derived_without_cudnn_which_cannot() -> None:
     class Recurrent(nn.Module):
+        seen: ClassVar[list[bool]] = []
+
         def __init__(self) -> None:
             super().__init__()
             self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
-            self.seen: list[bool] = []
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen.append(torch.backends.cudnn.enabled)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_neuro import NeuronCommunities, Probe, RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.refinement.training_steps import TrainingSteps
 from lightning_neuro.refinement.update_log import load_update_log
 from tests.helpers import texts
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp, transformer
@@ -490,6 +491,89 @@ def test_a_resumed_run_updates_influence_as_the_uninterrupted_one(tmp_path):
     one, other = whole.influence(), resumed.influence()
     assert torch.equal(one.sample_ids, other.sample_ids)
     torch.testing.assert_close(one.scores, other.scores)
+
+
+class TimeFirst(nn.Module):
+    """A linear layer over the rows of an 8 x 8 image, with the time before the samples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(x).mean(0)
+
+
+class Nested(nn.Module):
+    """Takes images in a mapping, next to a table that is not of the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp().net
+
+    def forward(self, inputs):
+        return self.net(inputs["image"] + inputs["table"].mean())
+
+
+def time_first(samples):
+    x, y = zip(*samples, strict=True)
+    return torch.stack(x)[:, 0].transpose(0, 1), torch.stack(y)
+
+
+def nested(samples):
+    x, y = zip(*samples, strict=True)
+    return {"image": torch.stack(x), "table": torch.zeros(3, 5)}, torch.stack(y)
+
+
+@pytest.mark.parametrize(
+    ("network", "collate", "layer_inputs"),
+    [(TimeFirst, time_first, (16, 8, 8)), (Nested, nested, (16, 8)), (lambda: mlp().net, None, (16, 8))],
+)
+def test_influence_is_on_the_first_samples_of_the_probe_set_wherever_they_lie(network, collate, layer_inputs, tmp_path):
+    callback = refinement(influence_every_n_steps=1, probe=Probe(num_samples=24, source="train"))
+    drawn = {}
+
+    class Draws(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            tracking = callback.run.tracking
+            drawn.update(tracking.draw_influence(trainer, tracking.top_over_ranks(trainer), None))
+
+    train = loader(48, batch_size=24, collate_fn=collate)
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    fit(Module(network()), callback, Draws(), train=train, val=False, logger=logger)
+    tracked = callback.tracking.inputs
+    assert tuple(tracked.layer_inputs.shape) == layer_inputs
+    assert len(tracked.inputs) == 16 and len(drawn) == 1
+    assert callback.influence().scores.shape[0] == 16
+    pictures, labels = images(48).tensors
+    rows = []
+    for found, target, layer_input in zip(tracked.inputs, tracked.targets, tracked.layer_inputs, strict=True):
+        if collate is nested:
+            assert found["table"].shape == (3, 5)
+            found = found["image"]
+        wanted = pictures[:, 0] if collate is time_first else pictures
+        rows += [row for row in range(48) if torch.equal(found, wanted[row])]
+        assert int(target) == int(labels[rows[-1]])
+        if collate is time_first:
+            assert torch.equal(layer_input, found)
+    assert len(set(rows)) == 16
+
+
+def test_everything_known_of_a_batch_is_moved_to_the_device_of_the_model(monkeypatch):
+    begun = []
+    monkeypatch.setattr(TrainingSteps, "begin", lambda _, batch, sources: begun.append((batch, sources)))
+    device, callback = torch.device("meta"), refinement()
+
+    class Begins(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            callback.run.begin_batch(batch, batch[1], device)
+            callback.run.begin_batch(batch, None, device)
+
+    fit(mlp(), callback, Begins(), max_steps=1)
+    _, (labelled, sources), (unlabelled, _) = begun
+    assert labelled.ids.device == labelled.targets.device == sources.rows.device == device
+    assert unlabelled.ids.device == device and unlabelled.targets is None
 
 
 # Names and figures

@@ -1,4 +1,4 @@
-"""Hooks on layers: what they report in training and record in evaluation, and that they change nothing."""
+"""Hooks on layers: what they deliver in training and record in evaluation, and that they change nothing."""
 
 import copy
 import pickle
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_neuro.refinement.gradient_hooks import MAX_CALLS, GradientHooks
+from lightning_neuro.refinement.gradient_hooks import MAX_EVALUATED_CALLS, GradientHooks
 
 
 class Diary:
@@ -29,11 +29,12 @@ class Diary:
 def hooked(net, names=("0",)):
     diary = Diary()
     hooks = GradientHooks({name: [net.get_submodule(name)] for name in names})
-    hooks.receiver, hooks.tracing = diary, True
+    hooks.deliver_to(diary)
+    hooks.tracing = True
     return hooks, diary
 
 
-def test_reports_inputs_and_the_gradient_at_the_output_even_before_an_in_place_activation():
+def test_delivers_inputs_and_the_gradient_at_the_output_even_before_an_in_place_activation():
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True), nn.Linear(3, 1, bias=False))
     hooks, diary = hooked(net, ["0", "2"])
     inputs = torch.randn(5, 2)
@@ -128,9 +129,9 @@ def test_recording_keeps_the_latest_pass_and_copies():
     assert torch.equal(inputs, second)
     assert torch.equal(outputs, net[0](second))  # not what ReLU made of it
     assert not diary.seen
-    for _ in range(MAX_CALLS):
+    for _ in range(MAX_EVALUATED_CALLS):
         net(first)
-    assert len(hooks.recorded["0"]) == MAX_CALLS
+    assert len(hooks.recorded["0"]) == MAX_EVALUATED_CALLS
     number[0] = None
     assert not hooks.recording
     net(first).sum().backward()

@@ -121,7 +121,7 @@ def test_same_class_rate_by_hand():
 
 
 class Run:
-    """A linear classifier trained by plain SGD, batch by batch, with its factors shown to observers."""
+    """A linear classifier trained by plain SGD, batch by batch, with its factors shown to listeners."""
 
     def __init__(self, steps=40, bias=True):
         torch.manual_seed(0)
@@ -129,26 +129,26 @@ class Run:
         self.x, self.y, self.probe = randn(30, 5), torch.arange(30) % 3, randn(4, 5, seed=9)
         self.before, self.steps = self.module(self.probe).detach(), steps
 
-    def train(self, *observers, refresh=1, begin=0, steps=None):
+    def train(self, *listeners, refresh=1, begin=0, steps=None):
         generator = torch.Generator().manual_seed(5)
         orders = [torch.randperm(30, generator=generator)[:6] for _ in range(self.steps)]
         for step, ids in enumerate(orders[begin : begin + (steps or self.steps)], start=begin):
-            for observer in observers:
+            for listener in listeners:
                 if step % refresh == 0:
-                    observer.refresh(self.probe)
+                    listener.refresh(self.probe)
             outputs = self.module(self.x[ids])
             outputs.retain_grad()
             gradient = torch.autograd.grad(nn.functional.cross_entropy(outputs, self.y[ids]), outputs)[0]
             weights = torch.autograd.grad(outputs, list(self.module.parameters()), gradient)
-            for observer in observers:
-                observer.see("fc", self.module, self.x[ids], gradient, TrainBatch(ids, self.y[ids]))
-                observer.see("other", self.module, self.x[ids], gradient, TrainBatch(ids, self.y[ids]))
-                observer.commit("other", torch.tensor(5.0))
+            for listener in listeners:
+                listener.see("fc", self.module, self.x[ids], gradient, TrainBatch(ids, self.y[ids]))
+                listener.see("other", self.module, self.x[ids], gradient, TrainBatch(ids, self.y[ids]))
+                listener.commit("other", torch.tensor(5.0))
             with torch.no_grad():
                 for parameter, part in zip(self.module.parameters(), weights, strict=True):
                     parameter -= 0.1 * part
-            for observer in observers:
-                observer.commit("fc", torch.tensor(0.1, dtype=torch.float64))
+            for listener in listeners:
+                listener.commit("fc", torch.tensor(0.1, dtype=torch.float64))
         return self
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_neuro.refinement import layer_gradients as operators
 from lightning_neuro.refinement.layer_gradients import (
     layer_output,
-    samples_first,
+    layer_samples_first,
     source_gradients,
     why_unsupported,
 )
@@ -115,18 +115,18 @@ def numbered(*shape):
 def test_samples_are_found_in_each_layout():
     linear, conv = nn.Linear(3, 2), nn.Conv1d(2, 2, 1)
     x, g = numbered(4, 3), numbered(4, 2)
-    assert [part.tolist() for part in samples_first(linear, x, g, 4)] == [x.tolist(), g.tolist()]
+    assert [part.tolist() for part in layer_samples_first(linear, x, g, 4)] == [x.tolist(), g.tolist()]
     # Time first: (5, 4, 3) is 4 samples of 5 tokens.
     x, g = numbered(5, 4, 3), numbered(5, 4, 2)
-    got = samples_first(linear, x, g, 4)
+    got = layer_samples_first(linear, x, g, 4)
     assert torch.equal(got[0][1], x[:, 1])
     assert torch.equal(got[1][1], g[:, 1])
     # Batch first wins where both would do.
     x, g = numbered(4, 4, 3), numbered(4, 4, 2)
-    assert torch.equal(samples_first(linear, x, g, 4)[0], x)
+    assert torch.equal(layer_samples_first(linear, x, g, 4)[0], x)
     # One sample without a batch dimension.
-    assert samples_first(linear, numbered(3), numbered(2), 1)[0].shape == (1, 3)
-    assert samples_first(conv, numbered(2, 6), numbered(2, 6), 1)[1].shape == (1, 2, 6)
+    assert layer_samples_first(linear, numbered(3), numbered(2), 1)[0].shape == (1, 3)
+    assert layer_samples_first(conv, numbered(2, 6), numbered(2, 6), 1)[1].shape == (1, 2, 6)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_samples_are_found_in_each_layout():
 )
 def test_other_layouts_are_refused_with_their_shape(layer, shape, num):
     with pytest.raises(ValueError, match=rf"shape \({shape[0]}, .*{num} samples.*`source_fn`.*cat"):
-        samples_first(layer, numbered(*shape), layer(numbered(*shape)).detach(), num)
+        layer_samples_first(layer, numbered(*shape), layer(numbered(*shape)).detach(), num)
 
 
 # What can be traced

@@ -313,3 +313,16 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"`names`.*2 sources"):
         RefinementLedger(nn.Linear(2, 2), num_sources=2, names="abc")
     assert RefinementLedger(nn.Linear(2, 2), num_sources=2, names=["cat", "dog"]).names == ("cat", "dog", "other")
+
+
+def test_which_optimizer_moves_the_layer():
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    ledger = RefinementLedger(layer, num_sources=2)
+    mine, others = SGD(layer.parameters(), lr=0.1), SGD(other.parameters(), lr=0.1)
+    bias = SGD([layer.bias], lr=0.1)
+    assert not ledger.is_moved_by(mine)  # without a gradient its step changes nothing
+    layer(torch.ones(1, 2)).sum().backward()
+    other(torch.ones(1, 2)).sum().backward()
+    assert ledger.is_moved_by(mine) and ledger.is_moved_by(bias)
+    assert not ledger.is_moved_by(others)
+    assert ledger.step(others) is None

@@ -214,11 +214,11 @@ def test_single_sample_batches_agree_with_the_samples_own_scores_under_plain_sgd
     start = [p.detach().clone() for p in module.parameters()]
     x, y = randn(10, 4), torch.arange(10) % 3
 
-    def run(observer):
+    def run(listener):
         for i in torch.arange(30) % 10:
             logits = module(x[i : i + 1])
             gradient = torch.autograd.grad(nn.functional.cross_entropy(logits, y[i : i + 1]), logits)[0]
-            observer(i[None], gradient)
+            listener(i[None], gradient)
             with torch.no_grad():
                 module.weight -= 0.3 * gradient.T @ x[i : i + 1]
                 module.bias -= 0.3 * gradient[0]

@@ -3,7 +3,9 @@
 import copy
 import pickle
 import random
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +23,10 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+import lightning_neuro
 from lightning_neuro import RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.refinement import Indexed, loader_adapter
+from lightning_neuro.refinement import Indexed, drawn_indices
 from lightning_neuro.refinement.sample_ids import SampleIds
 from tests.models import fit, images, mlp
 
@@ -463,25 +466,25 @@ class Objects(pl.Callback):
 def test_every_private_name_exists_in_the_installed_versions():
     objects = Objects()
     fit(mlp(), objects, train=data())
-    assert set(objects.found) == set(loader_adapter.PRIVATE_NAMES)
-    for kind, names in loader_adapter.PRIVATE_NAMES.items():
+    assert set(objects.found) == set(drawn_indices.PRIVATE_NAMES)
+    for kind, names in drawn_indices.PRIVATE_NAMES.items():
         for name in names:
             assert hasattr(objects.found[kind], name), f"{type(objects.found[kind])} has no {name}"
 
 
-EVERY_NAME = [name for names in loader_adapter.PRIVATE_NAMES.values() for name in names]
+EVERY_NAME = [name for names in drawn_indices.PRIVATE_NAMES.values() for name in names]
 
 
 @pytest.mark.parametrize("name", sorted(set(EVERY_NAME)))
 def test_a_missing_private_name_is_named_with_the_versions_and_training_goes_on(name, monkeypatch):
-    original = loader_adapter._private
+    original = drawn_indices._private
 
     def without(owner, asked):
         if asked == name:
-            raise loader_adapter.UnknownInternalsError(owner, asked)
+            raise drawn_indices.UnknownInternalsError(owner, asked)
         return original(owner, asked)
 
-    monkeypatch.setattr(loader_adapter, "_private", without)
+    monkeypatch.setattr(drawn_indices, "_private", without)
     watch = Watch()
     (warning,) = warnings_of(lambda: run(watch, data()))
     assert f"`{name}`" in warning and torch.__version__ in warning and pl.__version__ in warning
@@ -489,12 +492,12 @@ def test_a_missing_private_name_is_named_with_the_versions_and_training_goes_on(
     assert len(watch.found) == 14 and set(watch.found) == {None}
 
 
-def test_the_adapter_reads_no_other_private_name():
+def test_the_file_reads_no_other_private_name():
     """Every private name in the file goes through `_private`, or is one that it replaces."""
     import ast
     import inspect
 
-    tree = ast.parse(inspect.getsource(loader_adapter))
+    tree = ast.parse(inspect.getsource(drawn_indices))
     nodes = list(ast.walk(tree))
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
     own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
@@ -506,3 +509,10 @@ def test_the_adapter_reads_no_other_private_name():
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_private"
     }
     assert asked == set(EVERY_NAME)
+
+
+def test_no_other_file_uses_private_names_of_the_data_loader():
+    names = {name for name in EVERY_NAME if name.startswith("_")}
+    folder = Path(lightning_neuro.__file__).parent
+    users = {path.name for path in folder.rglob("*.py") if any(re.search(rf"\b{n}\b", path.read_text()) for n in names)}
+    assert users == {"drawn_indices.py"}

@@ -35,13 +35,13 @@ class Broken(Diary):
         raise RuntimeError("commit")
 
 
-def followed(net, observers=(), ledgers=("0",), optimizers=None, **options):
+def followed(net, listeners=(), ledgers=("0",), optimizers=None, **options):
     layers = find_layers(net, "*")
     errors = []
     books = {name: RefinementLedger(layers[name][0], num_sources=2) for name in ledgers}
     optimizers = optimizers or [SGD(net.parameters(), lr=0.25)]
     report = lambda layer, error: errors.append((layer, str(error)))  # noqa: E731
-    steps = TrainingSteps(GradientHooks(layers), books, observers, optimizers, report, **options)
+    steps = TrainingSteps(GradientHooks(layers), books, listeners, optimizers, report, **options)
     return steps, optimizers, errors
 
 
@@ -162,6 +162,34 @@ def test_a_broken_ledger_takes_part_in_the_sum_over_ranks_with_nothing():
     assert torch.equal(steps.ledgers["0"].weights()["weight"], parts)
     assert errors == []
     steps.remove()
+
+
+def test_ranks_meet_as_often_whether_or_not_a_ledger_is_broken_on_one_of_them():
+    """With two optimizers, each moves one of the layers."""
+
+    def sizes(*broken):
+        """For each step, the number of elements of each tensor that is averaged over the ranks."""
+        net, met = two(), []
+        optimizers = [SGD(net[0].parameters(), lr=0.5), Adam(net[1].parameters(), lr=0.125)]
+        options = {"optimizers": optimizers, "mean_over_ranks": lambda tensor: met[-1].append(len(tensor)) or tensor}
+        steps, _, errors = followed(net, ledgers=("0", "1"), **options)
+        steps.broken |= dict.fromkeys(broken, RuntimeError("on this rank"))
+        for optimizer in optimizers:
+            backward(steps, net)
+            met.append([])
+            optimizer.step()
+        net.zero_grad()
+        met.append([])
+        optimizers[0].step()  # moves nothing
+        steps.remove()
+        assert errors == []
+        return met
+
+    healthy = sizes()
+    assert [len(step) for step in healthy] == [1, 1, 0]
+    assert healthy[0] != healthy[1]
+    for broken in (["0"], ["1"], ["0", "1"]):
+        assert sizes(*broken) == healthy
 
 
 def test_where_a_gradient_is_zero_it_tells_no_rate_for_the_others():

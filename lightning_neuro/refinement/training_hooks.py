@@ -19,7 +19,7 @@ from lightning_neuro.refinement.traced_layers import find_layers
 R = TypeVar("R")
 
 
-class TracingCallback(MetricCallback[R]):
+class TrainingHooksCallback(MetricCallback[R]):
     """Places the hooks before the first forward pass, opens a run at the initial weights, and follows it step by step.
 
     Attributes:

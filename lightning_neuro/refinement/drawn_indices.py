@@ -1,4 +1,4 @@
-"""Which dataset indices make up a training batch: the only file that uses private names of torch and Lightning.
+"""Which dataset indices make up a training batch: the only file that uses private names of the data loader.
 
 A `DataLoader` asks its sampler for the indices of each batch, and delivers the batches in the order in which it asked,
 whatever its workers do. Every request goes through one method of its iterators, `_BaseDataLoaderIter._next_index`.
