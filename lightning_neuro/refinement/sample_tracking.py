@@ -1,4 +1,4 @@
-"""What is tracked of single training samples in a fit: their table, their influence on a few inputs, and the files."""
+"""Tracking of single training samples in a fit: their table, their influence on a few inputs, and the files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOP = 20
-# Inputs of the influence table, each of which takes a vector per training sample.
+# Number of inputs in the influence table, which holds a vector per training sample for each of them.
 NUM_INPUTS = 16
 
 
@@ -34,8 +34,8 @@ class TrackedInputs(NamedTuple):
     """The samples whose influence is tracked; all None on a rank without samples in the probe set.
 
     Attributes:
-        layer_inputs: (Q, ..., in), their current input of the layer.
-        inputs: Their input of the model.
+        layer_inputs: (Q, ..., in), the current input of the layer for them.
+        inputs: Their model inputs.
         targets: (Q,) class labels, or None.
     """
 
@@ -84,7 +84,7 @@ class SampleTracking:
                     table.load_state_dict(saved[name])
         except ValueError as error:
             rank_zero_warn(
-                f"Per-sample tracking begins again at this step, because the saved state does not fit: {error}"
+                f"Per-sample tracking starts anew at this step, because the saved state does not fit: {error}"
             )
 
     def _tables(self) -> dict[str, Any]:
@@ -92,24 +92,24 @@ class SampleTracking:
         return {name: table for name, table in tables.items() if table is not None}
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Show a backward pass to both tables."""
+        """Pass a backward pass on to both tables."""
         for table in self._tables().values():
             table.see(layer, module, inputs, gradients, batch)
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Count what is pending in both tables."""
+        """Add the pending values of both tables."""
         for table in self._tables().values():
             table.commit(layer, rate)
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending in both tables."""
+        """Discard the pending values of both tables."""
         for table in self._tables().values():
             table.drop(layer)
 
     def find_inputs(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe_pass: ProbePass, hooks: GradientHooks
     ) -> "TrackedInputs":
-        """The current state in the network of the first samples of the probe set."""
+        """Find the current inputs of the layer for the first samples of the probe set."""
         layer = "" if self.influence_table is None else self.influence_table.layer
         found = [TrackedInputs(None, None, None)]
 
@@ -144,7 +144,7 @@ class SampleTracking:
     def draw_influence(
         self, trainer: "pl.Trainer", top: Influence | None, class_names: Sequence[str] | None
     ) -> dict[str, "Figure"]:
-        """The inputs, with the training samples that moved them most next to them."""
+        """Draw the inputs, with the training samples that moved them most next to them."""
         if top is None or self.inputs is None or self.influence_table is None:
             return {}
         layer = self.influence_table.layer
