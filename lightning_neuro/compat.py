@@ -1,4 +1,4 @@
-"""The two names under which Lightning is installed, `pytorch_lightning` and `lightning`: different class trees."""
+"""Support for both names of Lightning, `pytorch_lightning` and `lightning`, which have separate class hierarchies."""
 
 import importlib.util
 from typing import TYPE_CHECKING

@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class FailedOnAnotherRankError(RuntimeError):
-    """A step was abandoned on this rank because it failed on another one."""
+    """Raised on this rank because an operation failed on another rank."""
 
     def __init__(self) -> None:
         super().__init__("it failed on another rank")
 
 
 def explain(error: Exception) -> str:
-    """An error in words: its type and message, or that it happened on another rank."""
+    """Describe an error: its type and message, or that it happened on another rank."""
     return (
         "It failed on another rank."
         if isinstance(error, FailedOnAnotherRankError)
@@ -37,6 +37,13 @@ def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
     """Compute something on every rank, or raise on every rank if it fails on one of them.
 
     Without this, the ranks that succeeded would wait forever in the next collective operation.
+
+    Args:
+        trainer: The trainer.
+        compute: The computation.
+
+    Returns:
+        What `compute` returned on this rank.
 
     Raises:
         Exception: What `compute` raised on this rank.
@@ -66,7 +73,7 @@ def reduced(trainer: "pl.Trainer", tensor: Tensor, reduce_op: Literal["sum", "ma
 
 
 def gather(trainer: "pl.Trainer", tensor: Tensor) -> list[Tensor]:
-    """A CPU tensor of every rank, in the order of the ranks; their shapes may differ."""
+    """The tensors of all ranks on the CPU, in the order of the ranks; their shapes may differ."""
     if trainer.world_size == 1:
         return [tensor]
     device = trainer.strategy.root_device
