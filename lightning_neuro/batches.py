@@ -1,4 +1,4 @@
-"""What is in a batch: its input, its target, its number of samples, and where the samples lie in its tensors."""
+"""The contents of a batch: input, target, number of samples, and the dimension of the samples in its tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ INPUT_KEYS = ("input", "inputs", "x", "image", "images", "pixel_values", "img", 
 TARGET_KEYS = ("target", "targets", "y", "label", "labels")
 
 BatchField = str | int | Callable[[Any], Any]
-"""Where something is found in a batch: a key, an index, or a function of the batch."""
+"""A field of a batch: a key, an index, or a function of the batch."""
 
 
 def default_input(batch: Any) -> Any:
-    """The model's input in a batch: a tensor itself, the first of a sequence, or a dict's entry of a usual name.
+    """The model's input in a batch: the batch itself, its first element, or a dict entry of a usual name.
 
     Raises:
-        ArgumentError: If it cannot be told which part of the batch it is.
+        ArgumentError: If the input cannot be identified.
     """
     if isinstance(batch, Tensor):
         return batch
@@ -37,7 +37,7 @@ def default_input(batch: Any) -> Any:
 
 
 def default_target(batch: Any) -> Any:
-    """The target in a batch: the second of a sequence, or a dict's entry of a usual name; None where there is none."""
+    """The target in a batch: its second element, or a dict entry of a usual name; None if there is none."""
     if isinstance(batch, Mapping):
         return next((batch[key] for key in TARGET_KEYS if key in batch), None)
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1:
@@ -46,7 +46,7 @@ def default_target(batch: Any) -> Any:
 
 
 def class_labels(targets: Any) -> Tensor | None:
-    """Targets as (N,) int64 class labels, or None where they are something else (a regression target, a mask)."""
+    """Targets as (N,) int64 class labels; None if they are not class labels (a regression target, a mask)."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
         return None
     if targets.ndim == 2 and targets.shape[1] == 1:
@@ -58,9 +58,12 @@ def read_field(name: str, field: BatchField, batch: Any) -> Any:
     """Read a field of a batch.
 
     Args:
-        name: The argument that holds the field, for the message.
+        name: Name of the argument that holds the field, for the message.
         field: A key, an index or a function of the batch.
         batch: The batch.
+
+    Returns:
+        The value of the field.
 
     Raises:
         ArgumentError: If the function fails on the batch, or the batch has no such field.
@@ -70,14 +73,14 @@ def read_field(name: str, field: BatchField, batch: Any) -> Any:
             return field(batch)
         except Exception as error:
             raise ArgumentError(
-                f"`{name}` is a function that fails on a batch, which is {describe(batch)}:"
+                f"`{name}` must be a function that accepts a batch; it failed on {describe(batch)}:"
                 f" {type(error).__name__}: {error}."
             ) from error
     try:
         return batch[field]
     except (KeyError, IndexError, TypeError) as error:
         raise ArgumentError(
-            f"`{name}` is {field!r}, which the batch does not have: it is {describe(batch)}."
+            f"`{name}` must be a field of the batch, which is {describe(batch)}; got {field!r}."
         ) from error
 
 
@@ -94,15 +97,15 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 
 def batch_length(*values: Any) -> int | None:
-    """The number of samples in a batch, by the first tensor found in the values; None where there is none."""
+    """The number of samples in a batch, from the first tensor in the values; None if there is none."""
     return next((tensor.shape[0] for tensor in tensors_in(*values) if tensor.ndim > 0), None)
 
 
 def sample_dim(tensor: Tensor, num_samples: int) -> int | None:
-    """The dimension of a tensor along which the samples lie: 0, or 1 where the time comes first; None if neither.
+    """The dimension of a tensor along which the samples lie: 0, or 1 if the time comes first; None if neither.
 
-    Recurrent and attention layers put the time first unless told otherwise. Where both dimensions have the size of the
-    batch, the first one is taken.
+    Recurrent and attention layers put the time first by default. If both dimensions have the size of the batch, the
+    first one is returned.
     """
     return min(_fitting_dims(tensor, num_samples), default=None)
 
@@ -112,18 +115,21 @@ def _fitting_dims(tensor: Tensor, num_samples: int) -> set[int]:
 
 
 def samples_first(tensor: Tensor, num_samples: int) -> Tensor | None:
-    """The tensor with its samples in dimension 0; None where they are not found."""
+    """The tensor with its samples in dimension 0; None if they are not found."""
     dim = sample_dim(tensor, num_samples)
     return None if dim is None else tensor.transpose(0, dim)
 
 
 def select_samples(values: Any, rows: Tensor, num_samples: int) -> Any:
-    """Nested values with only some of their samples; what does not hold the samples of the batch is left as it is.
+    """Select some samples in nested values; tensors that do not hold the samples of the batch are left unchanged.
 
     Args:
         values: Tensors, or nested collections of them.
-        rows: int64, which samples.
+        rows: int64, indices of the samples.
         num_samples: Number of samples in the batch.
+
+    Returns:
+        Values of the same structure.
     """
 
     def select(tensor: Tensor) -> Tensor:
@@ -134,16 +140,19 @@ def select_samples(values: Any, rows: Tensor, num_samples: int) -> Any:
 
 
 def concatenate_samples(batches: Sequence[Any], lengths: Sequence[int]) -> Any:
-    """Nested values of several batches as those of one batch.
+    """Concatenate nested values of several batches along their samples.
 
     Args:
         batches: Values of the same structure.
         lengths: Number of samples in each.
+
+    Returns:
+        Values of the same structure, as those of one batch.
     """
     columns = zip(*(tensors_in(batch) for batch in batches), strict=True)
 
     def join(parts: Sequence[Tensor]) -> Tensor:
-        # In all batches: with as many samples as time steps, one batch alone does not tell.
+        # The dimension must fit in all batches, because a batch with as many samples as time steps is ambiguous.
         dims = [_fitting_dims(part, length) for part, length in zip(parts, lengths, strict=True)]
         common = sorted(set.intersection(*dims))
         return torch.cat(tuple(parts), common[0]) if common else parts[0]
@@ -153,7 +162,7 @@ def concatenate_samples(batches: Sequence[Any], lengths: Sequence[int]) -> Any:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first tensor in a layer's output: recurrent and attention layers return a tuple, transformers a mapping.
+    """The first tensor in a layer's output, which may be a tensor, a tuple (recurrent layers) or a mapping.
 
     Raises:
         TypeError: If there is none.

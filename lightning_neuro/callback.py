@@ -1,7 +1,7 @@
-"""The base class of all callbacks: one metric per layer sees the activations, and its results become curves.
+"""The base class of all callbacks: one metric per layer is updated with the activations, and its results are logged.
 
-The public half of `MetricCallback` is all that a new method needs; see `examples/own_method.py`. When it evaluates is
-decided in `scheduled_callback.py` and `session.py`.
+The public methods of `MetricCallback` are all that a new method needs; see `examples/own_method.py`. The schedule of
+evaluations is implemented in `scheduled_callback.py` and `session.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,28 +35,29 @@ Memory = dict[str, Any]
 class MetricCallback(ScheduledCallback, Generic[R]):
     """Logs any `torchmetrics.Metric` over activations, layer by layer, while the network trains.
 
-    Before the first step, then whenever the probe is due, the network runs over the probe set; a copy of the metric per
-    layer is updated with `metric.update(activations, targets)`, activations being (N, units), and what `compute()`
-    returns becomes curves. The type parameter `R` is what `compute()` returns.
+    Before the first step, and then on the schedule of the probe, the network runs over the probe set. One copy of the
+    metric per layer is updated with `metric.update(activations, targets)`, where the activations are (N, units), and
+    the result of `compute()` is logged. The type parameter `R` is the type of this result.
 
-    To write a method of your own, derive from this class and override the hooks below "What a method may override";
-    they are listed in the order of an evaluation.
+    To write your own method, derive from this class and override the hooks under "What a method may override", which
+    are in the order of an evaluation.
 
     Args:
         metric: The metric to copy for each layer. Its result may be a scalar (logged as the measure `value`), a mapping
             measure -> scalar, or a `LayerResult`.
-        probe: Which samples, which layers, when. Callbacks without a probe, or with equal ones, share its passes.
+        probe: Selects the samples, the layers and the schedule. Callbacks without a probe, or with equal ones, share
+            its passes.
         name: First part of every key. Default: the callback's `family`, else the metric's class name in lower case.
         prog_bar: Keys or globs of keys to show in the progress bar, such as `"communities/modularity"`.
-        on_error: What to do if an analysis fails: `"warn"` once and go on training, or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
 
     Keys:
         | key | value |
         |---|---|
         | `<name>/<measure>/<layer>` | the measure at the layer |
-        | `<name>/<measure>` | its mean over the layers at which it is defined, or a number of the whole network |
-        | `<name>/<measure>/<attribute>/<layer>` | for methods that tell attributes of the data apart |
-        | `<name>/<measure>/<attribute>/whole_network` | its mean over layers, or a number of the whole network |
+        | `<name>/<measure>` | its mean over the layers at which it is defined, or a value for the whole network |
+        | `<name>/<measure>/<attribute>/<layer>` | the measure for one attribute of the data at the layer |
+        | `<name>/<measure>/<attribute>/whole_network` | its mean over layers, or a value for the whole network |
         | `<name>/<measure>_initial/...` | for the measures in `baselines`: the value before the first step |
 
         Undefined values (NaN, infinite) are not logged: they would stop EarlyStopping.
@@ -68,7 +69,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         initial: Key -> value at the first evaluation, before training.
 
     Raises:
-        ArgumentError: For a wrong argument, at construction.
+        ArgumentError: If an argument is invalid, at construction.
 
     Example:
         >>> from torchmetrics import MeanMetric
@@ -81,13 +82,13 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     family: ClassVar[str] = ""
     """First part of the keys, unless `name` is given."""
     meanings: ClassVar[Mapping[str, str]] = {}
-    """Measure -> what it says, for the demo's table."""
+    """Measure -> its meaning, for the demo's table."""
     baselines: tuple[str, ...] = ()
     """Measures whose value before training is logged as `<measure>_initial`."""
     histogram_name: ClassVar[str] = "histogram"
-    """What the histogram of a `LayerResult` is called."""
+    """Name of the histogram of a `LayerResult`."""
     needs_labels: bool = False
-    """Whether the method cannot do without class labels."""
+    """Whether the method requires class labels."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     # What a method may override, in the order of an evaluation
 
     def start_run(self) -> None:
-        """Called at construction and before a fit from step 0: forget everything of an earlier run."""
+        """Called at construction and before a fit from step 0: reset the state of an earlier run."""
         super().start_run()
         self.result: dict[str, R] = {}
         self.layer_metrics: dict[str, Metric] = {}
@@ -119,15 +120,15 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         self._baselines: Table = {}
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Called before every pass, for what a method must know of the activations beforehand."""
+        """Called before every pass, for statistics of the activations that the method needs beforehand."""
 
     def observe(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the pass. Default: show each layer's activations to the layer's metric."""
+        """Process one batch of the pass. Default: update each layer's metric with the layer's activations."""
         for layer, activations in batch.activations.items():
             self.update_layer(layer, activations, batch)
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
-        """Show one layer's activations in one batch to the layer's metric."""
+        """Update one layer's metric with its activations in one batch."""
         targets = batch.targets
         if targets is not None and len(activations) != len(targets):  # several positions of each sample
             positions, rest = divmod(len(activations), max(1, len(targets)))
@@ -137,7 +138,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         metric.update(activations, targets)
 
     def finalize(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", results: dict[str, R]) -> dict[str, R]:
-        """Called on all ranks after the metrics have computed: for work that ranks do together; returns the results."""
+        """Called on all ranks after the metrics have computed, for collective operations; returns the results."""
         return results
 
     def layer_measures(self, result: R, memory: Memory | None) -> Mapping[str, float]:
@@ -147,33 +148,38 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         return dict(result) if isinstance(result, Mapping) else {"value": result}  # type: ignore[dict-item]
 
     def attribute_measures(self, result: R, memory: Memory | None) -> Mapping[str, Mapping[str, float]]:
-        """Measure -> attribute -> value of one layer, for methods that tell attributes of the data apart."""
+        """Measure -> attribute -> value of one layer, for methods with a value per attribute of the data."""
         return {}
 
     def network_measures(self, results: Mapping[str, R]) -> Mapping[str, float | Mapping[str, float]]:
-        """Measure -> value of the whole network, which replaces the mean over layers.
+        """Values for the whole network, which replace the means over layers.
 
-        A mapping attribute -> value is logged for each attribute, and its mean as the value of the measure.
+        Args:
+            results: Layer -> result.
+
+        Returns:
+            Measure -> value, or measure -> attribute -> value. The latter is logged for each attribute, and its mean as
+            the value of the measure.
         """
         return {}
 
     def over_layers(self, measure: str, values: Sequence[float]) -> float:
-        """One number for the whole network from a measure's values at all layers. Default: the mean."""
+        """Aggregate a measure's values at all layers to one value for the whole network. Default: the mean."""
         return sum(values) / len(values)
 
     def remember(self, result: R, memory: Memory | None) -> Memory:
-        """What to keep of one layer until the next evaluation: tensors and plain Python, for the checkpoint."""
+        """What to keep of one layer for the next evaluation, also in checkpoints: tensors and plain Python objects."""
         return {}
 
     def draw(self, results: Mapping[str, R]) -> dict[str, "Figure"]:
-        """Last part of the tag -> new figure of all layers' results. Called on rank 0 if a logger holds images."""
+        """Last part of the tag -> new figure of all layers' results. Called on rank 0 if a logger accepts images."""
         return {}
 
     def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> None:
         """Called on all ranks after the scalars are logged: for tables, embeddings or files."""
 
     def release(self) -> None:
-        """Called at the end of a run and after an exception: let go of the model, the samples and metric states."""
+        """Called at the end of a run and after an exception: release the model, the samples and metric states."""
         super().release()
         for metric in self.layer_metrics.values():
             metric.reset()
@@ -181,7 +187,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     # What a method may use
 
     def metric_at(self, layer: str, device: torch.device) -> Metric:
-        """The metric of one layer, on the device; made on first use, and given the state that was saved for it."""
+        """The metric of one layer, on the device; created on first use, with the state that was saved for it."""
         if layer not in self.layer_metrics:
             self.layer_metrics[layer] = metric = self.metric.clone()
             if layer in self._saved_metrics:
@@ -196,13 +202,13 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             self.note_failure(layer, error)
 
     def note_failure(self, layer: str, error: Exception) -> None:
-        """Leave a layer out of this evaluation; all ranks will agree on it, and it is reported once."""
+        """Leave a layer out of this evaluation, on all ranks, and report it once."""
         self._failed.setdefault(layer, error)
 
     # One evaluation, as the session calls it
 
     def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
-        """Get ready for a pass over the probe set."""
+        """Prepare for a pass over the probe set."""
         super().begin_evaluation(trainer, pl_module, event)
         self._failed = {}
         self._broken = None
@@ -213,10 +219,10 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             self.prepare(trainer, pl_module)
             return True
 
-        self._prepared = self.attempt(trainer, "what the pass needs beforehand", prepare) or False
+        self._prepared = self.attempt(trainer, "the preparation of the pass", prepare) or False
 
     def show(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the pass, as long as nothing has failed in this callback."""
+        """Process one batch of the pass, as long as nothing has failed in this callback."""
         if not self._prepared or self._broken is not None:
             return
         try:
@@ -227,11 +233,11 @@ class MetricCallback(ScheduledCallback, Generic[R]):
                 )
             self.observe(batch)
         except Exception as error:
-            # The pass goes on for the other callbacks; the ranks agree on the error when it is over.
+            # The pass continues for the other callbacks; the ranks agree on the error at its end.
             self._broken = error
 
     def end_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, complete: bool) -> None:
-        """Compute, log and draw; if the pass was not complete there are no results."""
+        """Compute, log and draw; there are no results if the pass was not complete."""
         self.class_names = self.attempt(trainer, "the class names", lambda: self.probe_pass.class_names(trainer))
         complete = (
             complete and self._prepared and self.attempt(trainer, "the probe set", self._check_batches) is not None
@@ -242,7 +248,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         self._log(trainer, pl_module, table)
         if self.result:
             self.attempt(trainer, "the figures", lambda: self._log_figures(trainer))
-            self.attempt(trainer, "what is logged beside the scalars", lambda: self.log_extra(trainer, self.result))
+            self.attempt(trainer, "the additional logs", lambda: self.log_extra(trainer, self.result))
 
     def _check_batches(self) -> bool:
         if self._broken is not None:
@@ -250,7 +256,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         return True
 
     def _compute(self, trainer: "pl.Trainer") -> dict[str, R]:
-        """One result per layer; what fails is left out on all ranks alike, or one would wait for another forever."""
+        """One result per layer; a layer that fails is left out on all ranks, because otherwise ranks would deadlock."""
         updated = [layer for layer, metric in self.layer_metrics.items() if metric.update_called]
         everywhere, elsewhere = names_on_all_ranks(trainer, list(dict.fromkeys([*updated, *self._failed])))
         for layer in elsewhere:
@@ -263,7 +269,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
                 result = self.attempt(trainer, what, self.layer_metrics[layer].compute)
                 results |= {} if result is None else {layer: result}
         for metric in self.layer_metrics.values():
-            # A computation that broke off leaves the states of all ranks joined, over which a reset would stumble.
+            # A `compute` that failed leaves the states of all ranks joined, in which a reset would raise.
             metric.unsync(should_unsync=metric._is_synced)
             metric.reset()
         return results
@@ -274,7 +280,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         return True
 
     def _table(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> Table:
-        """All defined values of an evaluation: of layers, their means, and of the whole network."""
+        """All defined values of an evaluation: of each layer, their means, and of the whole network."""
         table: Table = {}
         for layer, result in results.items():
             found = self.attempt(trainer, f"layer '{layer}'", partial(self._layer_table, layer, result))
@@ -289,7 +295,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             table |= {Entry(measure, layer, name): value for name, value in attributes.items()}
         self._memory[layer] = self.remember(result, memory)
         for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
-            # What is wrong with the samples is wrong at all layers alike: one warning says it.
+            # A problem with the samples is the same at all layers, so there is one warning for all.
             self.warn_once(f"{kind}/{note}", f"{self.name}: {note} (First at layer '{layer}'.)")
         return self._defined(table)
 
@@ -306,7 +312,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         return self._defined(table)
 
     def _defined(self, table: Table) -> Table:
-        """The finite values of a table, as numbers; the others are named once."""
+        """The finite values of a table, as floats; the others are named in a warning, once."""
         defined: Table = {}
         for entry, given in table.items():
             require_segments(entry)
@@ -346,16 +352,16 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         return [layer for layer in self._memory if key_of(self.name, Entry(measure, layer)) in self.scalars]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had never stopped."""
+        """What a resumed run needs to continue as if it had not been interrupted."""
         metrics = {layer: metric.state_dict() for layer, metric in self.layer_metrics.items()}
         saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
         baselines = [(*entry, value) for entry, value in self._baselines.items()]
         return super().state_dict() | {"metrics": saved, "memory": self._memory, "baselines": baselines}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         super().load_state_dict(state_dict)
-        self.layer_metrics = {}  # made anew from what was saved
+        self.layer_metrics = {}  # created anew, from the saved states
         self._saved_metrics = state_dict["metrics"]
         self._memory = state_dict["memory"]
         self._baselines = {Entry(*entry): value for *entry, value in state_dict["baselines"]}

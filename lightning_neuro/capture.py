@@ -1,4 +1,4 @@
-"""Activations of named layers, through hooks that leave nothing behind."""
+"""Activations of named layers, through hooks that are removed after each forward pass."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,13 +20,13 @@ Transform = Callable[[str, Tensor], Tensor]
 
 @dataclass(eq=False)
 class Recording:
-    """What one forward pass left in the layers.
+    """The outputs of layers in one forward pass.
 
     A module that was called several times in the pass (a shared ReLU, say) has an entry for each of its first eight
-    calls, `<name>.call1`, `<name>.call2`, ...: each is a place of its own in the network.
+    calls, `<name>.call1`, `<name>.call2`, ..., because each is a different place in the network.
 
     Attributes:
-        calls: Layer name -> how often it ran.
+        calls: Layer name -> number of its calls.
         failures: Layer name -> why its output could not be used.
         outputs: Layer name and number of the call -> output tensor, detached and transformed.
     """
@@ -49,10 +49,10 @@ class Capture:
 
     Args:
         layers: Module by name, as `lightning_neuro.layers.resolve_layers` returns it.
-        transform: Applied to each output inside the hook, with the layer's name, before anything is kept: a later
-            in-place operation can no longer reach the result, and nothing larger than the result is held. Default:
-            a copy of the output. A transform that raises `ValueError` or `TypeError` leaves the layer out, and the
-            reason is listed under `Recording.failures`.
+        transform: Applied to each output inside the hook, with the layer's name: a later in-place operation cannot
+            change the result, and nothing larger than the result is held. Default: a copy of the output. If the
+            transform raises `ValueError` or `TypeError`, the layer is left out, and the reason is listed in
+            `Recording.failures`.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class Capture:
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
-        """Record what runs inside the `with` block; the hooks are only on while it runs."""
+        """Record forward passes inside the `with` block; the hooks are removed at its end."""
         recording = Recording()
         handles = []
         try:
@@ -82,7 +82,7 @@ class Capture:
                 handle.remove()
 
     def not_called(self, recording: Recording) -> list[str]:
-        """Names of the layers whose hook never fired: not part of the forward pass, or compiled or scripted away."""
+        """Names of the layers whose hook never fired: they are not in the forward pass, or are compiled or scripted."""
         return [name for name in self.layers if name not in recording.calls]
 
     def _record(self, recording: Recording, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -101,7 +101,7 @@ class Capture:
         if self.transform is None:
             return tensor.clone()
         kept = self.transform(name, tensor)
-        # A view would be changed by the in-place operation that may follow, and would hold the whole output.
+        # A view would be changed by a later in-place operation, and would keep the whole output in memory.
         shared = kept.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
         return kept.clone() if shared else kept
 
@@ -109,7 +109,7 @@ class Capture:
 def uncompiled() -> AbstractContextManager[Any]:
     """Run compiled models eagerly inside the block, where every hook fires.
 
-    A hook that was not there when a graph was compiled is skipped silently when this graph runs again.
+    A hook that was added after a graph was compiled is silently skipped when this graph runs again.
     """
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager

@@ -1,4 +1,4 @@
-"""Argument checks: one exception, one sentence form, one contract for what metrics and functions accept."""
+"""Argument checks: one exception, one form of message, and the conversion of inputs of metrics and functions."""
 
 import inspect
 import re
@@ -19,9 +19,9 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 class ArgumentError(MisconfigurationException, ValueError):
-    """An argument is wrong.
+    """Raised for an invalid argument.
 
-    The message names the argument, says what it must be and what was seen. It is a `ValueError` and a
+    The message gives the name of the argument, what it must be, and what was passed. It is a `ValueError` and the
     `MisconfigurationException` of both Lightning packages, so any of them can be caught.
     """
 
@@ -30,10 +30,10 @@ def require(condition: bool, name: str, must: str, seen: object) -> None:
     """Raise an `ArgumentError` of the form "`name` must ...; got ...." unless the condition holds.
 
     Args:
-        condition: What must be true.
-        name: The argument.
+        condition: The condition that must be true.
+        name: Name of the argument.
         must: What the argument must be, such as `"be an integer >= 1"`.
-        seen: What was given, as `describe` shows it.
+        seen: What was passed; `describe` formats it for the message.
 
     Raises:
         ArgumentError: If the condition is false.
@@ -43,14 +43,14 @@ def require(condition: bool, name: str, must: str, seen: object) -> None:
 
 
 def check_int(name: str, value: Any, *, minimum: int | None = None) -> None:
-    """Require an integer, at least `minimum` where one is given."""
+    """Require an integer, at least `minimum` if one is given."""
     integer = isinstance(value, int) and not isinstance(value, bool)
     at_least = "" if minimum is None else f" >= {minimum}"
     require(integer and (minimum is None or value >= minimum), name, f"be an integer{at_least}", value)
 
 
 def check_number(name: str, value: Any, must: str, allowed: Callable[[float], bool]) -> None:
-    """Require a finite real number for which `allowed` is true; `must` says in words which numbers are allowed."""
+    """Require a finite real number for which `allowed` is true; `must` describes the allowed numbers."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
     require(bool(number and allowed(value)), name, must, value)
 
@@ -84,9 +84,9 @@ def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
 
 
 def check_name(value: Any) -> None:
-    """Require a `name` that stays a single segment of a key and cannot leave the log directory."""
+    """Require a `name` that is a single segment of a key and stays inside the log directory."""
     valid = isinstance(value, str) and _NAME.fullmatch(value) is not None
-    require(valid, "name", "consist of letters, digits, '_', '-' and '.', and start with neither '-' nor '.'", value)
+    require(valid, "name", "consist of letters, digits, '_', '-' and '.', and not start with '-' or '.'", value)
 
 
 def check_metric(metric: Any) -> None:
@@ -106,8 +106,11 @@ def as_activations(value: Any, *, num_units: int | None = None, name: str = "act
 
     Args:
         value: A tensor or NumPy array, (N, units), of any real dtype. Integers and half precision become float32.
-        num_units: Number of units that earlier batches had; None or 0 where nothing was seen yet.
-        name: The argument, for the message.
+        num_units: Number of units of earlier batches; None or 0 if there were none.
+        name: Name of the argument, for the message.
+
+    Returns:
+        (N, units), float32 or float64.
 
     Raises:
         ArgumentError: If it is not a real matrix with at least one unit, or has another number of units than before.
@@ -127,7 +130,10 @@ def as_labels(value: Any, num_samples: int, *, name: str = "targets") -> Tensor 
     Args:
         value: A tensor or NumPy array of integers, (N,). Negative labels mean "no label".
         num_samples: N.
-        name: The argument, for the message.
+        name: Name of the argument, for the message.
+
+    Returns:
+        int64 (N,), or None.
 
     Raises:
         ArgumentError: If they are not one integer per sample.
@@ -142,18 +148,18 @@ def as_labels(value: Any, num_samples: int, *, name: str = "targets") -> Tensor 
 
 
 def finite_rows(activations: Tensor) -> Tensor:
-    """Which samples can be used: bool (N,), False where any activation is NaN or infinite in float32.
+    """Which samples can be used: bool (N,), False if any activation is NaN or infinite in float32.
 
-    The one rule of the package: such samples are left out and counted (`num_nonfinite`).
+    Everywhere in the package such samples are left out and counted (`num_nonfinite`).
     """
     values = activations.float()
-    if values.sum().isfinite():  # then all of them are; only otherwise it is worth looking where
+    if values.sum().isfinite():  # then all values are finite, and the rows need not be checked
         return torch.ones(len(values), dtype=torch.bool, device=values.device)
     return values.isfinite().all(dim=1)
 
 
 def describe(value: Any) -> str:
-    """Describe a value in a few words for a message: shape and dtype of tensors, keys of mappings, else its repr."""
+    """Describe a value for a message: shape and dtype of tensors, keys of mappings, otherwise its repr or type."""
     if isinstance(value, (Tensor, np.ndarray)):
         kind = "tensor" if isinstance(value, Tensor) else "array"
         return f"a {str(value.dtype).removeprefix('torch.')} {kind} of shape {tuple(value.shape)}"

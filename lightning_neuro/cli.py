@@ -10,7 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: The command line after the program's name; None: that of this process.
+        arguments: Command-line arguments without the program's name; None: those of this process.
     """
     parser = argparse.ArgumentParser(prog="lightning-neuro", description="Interpretability as training curves.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.epochs < 1:
         parser.error(f"--epochs must be at least 1; got {options.epochs}.")
 
-    # Lightning's notices do not concern users of the demo.
+    # Lightning's notices are not relevant for users of the demo.
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)

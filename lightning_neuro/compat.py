@@ -1,6 +1,6 @@
-"""The two names under which Lightning is installed, `pytorch_lightning` and `lightning`: different class trees.
+"""Support for both names of Lightning, `pytorch_lightning` and `lightning`, which have separate class hierarchies.
 
-What this package offers to both, its callbacks and its exception, derives from the classes of both.
+The callbacks and the exception of this package derive from the classes of both.
 """
 
 from typing import TYPE_CHECKING

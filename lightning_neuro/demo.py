@@ -37,7 +37,7 @@ class DigitsNet(pl.LightningModule):
         self.fc2 = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores, (N, 10), of images, (N, 1, 8, 8)."""
+        """Logits, (N, 10), of images, (N, 1, 8, 8)."""
         maps = self.pool(self.relu2(self.conv2(self.relu1(self.conv1(images)))))
         logits: Tensor = self.fc2(self.dropout(self.relu3(self.fc1(maps.flatten(1)))))
         return logits
@@ -62,7 +62,7 @@ class DigitsNet(pl.LightningModule):
 
 
 def digits_loaders(batch_size: int = 64) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and validation batches of scikit-learn's 1,797 handwritten digits (UCI, ships with scikit-learn)."""
+    """Training and validation loaders of the 1,797 handwritten digits that ship with scikit-learn (from UCI)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -80,7 +80,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
     """Train, log to TensorBoard and print a table of the measures.
 
     Args:
-        logdir: Folder for the logs; every run gets a folder of its own in it.
+        logdir: Folder for the logs; every run gets its own folder in it.
         max_epochs: Maximum number of epochs; EarlyStopping may stop training earlier.
 
     Returns:
@@ -114,14 +114,14 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
 def _print_summary(callbacks: Sequence[MetricCallback[Any]], trainer: "pl.Trainer", logdir: str) -> None:
     accuracy_reached = float(trainer.callback_metrics["val/accuracy"])
     print(f"\nValidation accuracy {accuracy_reached:.3f} after {trainer.current_epoch} epochs.")
-    print("The measures of the last layer that each callback looks at:\n")
+    print("The measures of the last layer that each callback uses:\n")
     print(f"{'measure':<42}{'untrained':>10}{'trained':>10}  meaning")
     for callback in callbacks:
         layer = list(callback.result)[-1]
         for measure, meaning in callback.meanings.items():
             key = f"{callback.name}/{measure}/{layer}"
             print(f"{key:<42}{_number(callback.initial.get(key))}{_number(callback.scalars.get(key))}  {meaning}")
-    print(f"\nSee the curves and figures of every layer:\n\n    {_tensorboard_command()} --logdir {logdir}\n")
+    print(f"\nTo see the curves and figures of all layers:\n\n    {_tensorboard_command()} --logdir {logdir}\n")
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What all figures share: a canvas without pyplot, panels, one palette, names that fit, small images of samples."""
+"""Common parts of all figures: a canvas without pyplot, panels, a palette, short names, small images of samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,23 +18,23 @@ T = TypeVar("T")
 MAX_PANELS = 8
 THUMBNAIL_SIDE = 32
 
-# One colour, one meaning, in every figure. Blue, orange and green of Okabe and Ito are told apart by colour-blind eyes.
+# Each colour has the same meaning in every figure. Colour-blind readers can distinguish those of Okabe and Ito.
 VALUE = "#0072b2"
 """The measured value; the first of two things that are compared."""
 OTHER = "#d55e00"
 """The second of two things that are compared: another class, another concept."""
 NULL = "#999999"
-"""What chance or a control gives."""
+"""The value by chance or of a control."""
 INITIAL = "#009e73"
 """The value before training."""
 PART = "#e69f00"
-"""A second part of one quantity, beside `VALUE`."""
+"""A second part of one quantity, next to `VALUE`."""
 OUTLINE = "#cc3311"
 """Lines drawn over an image: borders of groups."""
 INK = "#222222"
 """Text, frames, and what two compared things share."""
 FAINT = "#dddddd"
-"""What belongs to neither of two compared things."""
+"""What is in neither of two compared things."""
 
 SEQUENTIAL = "Blues"
 DIVERGING = "RdBu_r"
@@ -46,7 +46,7 @@ _CLASSES = (
 
 
 def new_figure(width: float, height: float, *, dpi: int = 100) -> "Figure":
-    """A figure drawn by Agg that pyplot does not know, so there is nothing to close; sizes in inches."""
+    """A figure (Agg) that is not registered with pyplot, so it need not be closed; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def new_figure(width: float, height: float, *, dpi: int = 100) -> "Figure":
 
 
 def inch_axes(figure: "Figure") -> "Axes":
-    """One axes that covers the whole figure, in inches: one axes per panel would take several times as long to draw."""
+    """A single axes for the whole figure, in inches: one axes per panel would take several times as long to draw."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
     axes.set_axis_off()
@@ -67,8 +67,11 @@ def first_panels(results: Mapping[str, T], max_columns: int = 4) -> tuple[list[t
     """The layers that a figure shows, and the number of rows and columns of its panels.
 
     Args:
-        results: Layer name -> what is drawn of it.
-        max_columns: Panels side by side.
+        results: Layer name -> what is drawn in its panel.
+        max_columns: Maximum number of panels side by side.
+
+    Returns:
+        Pairs of layer name and value, number of rows, number of columns.
 
     Raises:
         ValueError: If there is no layer.
@@ -81,25 +84,25 @@ def first_panels(results: Mapping[str, T], max_columns: int = 4) -> tuple[list[t
 
 
 def layers_left_out(num_layers: int) -> str:
-    """The sentence that says how many layers a figure does not show; empty if it shows all."""
+    """How many layers a figure does not show, in words; empty if it shows all."""
     more = num_layers - MAX_PANELS
     return f"{more} more layer{'s' * (more > 1)} not drawn" if more > 0 else ""
 
 
 def short_name(name: str, length: int = 24) -> str:
-    """A name that fits next to a picture: long ones lose their middle, because both ends tell layers apart."""
+    """A name of limited length: long names are shortened in the middle, because both ends distinguish layers."""
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
 
 
 def class_name(label: int, class_names: Sequence[str] | None = None) -> str:
-    """What a class is called: its name where names are known, else `class 3`; `no label` for negative numbers."""
+    """The name of a class if names are known, otherwise `class 3`, say; `no label` for negative numbers."""
     if label < 0:
         return "no label"
     return class_names[label] if class_names is not None and label < len(class_names) else f"class {label}"
 
 
 def class_color(label: int) -> str:
-    """The colour of a class, the same in every figure; they repeat after ten classes."""
+    """The colour of a class, the same in every figure; colours repeat after ten classes."""
     return _CLASSES[label % len(_CLASSES)]
 
 
@@ -122,7 +125,7 @@ def thumbnails(inputs: Any) -> Tensor | None:
 
 
 def pixels(figure: "Figure") -> npt.NDArray[np.uint8]:
-    """A figure as an (H, W, 3) array of bytes."""
+    """A figure as a uint8 (H, W, 3) array."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -133,7 +136,7 @@ def pixels(figure: "Figure") -> npt.NDArray[np.uint8]:
 def free(figure: "Figure") -> None:
     """Release a figure's parts and pixels once it is written; it cannot be used afterwards.
 
-    Figures are full of reference cycles: dozens of them would wait for the garbage collector, pixels and all.
+    Figures are full of reference cycles, so dozens of them would stay in memory until the next garbage collection.
     """
     # Not `clear`, which creates new axes that refer to each other.
     for part in figure.findobj():

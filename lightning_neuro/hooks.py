@@ -1,4 +1,4 @@
-"""Forward hooks that can be pickled and copied with the model they are on."""
+"""Forward hooks that can be pickled and copied together with their model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ class ForwardHook:
     copy of the hook would record what the copied model computes.
 
     Args:
-        call: Is given the module, its inputs and its output; None: do nothing.
+        call: Called with the module, its inputs and its output; None: do nothing.
     """
 
     def __init__(self, call: HookFunction | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Which sample is which: a hash of its content, an order that does not depend on arrival, its number in its group.
+"""Identity of samples: a hash of the content, an order that does not depend on arrival, the number within a group.
 
-Samples arrive in another order on every rank and in every sharding. What is chosen from them (a subsample, a fold, a
-half) must not depend on that order, so it is chosen by content.
+Samples arrive in a different order on every rank and in every sharding. A choice among them (a subsample, a fold, a
+half) must not depend on this order, so it is made by content.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ _SEED = 20_210_604
 
 
 def content_hash(rows: Tensor) -> Tensor:
-    """A pseudo-random number for each row that depends on the row's content alone.
+    """A pseudo-random number for each row that depends only on the row's content.
 
-    Multilinear hashing modulo 2^64 with random odd factors, then a bit mixer. Floating values are compared in float32
-    (-0 equals 0). Zeros at the end of a row do not count, so texts may be padded to any length.
+    Multilinear hashing modulo 2^64 with random odd factors, then a bit mixer. Floating-point values are compared in
+    float32 (-0 equals 0). Zeros at the end of a row are ignored, so texts may be padded to any length.
 
     Args:
         rows: (N, ...) of any dtype.
@@ -44,7 +44,7 @@ def content_hash(rows: Tensor) -> Tensor:
 
 
 def sample_hashes(inputs: Any, num_samples: int) -> Tensor | None:
-    """A hash of each sample's part of a model's inputs, in whatever the tensors are nested.
+    """A hash of each sample's part of a model's inputs.
 
     Args:
         inputs: Tensors, or nested collections of them, with the samples in dimension 0 (or 1, after the time).
@@ -57,12 +57,12 @@ def sample_hashes(inputs: Any, num_samples: int) -> Tensor | None:
     hashes = [content_hash(part).cpu() for part in rows if part is not None]
     if not hashes:
         return None
-    # All tensors together: the mask of a text alone would be the same for all texts of one length.
+    # All tensors are used, because the mask of a text alone would be the same for all texts of one length.
     return hashes[0] if len(hashes) == 1 else content_hash(torch.stack(hashes, dim=1))
 
 
 def canonical_order(*keys: Tensor) -> Tensor:
-    """The order that sorts samples by the keys, the most important first, whatever the order they came in.
+    """The order that sorts samples by the keys, the most important first.
 
     Args:
         keys: (N,) each; ties in all keys keep their order.

@@ -1,4 +1,4 @@
-"""Run a model in the middle of training and leave it, and the run, exactly as they were."""
+"""Run a model in the middle of training without changing the model or the run."""
 
 import random
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ def why_off(trainer: "pl.Trainer") -> str:
 
 @contextmanager
 def isolated_random_state(device: torch.device | None = None) -> Iterator[None]:
-    """Restore the states of Python's, NumPy's and torch's global generators at the end, after an error too.
+    """Restore the states of Python's, NumPy's and torch's global generators at the end, also after an error.
 
     Lightning's `isolate_rng` does not restore them after an error.
 
     Args:
-        device: Whose generator to restore beside that of the CPU.
+        device: A device whose generator is restored in addition to that of the CPU.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that users draw from
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the generator that users use
     devices = [device] if device is not None and device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -45,9 +45,10 @@ def isolated_random_state(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and put back what the modules hold at the end.
+    """Put every module in evaluation mode, and restore the state of all modules at the end.
 
-    The flags are set one by one: `model.eval()` could be overridden, and `model.train()` would unfreeze frozen parts.
+    The flags are set one by one, because `model.eval()` could be overridden, and `model.train()` would unfreeze frozen
+    parts.
     """
     with module_state_restored(model):
         for module in model.modules():
@@ -57,19 +58,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_inference_mode() -> Iterator[None]:
-    """No gradients, yet ordinary tensors: those made under inference mode could never be used again in training."""
+    """Disable gradients but not with inference mode, whose tensors cannot be used in training afterwards."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 @contextmanager
 def undisturbed(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast, the trainer in its validation stage; all put back at the end.
+    """Evaluation mode, no gradients, no autocast, the trainer in its validation stage; all restored at the end.
 
-    The stage matters to `on_after_batch_transfer` hooks, which often augment while `trainer.training`.
+    The stage matters for `on_after_batch_transfer` hooks, which often augment if `trainer.training` is true.
     """
     plugin = trainer.precision_plugin
-    # Autocast is the one precision context left out: statistics of half-precision activations are noise.
+    # Autocast is the only precision context left out, because statistics of half-precision activations are too noisy.
     mixed = hasattr(plugin, "autocast_context_manager")
     stage = trainer.state.stage
     with ExitStack() as stack:

@@ -1,13 +1,13 @@
-"""The keys under which values are logged, and the table of values that they are made from.
+"""The keys under which values are logged, and the entries of the table from which they are made.
 
-| key | what it is |
+| key | value |
 |---|---|
-| `<family>/<measure>` | of the whole network: a number of its own, or the mean over layers |
-| `<family>/<measure>/<layer>` | of a layer (of attributes: their mean at the layer) |
-| `<family>/<measure>/<attribute>/<layer>` | of an attribute at a layer |
-| `<family>/<measure>/<attribute>/whole_network` | of an attribute, likewise |
+| `<family>/<measure>` | for the whole network: computed for it, or the mean over layers |
+| `<family>/<measure>/<layer>` | for a layer (with attributes: their mean at the layer) |
+| `<family>/<measure>/<attribute>/<layer>` | for an attribute at a layer |
+| `<family>/<measure>/<attribute>/whole_network` | for an attribute: for the whole network, or the mean over layers |
 
-So the number of segments says what a key is. No part of it contains "/".
+So the number of segments determines the kind of key. No segment contains "/".
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ WHOLE_NETWORK = "whole_network"
 
 
 class Entry(NamedTuple):
-    """What a value in the table is of; without a layer it is of the whole network, or the mean over layers.
+    """What a value in the table belongs to; without a layer, to the whole network.
 
     Attributes:
-        measure: What was measured.
-        layer: At which layer.
-        attribute: Of which attribute of the data.
+        measure: Name of the measure.
+        layer: Name of the layer, or None.
+        attribute: Name of the attribute of the data, or None.
     """
 
     measure: str
@@ -47,7 +47,7 @@ def require_segments(entry: Entry) -> None:
 
 
 def key_of(family: str, entry: Entry) -> str:
-    """The key of a table's entry.
+    """The key of an entry in the table.
 
     Example:
         >>> key_of("observers", Entry("auroc", attribute="mark"))

@@ -1,4 +1,4 @@
-"""What the metrics of this package share: `compute()` returns a frozen result that lists its scalars by name."""
+"""Common parts of all metrics: `compute()` returns a frozen result with named scalars."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 @runtime_checkable
 class LayerResult(Protocol):
-    """What a metric of this package returns for one layer."""
+    """The result of a metric of this package for one layer."""
 
     def scalars(self) -> Mapping[str, float]:
         """Measure -> value, undefined ones left out."""
@@ -26,8 +26,11 @@ def nonfinite_note(num_nonfinite: int, num_samples: int) -> str:
     """The note on samples that were left out.
 
     Args:
-        num_nonfinite: Samples left out.
-        num_samples: Samples used.
+        num_nonfinite: Number of samples left out.
+        num_samples: Number of samples used.
+
+    Returns:
+        A sentence.
     """
     total = num_samples + num_nonfinite
     return f"{num_nonfinite} of {total} samples are left out, because they have NaN or infinite activations."
@@ -36,9 +39,8 @@ def nonfinite_note(num_nonfinite: int, num_samples: int) -> str:
 class ResultMetric(Metric):
     """A metric whose `compute()` returns a frozen dataclass.
 
-    torchmetrics looks for tensors inside whatever a metric returns, to clone them and to move them between devices, and
-    cannot do so in a frozen dataclass. So the result passes through torchmetrics in an object that it does not look
-    into.
+    torchmetrics searches the result of a metric for tensors, to clone them and to move them between devices, and cannot
+    do so in a frozen dataclass. So the result passes through torchmetrics inside an object that it does not search.
     """
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +59,7 @@ class ResultMetric(Metric):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return the result of this batch alone."""
         result = super().forward(*args, **kwargs)
-        self._forward_cache = None  # `.to(device)` would look into it
+        self._forward_cache = None  # `.to(device)` would search it for tensors
         return result
 
 

@@ -1,4 +1,4 @@
-"""Which layers to look at: from names and globs to modules, and the default where none are named."""
+"""Selection of layers: from names and globs to modules, and the default layers."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,33 +20,32 @@ LINEAR_OR_CONV: tuple[type[nn.Module], ...] = (nn.Linear, _conv._ConvNd)
 
 
 def clean_name(name: str) -> str:
-    """A module's name as the user knows it: without the wrapper that `torch.compile` puts around a module."""
+    """A module's name without the wrapper that `torch.compile` puts around a module."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model by their clean name; a compiled module stands under the name of the module it wraps."""
+    """All modules of a model by their clean name; a compiled module has the name of the module it wraps."""
     return {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
 
 
 def resolve_layers(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """Find the modules that names or globs stand for.
+    """Find the modules that match names or globs.
 
-    A pattern that is the full name of a module stands for this module alone. Any other pattern is compared, segment by
-    segment, with the end of each name, so that `conv*` finds `backbone.conv1` but not `backbone.conv1.bias_net`.
+    A pattern that is the full name of a module matches only this module. Any other pattern is compared, segment by
+    segment, with the end of each name, so that `conv*` matches `backbone.conv1` but not `backbone.conv1.bias_net`.
 
     Args:
         model: The model whose submodules are searched.
-        patterns: A name or glob, or several; None for the default: the outputs of activation modules, or where the
-            model has none, of linear and convolution layers without the last one (the logits); of more than eight,
-            eight evenly spread over the depth.
+        patterns: A name or glob, or several; None for the default: the activation modules or, if the model has none,
+            the linear and convolution layers without the last one (the logits). If these are more than eight, eight of
+            them are used, evenly spread over the depth.
 
     Returns:
         Module by name, in the model's own order.
 
     Raises:
-        ArgumentError: If a pattern matches nothing (the nearest names are listed) or the model has no
-            layer to look at by default.
+        ArgumentError: If a pattern matches nothing (the nearest names are listed) or the model has no default layers.
 
     Example:
         >>> from torch import nn
@@ -85,7 +84,7 @@ def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
 def _default_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     found = {name: module for name, module in layers.items() if isinstance(module, ACTIVATIONS)}
     if not found:
-        # An attention module uses the weights of its projection without ever calling it, so no hook fires there.
+        # An attention module uses the weights of its projection without calling it, so no hook fires.
         found = {
             name: module
             for name, module in layers.items()
@@ -95,8 +94,8 @@ def _default_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         found = dict(list(found.items())[:-1])
     if not found:
         raise ArgumentError(
-            "The model has neither activation modules nor two linear or convolution layers to look at by default."
-            f" Name the layers with `layers=[...]`; the model has: {', '.join(list(layers)[:20]) or 'no modules'}."
+            "The model has neither activation modules nor two linear or convolution layers, so there are no default"
+            f" layers. Pass `layers=[...]`; the model has: {', '.join(list(layers)[:20]) or 'no modules'}."
         )
     names = list(found)
     if len(names) > DEFAULT_MAX_LAYERS:

@@ -1,4 +1,4 @@
-"""The one door to Lightning's loggers: scalars to all of them, figures and text to those that can hold them, files."""
+"""All access to Lightning's loggers: scalars for all of them, figures and text for those that accept them, files."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -36,9 +36,9 @@ def log_scalars(
         pl_module: Its module; called inside one of its hooks that allow logging.
         scalars: Key -> value; the same on every rank.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        moment: When the loggers get them: `"epoch"`: with the values of the epoch that Lightning is about to write;
-            `"now"`: directly, because between epochs Lightning would hold them back until its next logging step;
-            `"never"`: they have them already.
+        moment: When the loggers receive them: `"epoch"`: with the values of the epoch that Lightning is about to write;
+            `"now"`: immediately, because between epochs Lightning would delay them until its next logging step;
+            `"never"`: not at all, because they already have them.
     """
     if not scalars or trainer.barebones:
         return
@@ -57,10 +57,10 @@ def log_scalars(
             add_dataloader_idx=False,
         )
     if moment != "epoch":
-        # Reading them is what makes Lightning remember them for EarlyStopping and ModelCheckpoint ...
+        # Reading these properties makes Lightning store the values for EarlyStopping and ModelCheckpoint ...
         trainer.callback_metrics, trainer.progress_bar_metrics  # noqa: B018
         if not after_step and trainer._results is not None:
-            # ... and if it kept them as an epoch's, it would put them over newer ones when the first epoch ends.
+            # ... and if they were stored as an epoch's, they would overwrite newer ones at the end of the first epoch.
             for key in scalars:
                 trainer._results.pop(f"{pl_module._current_fx_name}.{key}", None)
     if moment == "now":
@@ -70,7 +70,7 @@ def log_scalars(
 
 
 def unmatched(patterns: Iterable[str], keys: Collection[str]) -> dict[str, str]:
-    """The patterns that match no key, each with the keys nearest to it in one string; none where there are no keys."""
+    """The patterns that match no key, each with a string of the nearest keys; empty if there are no keys."""
     missing = [pattern for pattern in patterns if keys and not any(fnmatchcase(key, pattern) for key in keys)]
     return {
         pattern: ", ".join(get_close_matches(pattern, keys, n=5, cutoff=0.3) or list(keys)[:5]) for pattern in missing
@@ -78,14 +78,14 @@ def unmatched(patterns: Iterable[str], keys: Collection[str]) -> dict[str, str]:
 
 
 def logging_step(trainer: "pl.Trainer") -> int:
-    """The step under which Lightning itself writes at this moment, so that all curves share their x axis."""
+    """The step under which Lightning itself writes at this moment, so that all curves have the same x axis."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    # Lightning writes what is logged there after the hook, and for this one moment counts one step less.
+    # Lightning writes what is logged in this hook after it, and uses the previous step for it.
     return step - 1 if trainer.lightning_module._current_fx_name == "on_train_epoch_end" else step
 
 
 def log_figures(trainer: "pl.Trainer", name: str, draw: Callable[[], Mapping[str, "Figure"]]) -> None:
-    """Draw figures on rank 0 and hand them to the loggers that hold images; where there is none, nothing is drawn.
+    """Draw figures on rank 0 and pass them to the loggers that accept images; without one, nothing is drawn.
 
     Args:
         trainer: The trainer.
@@ -108,13 +108,13 @@ def log_figures(trainer: "pl.Trainer", name: str, draw: Callable[[], Mapping[str
 
 
 def log_histogram(trainer: "pl.Trainer", tag: str, values: Tensor) -> None:
-    """Write the distribution of some values to the loggers that hold histograms."""
+    """Write the distribution of values to the loggers that accept histograms."""
     if not trainer.is_global_zero or values.numel() == 0:
         return
     for logger in trainer.loggers:
         writer = _writer(logger)
         if writer is not None:
-            # Fifty bins instead of the writer's 1,549, most of them empty: a tenth of its cost.
+            # Fifty bins instead of the writer's 1,549 (most of them empty) take a tenth of the time.
             writer.add_histogram(tag, values.detach().cpu().numpy(), logging_step(trainer), bins=50)
 
 
@@ -137,7 +137,7 @@ def log_embedding(
 
 
 def log_text(trainer: "pl.Trainer", tag: str, text: str) -> None:
-    """Write Markdown to the loggers that hold text."""
+    """Write Markdown to the loggers that accept text."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
@@ -162,9 +162,9 @@ def _cell(value: object) -> str:
 
 
 def artefact_folder(trainer: "pl.Trainer", name: str) -> Path | None:
-    """A callback's own folder for files beside the logs, made on the first call; None where nothing is logged.
+    """The folder for a callback's files next to the logs, created on the first call; None if nothing is logged.
 
-    To be called on all ranks, because Lightning agrees on its log directory between them; only rank 0 may write.
+    Call it on all ranks, because Lightning synchronises its log directory between them; only rank 0 may write.
     """
     folder = trainer.log_dir
     if not trainer.loggers or folder is None:
@@ -183,12 +183,15 @@ def file_name(name: str) -> str:
 def multiline_charts(
     family: str, charts: Mapping[str, Sequence[str]], layers_of: Callable[[str], Iterable[str]]
 ) -> dict[str, list[Any]]:
-    """Charts for TensorBoard's Custom Scalars tab that show measures which belong together in one picture.
+    """Charts for TensorBoard's Custom Scalars tab, which show related measures together.
 
     Args:
         family: The first part of the keys.
-        charts: Title -> the measures in one chart; the first one is also shown for all layers in one chart.
-        layers_of: Returns the layers that a measure is logged for; each has a chart of its own.
+        charts: Title -> the measures in one chart; the first measure is also shown for all layers in one chart.
+        layers_of: Returns the layers for which a measure is logged; each has its own chart.
+
+    Returns:
+        Title of the chart -> `["Multiline", tag patterns]`.
     """
 
     def tags(measures: Iterable[str], layer: str | None = None) -> list[str]:
@@ -205,7 +208,7 @@ def multiline_charts(
 
 
 def log_layout(trainer: "pl.Trainer", layout: Layout) -> None:
-    """Write the page of TensorBoard's Custom Scalars tab: family -> chart title -> ["Multiline", tag patterns]."""
+    """Write the layout of TensorBoard's Custom Scalars tab: family -> chart title -> ["Multiline", tag patterns]."""
     layout = {family: charts for family, charts in layout.items() if charts}
     if not trainer.is_global_zero or not layout:
         return
@@ -216,6 +219,6 @@ def log_layout(trainer: "pl.Trainer", layout: Layout) -> None:
 
 
 def _writer(logger: Any) -> Any:
-    """The logger's TensorBoard writer, by what it can do: loggers of both Lightning namespaces have one."""
+    """The logger's TensorBoard writer, recognised by its methods, so that loggers of both Lightning namespaces work."""
     writer = getattr(logger, "experiment", None)
     return writer if hasattr(writer, "add_image") and hasattr(writer, "add_custom_scalars") else None

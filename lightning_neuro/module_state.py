@@ -1,7 +1,7 @@
-"""What modules hold besides their weights, remembered before a forward pass of our own and put back after it.
+"""The state of modules besides their weights: saved before an extra forward pass and restored after it.
 
-Models keep more than buffers: hidden states and caches in attributes, counters, metrics, random generators. A cache
-that stays while the buffer next to it is put back can end a training run, so everything is put back together.
+Models keep more state than buffers: hidden states and caches in attributes, counters, metrics, random generators. If a
+buffer is restored but the cache next to it is not, training can fail, so everything is restored together.
 """
 
 import random
@@ -19,11 +19,11 @@ Restore = Callable[[], object]
 
 @contextmanager
 def module_state_restored(model: nn.Module) -> Iterator[None]:
-    """Put back what the modules of a model hold when the block ends, also after an error.
+    """Restore the state of all modules of a model when the block ends, also after an error.
 
-    Covered are training flags, buffers and all attributes of the modules: numbers, tensors, random generators, and
-    dictionaries, lists, sets and deques of them, nested or not. Not covered are weights, which a forward pass does not
-    change, and what other objects that a module refers to hold.
+    This covers training flags, buffers and all attributes of the modules: numbers, tensors, random generators, and
+    dictionaries, lists, sets and deques of them, also nested. It does not cover weights, which a forward pass does not
+    change, and the state of other objects that a module refers to.
 
     Args:
         model: The model; its submodules are included.
@@ -42,7 +42,7 @@ def module_state_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _remember(value: Any, seen: set[int]) -> Iterator[Restore]:
-    """Functions that give a value, and what it holds, its present content back."""
+    """Functions that restore the present content of a value and of the values it contains."""
     if id(value) in seen or isinstance(value, (nn.Parameter, nn.Module)):
         return
     if isinstance(value, (dict, list, set, deque)):

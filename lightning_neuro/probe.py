@@ -1,4 +1,4 @@
-"""Probe: which samples and which layers to look at, and how often."""
+"""Probe: the selection of samples and layers, and the schedule of evaluations."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
@@ -14,41 +14,40 @@ from lightning_neuro.units import REDUCTIONS, Reduction
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Probe:
-    """Selects the samples and the layers that callbacks look at, and when.
+    """Selects the samples and the layers that callbacks use, and the schedule of evaluations.
 
     The samples (the *probe set*) are chosen once and kept in memory on the CPU. On schedule the model runs over them in
-    evaluation mode, without gradients or autocast, and everything is put back as it was. Callbacks that are given
-    equal probes share these forward passes.
+    evaluation mode, without gradients or autocast, and its state is restored afterwards. Callbacks with equal probes
+    share these forward passes.
 
     A probe is immutable. Two probes are equal if their arguments are; functions, datasets and loaders are compared by
     identity.
 
     Args:
-        layers: Layer names or globs. A full name stands for this layer; any other pattern is compared, segment by
-            segment, with the end of the names (`"conv*"`, `"encoder.*.linear1"`). Default: the outputs of the
-            activation modules or, where there are none, of the linear and convolution layers without the last; at most
-            eight.
-        num_samples: Size of the probe set over all ranks. It is spread evenly over the classes where the dataset has
-            class labels; of an `IterableDataset` it is the first samples.
-        source: `"val"` (the validation data, or the training data where there is none), `"train"`, a `Dataset`, a
-            `DataLoader` or an iterable of batches. Of several validation loaders, the first is used.
+        layers: Layer names or globs. A full name matches this layer; any other pattern is compared, segment by segment,
+            with the end of the names (`"conv*"`, `"encoder.*.linear1"`). Default: the activation modules or, if there
+            are none, the linear and convolution layers without the last; at most eight.
+        num_samples: Size of the probe set over all ranks. It is spread evenly over the classes if the dataset has class
+            labels; from an `IterableDataset` the first samples are taken.
+        source: `"val"` (the validation data, or the training data if there is none), `"train"`, a `Dataset`, a
+            `DataLoader` or an iterable of batches. If there are several validation loaders, the first is used.
         every_n_epochs: Evaluate at the end of every n-th epoch.
         every_n_steps: Evaluate after every n-th optimizer step instead; `every_n_epochs` is then ignored.
-        reduction: What becomes of the positions (pixels, tokens) in a layer's output: `"mean"`, `"max"`, `"random"`
+        reduction: How the positions (pixels, tokens) in a layer's output are reduced: `"mean"`, `"max"`, `"random"`
             (one position per sample, the same throughout the run), `"tokens"` (each position is a sample), `"cls"` (the
             first position), `"flatten"` (each unit at each position is a unit).
         input_fn: Where the model's input is found in a batch: a function of the batch, or the key or index of a field.
             Default: the batch itself, its first element, or an entry of a usual name (`"image"`, `"x"`, ...).
-        target_fn: Where the target is found in a batch, likewise. Default: the second element, or an entry of a usual
-            name (`"label"`, `"y"`, ...).
+        target_fn: Where the target is found in a batch, in the same form. Default: the second element, or an entry of a
+            usual name (`"label"`, `"y"`, ...).
         forward_fn: Runs the model: `forward_fn(pl_module, inputs)`. Default: `pl_module(inputs)`.
         class_names: Names of the classes, in the order of their labels, for figures, tables and messages. Default: the
-            dataset's `classes`, or the datamodule's `class_names` or `classes`, where they exist.
+            dataset's `classes`, or the datamodule's `class_names` or `classes`, if they exist.
         seed: Seed for the choice of samples and positions.
 
     Raises:
-        ArgumentError: For a wrong argument, at construction. For a pattern that matches no layer, an empty source or a
-            batch in which the input cannot be found, before the first training step.
+        ArgumentError: If an argument is invalid, at construction. For a pattern that matches no layer, an empty source
+            or a batch in which the input cannot be found, before the first training step.
 
     Example:
         >>> probe = Probe(layers=["conv*", "fc1"], num_samples=256, every_n_epochs=2)
@@ -108,12 +107,12 @@ class Probe:
         return self.every_n_steps is None and (epoch + 1) % self.every_n_epochs == 0
 
     def due_at_step(self, global_step: int, last_step: int) -> bool:
-        """Whether to evaluate after this many optimizer steps, the last evaluation having been after `last_step`."""
+        """Whether to evaluate after `global_step` optimizer steps, if the last evaluation was after `last_step`."""
         return self.every_n_steps is not None and interval_passed(self.every_n_steps, global_step, last_step)
 
 
 def _same(one: object, other: object) -> bool:
-    # By identity where an argument is not a plain value: comparing datasets could load or broadcast them.
+    # Compared by identity if an argument is not a plain value, because comparing datasets could load or broadcast them.
     plain = isinstance(one, (str, int, tuple)) and isinstance(other, (str, int, tuple))
     return one is other or (plain and one == other)
 
@@ -121,6 +120,6 @@ def _same(one: object, other: object) -> bool:
 def interval_passed(every_n_steps: int, global_step: int, last_step: int) -> bool:
     """Whether a multiple of `every_n_steps` lies after `last_step` and not after `global_step`.
 
-    Not by the remainder: with several optimizers the count rises by more than one at a time.
+    The remainder is not used, because with several optimizers the count rises by more than one at a time.
     """
     return global_step // every_n_steps > max(last_step, 0) // every_n_steps

@@ -1,4 +1,4 @@
-"""The passes of one probe in one run: the model runs over the probe set, and each batch is shown to a visitor."""
+"""The passes of one probe in one run: the model runs over the probe set, and each batch is passed to a visitor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ from lightning_neuro.units import latest_layout, to_units
 
 @dataclass(frozen=True, eq=False)
 class ProbeBatch:
-    """What a callback sees of one batch of the probe set.
+    """One batch of the probe set, as callbacks receive it.
 
     Attributes:
         activations: Layer name -> (N, units) tensor on the model's device; (N x positions, units) for
             `reduction="tokens"`.
-        inputs: What the model was given.
-        targets: (N,) int64 class labels, or None where the batch has none.
+        inputs: The inputs of the model.
+        targets: (N,) int64 class labels; None if the batch has none.
         batch: The whole batch, on the model's device.
         num_samples: N.
         num_classes: Largest class label in the whole probe set, over all ranks, plus one; 0 without class labels.
@@ -55,13 +55,13 @@ class ProbePass:
     """Runs the model over the probe set of one probe. There is one per probe in a run, shared by its callbacks.
 
     Args:
-        probe: What to look at.
+        probe: The probe.
 
     Attributes:
-        probe: What to look at.
+        probe: The probe.
         layers: Layer name -> module, once `resolve_layers` was called.
-        num_forwards: Batches that the model was run on so far: tells the hooks of others which calls belong to one
-            forward pass.
+        num_forwards: Number of forward passes so far, by which the hooks of callbacks recognise which calls belong to
+            one forward pass.
     """
 
     def __init__(self, probe: Probe) -> None:
@@ -76,7 +76,7 @@ class ProbePass:
         """Find the layers.
 
         Raises:
-            ArgumentError: If a pattern matches nothing or the model has no layer to look at by default.
+            ArgumentError: If a pattern matches nothing or the model has no default layers.
         """
         self.layers = resolve_layers(pl_module, self.probe.layers)
 
@@ -102,7 +102,7 @@ class ProbePass:
         return self._num_classes
 
     def class_names(self, trainer: "pl.Trainer") -> tuple[str, ...] | None:
-        """The names of the classes: the probe's, else the datamodule's, else the dataset's; None if nobody knows."""
+        """The names of the classes: the probe's, else the datamodule's, else the dataset's; None if there are none."""
         if self.probe.class_names is not None:
             return tuple(self.probe.class_names)
         datamodule = getattr(trainer, "datamodule", None)
@@ -121,7 +121,7 @@ class ProbePass:
         return default_input(batch) if field is None else read_field("input_fn", field, batch)
 
     def _generator(self, name: str) -> torch.Generator:
-        # A generator of its own for every layer, new in every pass, so that each sample keeps its position all run.
+        # One generator per layer, new in every pass, so that each sample keeps its position throughout the run.
         return torch.Generator().manual_seed(self.probe.seed + crc32(name.encode()))
 
     def _load(self, trainer: "pl.Trainer") -> ProbeSet:
@@ -132,7 +132,7 @@ class ProbePass:
                     _find_source(trainer, self.probe.source),
                     num_samples=self.probe.num_samples,
                     seed=self.probe.seed,
-                    # The default is passed on as such: with it, labels may be read without loading the samples.
+                    # The default is passed on unchanged, because with it labels may be read without loading samples.
                     target_fn=default_target if self.probe.target_fn is None else self.target,
                     rank=trainer.global_rank,
                     world_size=trainer.world_size,
@@ -148,20 +148,20 @@ class ProbePass:
     def _forward(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, generators: dict[str, torch.Generator]
     ) -> ProbeBatch:
-        # A copy: transfer hooks and models may change their batch in place, and the samples must stay as they are.
+        # A copy, because transfer hooks and models may change their batch in place, and the samples must not change.
         batch = apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         inputs = self._input(batch)
         targets = class_labels(self.target(batch))
-        # Labels first: the inputs of a recurrent network may have the time in dimension 0.
+        # The number of samples is taken from the labels first, because inputs may have the time in dimension 0.
         num_samples = batch_length(targets, inputs, batch)
 
         def units(name: str, output: Tensor) -> Tensor:
             return self._units(output, num_samples, layout(output), generators[name])
 
-        # The hooks are on for this one call only: nothing can be left behind, and training steps run without them.
+        # The hooks exist for this call only, so none can be left behind, and training steps run without them.
         capture = Capture(self.layers, transform=units)
         self.num_forwards += 1
         with uncompiled(), latest_layout(pl_module) as layout, capture.recording() as recording:
@@ -191,7 +191,7 @@ class ProbePass:
                 )
             output, units_last = output.transpose(0, 1), True
         if output.device.type == "mps":
-            output = output.cpu()  # metrics count in float64, which this device lacks
+            output = output.cpu()  # metrics need float64, which this device does not support
         return to_units(output, self.probe.reduction, units_last=units_last, generator=generator)
 
     def _warn_of_missing(self, not_called: list[str], failures: dict[str, str]) -> None:
@@ -223,7 +223,7 @@ def _find_source(trainer: "pl.Trainer", source: Any) -> Any:
 
 def _val_loaders(trainer: "pl.Trainer") -> Any:
     if trainer.val_dataloaders is None and trainer.state.fn == "fit" and trainer.enable_validation:
-        # The first epoch ends without validation, so Lightning has not asked for the loaders yet. Asking on our own
-        # account leaves its own request, and what that draws from the random generators, where it would have been.
+        # The first epoch ends without validation, so Lightning has not requested the loaders yet. A separate request
+        # does not change the time of Lightning's own request, nor its use of the random generators.
         return trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
     return trainer.val_dataloaders

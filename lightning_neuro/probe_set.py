@@ -1,4 +1,4 @@
-"""The probe set: the fixed samples a probe looks at, chosen from the user's data once, the same throughout the run."""
+"""The probe set: the samples of a probe, chosen once from the user's data and fixed throughout the run."""
 
 import copy
 import random
@@ -35,13 +35,13 @@ TargetFunction = Callable[[Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class ProbeSet:
-    """This rank's share of the probe set.
+    """This rank's part of the probe set.
 
     Attributes:
-        batches: Collated batches on the CPU, as the user's loader would give them.
+        batches: Collated batches on the CPU, as the user's loader would return them.
         num_samples: Number of samples in them; batches whose size is not known are not counted.
         num_classes: Largest class label plus one; 0 without class labels.
-        class_names: Names of the classes as the dataset gives them, or None.
+        class_names: Names of the classes from the dataset, or None.
     """
 
     batches: tuple[Any, ...]
@@ -61,20 +61,23 @@ def load_probe_set(
 ) -> ProbeSet:
     """Choose the samples and load them.
 
-    From a map-style dataset, or the part of it that the loader's sampler draws from, samples are drawn by a private
-    generator and spread evenly over the classes, where there are class labels; every rank draws the same samples and
-    loads its own share. From a stream (an `IterableDataset`) the first samples of each rank's own stream are taken, and
+    From a map-style dataset, or the part of it that the loader's sampler covers, samples are chosen with a private
+    generator and spread evenly over the classes, if there are class labels; every rank chooses the same samples and
+    loads its own part. From a stream (an `IterableDataset`) the first samples of each rank's own stream are taken, and
     from a list of batches the first batches.
 
-    The caller isolates the random state: datasets may draw from the global generators (augmentation).
+    The caller must isolate the random state, because datasets may use the global generators (augmentation).
 
     Args:
         source: A `DataLoader`, a `Dataset` or an iterable of batches.
-        num_samples: Number of samples over all ranks; all of them where there are fewer.
-        seed: Seed for the choice, and for what the dataset draws while loading.
+        num_samples: Number of samples over all ranks; if there are fewer, all of them.
+        seed: Seed of the choice, and of the global generators while the dataset loads samples.
         target_fn: Finds the target in a batch.
-        rank: Which share to load.
-        world_size: Number of shares.
+        rank: Which part to load.
+        world_size: Number of parts.
+
+    Returns:
+        This rank's part.
 
     Raises:
         ArgumentError: If the source is empty or has fewer samples than there are ranks.
@@ -82,19 +85,19 @@ def load_probe_set(
     # Not `torch.manual_seed`, which would also seed accelerators that the caller does not isolate.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the state that datasets draw from
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that datasets use
     if isinstance(source, Dataset):
         source = DataLoader(source, batch_size=DEFAULT_BATCH_SIZE)
     if isinstance(source, DataLoader) and _is_indexed(source):
         batches = list(_chosen_batches(source, num_samples, seed, target_fn, rank, world_size))
     else:
-        # Each rank has a stream of its own; batches in a list are the same on all ranks, so each takes every n-th.
+        # Each rank has its own stream; batches in a list are the same on all ranks, so each rank takes every n-th.
         share = source if isinstance(source, DataLoader) else islice(source, rank, None, world_size)
         batches = list(_first_batches(share, -(-num_samples // world_size)))
     if not batches:
         raise ArgumentError(
-            f"The probe found no samples for rank {rank} of {world_size} in {_name(source)}. Give it a source with at"
-            " least one sample a rank, for example `Probe(source=my_dataset)` or `Probe(source='train')`."
+            f"The probe found no samples for rank {rank} of {world_size} in {_name(source)}. Pass a source with at"
+            " least one sample per rank, for example `Probe(source=my_dataset)` or `Probe(source='train')`."
         )
     labels = [label for batch in batches if (label := class_labels(target_fn(batch))) is not None and len(label)]
     return ProbeSet(
@@ -106,16 +109,16 @@ def load_probe_set(
 
 
 def class_names_of(dataset: Any) -> tuple[str, ...] | None:
-    """The names of the classes where a dataset, or the one it is a part of, has them in `classes`; else None."""
+    """The names of the classes, from `classes` of a dataset or of the one it is a part of; None without them."""
     while isinstance(dataset, (Subset, ConcatDataset)):
         dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
-    with suppress(Exception):  # a property of the user's may do anything
+    with suppress(Exception):  # a property of a user's dataset may raise any error
         return as_class_names(dataset.classes)
     return None
 
 
 def as_class_names(names: Any) -> tuple[str, ...] | None:
-    """A sequence of strings as a tuple; None for anything else that an attribute of such a name may hold."""
+    """A sequence of strings as a tuple; None for anything else."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return None
     return tuple(names) or None
@@ -127,15 +130,16 @@ def _name(source: Any) -> str:
 
 def _is_indexed(loader: DataLoader[Any]) -> bool:
     dataset = loader.dataset
-    # Without a batch sampler the dataset's items are batches of the user's own making.
+    # Without a batch sampler the dataset's items are batches.
     has_batches = loader.batch_sampler is not None
     return has_batches and not isinstance(dataset, IterableDataset) and isinstance(dataset, Sized)
 
 
 def _load(loader: DataLoader[Any], indices: Sequence[int]) -> Iterator[Any]:
-    """Batches of chosen samples through the user's own collate function, in this process.
+    """Load batches of chosen samples with the user's collate function, in this process.
 
-    Not by iterating over the user's loader, which would restart its persistent workers in the middle of an epoch.
+    The user's loader is not used, because a new iterator would restart its persistent workers in the middle of an
+    epoch.
     """
     batch_size = min(loader.batch_size or DEFAULT_BATCH_SIZE, 2 * DEFAULT_BATCH_SIZE)
     return iter(DataLoader(Subset(loader.dataset, indices), batch_size=batch_size, collate_fn=loader.collate_fn))
@@ -148,7 +152,7 @@ def _chosen_batches(
     order = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     labels = dataset_labels(loader.dataset) if target_fn is default_target else None
     if labels is None:
-        # The labels are only known by loading: consider twice as many samples as are needed.
+        # The labels are only known after loading, so twice as many samples as needed are considered.
         order = order[: 2 * num_samples]
         found = [class_labels(target_fn(batch)) for batch in _load(loader, order.tolist())]
         known = [label for label in found if label is not None]
@@ -158,7 +162,7 @@ def _chosen_batches(
     else:
         labels_in_order = labels[order]
     chosen = order[stratified(labels_in_order)[:num_samples]]
-    # Too few for all ranks are none for any: an error on some of them would leave the others waiting for ever.
+    # If there are too few samples for all ranks, no rank gets any: an error on some ranks would block the others.
     share = chosen[rank::world_size].tolist() if len(chosen) >= world_size else []
     return _load(loader, share) if share else iter(())
 
@@ -167,7 +171,7 @@ def _sampled_indices(loader: DataLoader[Any]) -> Tensor:
     """The samples that the loader draws from: its whole dataset, unless its sampler covers only a part of it."""
     plain = type(loader.batch_sampler) is BatchSampler
     sampler: Any = loader.batch_sampler.sampler if plain else loader.sampler  # type: ignore[union-attr]
-    # Lightning wraps its distributed sampler around the user's own.
+    # Lightning puts its distributed sampler around the user's own.
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     num_samples = len(loader.dataset)  # type: ignore[arg-type]
     if type(sampler) in (SequentialSampler, RandomSampler) or isinstance(sampler, DistributedSampler):
@@ -179,7 +183,7 @@ def _sampled_indices(loader: DataLoader[Any]) -> Tensor:
 
 
 def _copy_of(sampler: Any, dataset: Any) -> Any:
-    """A sampler that can be iterated without moving the user's: its generator and whatever else it holds stay put."""
+    """A copy of a sampler; iterating over it does not change the state of the user's sampler or its generator."""
     return copy.deepcopy(sampler, {id(dataset): dataset})
 
 
@@ -204,7 +208,7 @@ def stratified(labels: Tensor) -> Tensor:
 
 
 def dataset_labels(dataset: Any) -> Tensor | None:
-    """The class labels of a whole dataset if they are available without loading its samples, else None."""
+    """The class labels of a whole dataset; None if they are not available without loading its samples."""
     if isinstance(dataset, Subset):
         labels = dataset_labels(dataset.dataset)
         return None if labels is None else labels[torch.as_tensor(list(dataset.indices), dtype=torch.long)]
@@ -245,7 +249,7 @@ def _first_batches(source: Any, num_samples: int) -> Iterator[Any]:
         else:
             source = map(collate_fn, _unbatched(source, num_samples))
     seen = 0
-    # A batch of unknown size counts as one sample, so that an endless stream of such batches ends too.
+    # A batch of unknown size counts as one sample, so that an endless stream of such batches also ends.
     for batch in source:
         yield batch
         seen += batch_length(batch) or 1

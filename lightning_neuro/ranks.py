@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class FailedOnAnotherRankError(RuntimeError):
-    """A step was abandoned on this rank because it failed on another one; says which, and how."""
+    """Raised on this rank because an operation failed on another rank; the message says on which, and why."""
 
 
 def explain(error: Exception) -> str:
-    """An error in words: its type and message; what other ranks reported is passed on as it is."""
+    """Describe an error: its type and message, or the message of the rank on which it occurred."""
     return str(error) if isinstance(error, FailedOnAnotherRankError) else f"{type(error).__name__}: {error}"
 
 
@@ -53,6 +53,13 @@ def agreed(trainer: "pl.Trainer", compute: Callable[[], T]) -> T:
     """Compute something on every rank, or raise on every rank if it fails on one of them.
 
     Without this, the ranks that succeeded would wait forever in the next collective operation.
+
+    Args:
+        trainer: The trainer.
+        compute: The computation.
+
+    Returns:
+        What `compute` returned on this rank.
 
     Raises:
         Exception: As `raise_on_all_ranks`.
@@ -98,7 +105,7 @@ def reduced(trainer: "pl.Trainer", tensor: Tensor, reduce_op: Literal["sum", "ma
 
 
 def gather(trainer: "pl.Trainer", tensor: Tensor) -> list[Tensor]:
-    """A CPU tensor of every rank, in the order of the ranks; their shapes may differ."""
+    """The tensors of all ranks on the CPU, in the order of the ranks; their shapes may differ."""
     if trainer.world_size == 1:
         return [tensor]
     device = trainer.strategy.root_device

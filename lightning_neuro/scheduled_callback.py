@@ -22,22 +22,22 @@ OnError = Literal["warn", "raise"]
 
 
 class ScheduledCallback(Callback):
-    """Takes part in the evaluations of a run: the half of `MetricCallback` that knows Lightning.
+    """Takes part in the evaluations of a run: the part of `MetricCallback` that implements Lightning's hooks.
 
     Args:
-        probe: Which samples, which layers, when.
+        probe: Selects the samples, the layers and the schedule.
         name: First part of every key.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: What to do if an analysis fails: `"warn"` once and go on training, or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
 
     Raises:
-        ArgumentError: For a wrong argument.
+        ArgumentError: If an argument is invalid.
     """
 
     charts: Mapping[str, tuple[str, ...]] = {}
     """Title -> measures shown in one chart of TensorBoard's Custom Scalars."""
     needs_layers: ClassVar[bool] = True
-    """Whether the method looks at the probe's layers."""
+    """Whether the method uses the probe's layers."""
     run_state: ClassVar[tuple[str, ...]] = ("scalars", "initial", "last_epoch", "last_step")
     """Names of attributes that belong to the run: saved in checkpoints and restored on resume."""
 
@@ -58,10 +58,14 @@ class ScheduledCallback(Callback):
         self.start_run()
 
     def start_run(self) -> None:
+<<<<<<< HEAD:lightning_neuro/scheduled_callback.py
         """Called at construction and before a fit from step 0: forget everything of an earlier run.
 
         At construction it runs inside the constructor of the base class, before a subclass has set its own attributes.
         """
+=======
+        """Called at construction and before a fit from step 0: reset the state of an earlier run."""
+>>>>>>> english:lightning_neuro/scheduling.py
         self.scalars: dict[str, float] = {}
         self.initial: dict[str, float] = {}
         self.event: Event | None = None
@@ -70,18 +74,18 @@ class ScheduledCallback(Callback):
         self._warned: set[str] = set()
 
     def release(self) -> None:
-        """Called at the end of a run and after an exception: let go of the model and of everything large."""
+        """Called at the end of a run and after an exception: release the model and everything large."""
         self._probe_pass = None
 
     def layers_of(self, measure: str) -> list[str]:
-        """The layers that a measure has keys for; each gets a chart of its own."""
+        """The layers for which a measure has keys; each gets its own chart."""
         return []
 
     @property
     def probe_pass(self) -> ProbePass:
-        """The passes over the probe set in the current run, from `on_fit_start` on."""
+        """The passes over the probe set in the current run; available from `on_fit_start` on."""
         if self._probe_pass is None:
-            raise RuntimeError(f"{type(self).__name__} has a probe set only during a run.")
+            raise RuntimeError(f"{type(self).__name__} has no probe set, because it is only available during a run.")
         return self._probe_pass
 
     # Failures
@@ -105,7 +109,7 @@ class ScheduledCallback(Callback):
     def report(self, what: str, error: Exception) -> None:
         """Warn once that a part of the analysis failed, or raise if `on_error="raise"`.
 
-        Wrong arguments always raise up to the first evaluation. Later they do not end a run that began well.
+        Invalid arguments always raise up to and including the first evaluation. Later, they do not end the run.
         """
         begun = self.event is not None and self.event.kind in ("step", "epoch")
         if self.on_error == "raise" or (isinstance(error, MISCONFIGURATIONS) and not begun):
@@ -121,7 +125,7 @@ class ScheduledCallback(Callback):
     # What the session calls in an evaluation
 
     def is_due(self, event: Event) -> bool:
-        """Whether this callback evaluates at a moment that has come."""
+        """Whether this callback evaluates at this event."""
         if event == self.event:
             return False
         if event.kind == "start":
@@ -133,14 +137,14 @@ class ScheduledCallback(Callback):
         return self.probe.source != "train"  # `trainer.validate` has no training data
 
     def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
-        """Get ready for a pass over the probe set."""
+        """Prepare for a pass over the probe set."""
         self.event = event
         self.last_step = event.step
         if event.kind == "epoch":
             self.last_epoch = event.epoch
 
     def show(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the pass."""
+        """Process one batch of the pass."""
 
     def end_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, complete: bool) -> None:
         """Compute and log; `complete` is False if the pass failed on some rank."""
@@ -149,11 +153,11 @@ class ScheduledCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks apart in a checkpoint."""
+        """Identifies the callback in a checkpoint."""
         return self._generate_state_key(name=self.name)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Forget an earlier run; refuse two callbacks with one name."""
+        """Reset the state of an earlier run; raise an error if two callbacks have the same name."""
         self.event = None
         if stage == "fit" and trainer.global_step == 0:
             self.start_run()
@@ -167,27 +171,27 @@ class ScheduledCallback(Callback):
                 )
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers, so that a wrong name fails before the first step."""
+        """Find the layers, so that a wrong name raises an error before the first step."""
         self._join(trainer, pl_module)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Evaluate the untrained network; after a resume, log the last values again so that callbacks find them."""
         if reason := why_off(trainer):
-            rank_zero_warn(f"{type(self).__name__} is off, because {reason}.")
+            rank_zero_warn(f"{type(self).__name__} is disabled, because {reason}.")
             return
         if self.scalars and self.event is None:
             loggers.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, moment="never")
         else:
             session_of(trainer).evaluate(trainer, pl_module, "start")
         for pattern, near in loggers.unmatched(self.prog_bar, self.scalars).items():
-            sentence = f"`prog_bar` has {pattern!r}, which is no key of {type(self).__name__}. Near: {near}"
+            sentence = f"`prog_bar` has {pattern!r}, which matches no key of {type(self).__name__}. Nearest: {near}"
             self.warn_once(f"prog_bar/{pattern}", sentence)
         self._log_layout(trainer)
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Evaluate if the probe counts in steps and this is one."""
+        """Evaluate if the schedule counts steps and an evaluation is due."""
         if self.probe.every_n_steps is not None and not why_off(trainer):
             session_of(trainer).evaluate(trainer, pl_module, "step")
 
@@ -208,7 +212,7 @@ class ScheduledCallback(Callback):
             session_of(trainer).evaluate(trainer, pl_module, "epoch")
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate where the epoch ended without validation."""
+        """Evaluate if the epoch ended without validation."""
         if not why_off(trainer):
             session_of(trainer).evaluate(trainer, pl_module, "epoch")
 
@@ -221,11 +225,11 @@ class ScheduledCallback(Callback):
         self._leave(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had never stopped."""
+        """What a resumed run needs to continue as if it had not been interrupted."""
         return {name: getattr(self, name) for name in self._all_run_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         for name in self._all_run_state():
             if name in state_dict:  # not in checkpoints of a version that did not have it
                 setattr(self, name, state_dict[name])
@@ -242,7 +246,7 @@ class ScheduledCallback(Callback):
         self.release()
 
     def _log_layout(self, trainer: "pl.Trainer") -> None:
-        """The last of our callbacks writes the layout for all: TensorBoard keeps one per run."""
+        """The last of our callbacks writes the layout for all, because TensorBoard keeps only one per run."""
         if self is (ours := _ours(trainer))[-1]:
             with self.guarded("the layout of the charts"):
                 charts = {our.name: loggers.multiline_charts(our.name, our.charts, our.layers_of) for our in ours}

@@ -1,7 +1,7 @@
 """The evaluations of one run: which callbacks are due, and one pass over the probe set for all that share a probe.
 
 An evaluation reads top-down in `Session.evaluate`: every callback that is due prepares itself, the model runs once over
-each probe set and every batch is shown to the callbacks of that probe, and then each callback computes and logs.
+each probe set and every batch is passed to the callbacks of that probe, and then each callback computes and logs.
 """
 
 from collections.abc import Sequence
@@ -46,10 +46,10 @@ class Session:
         self.passes: dict[Probe, ProbePass] = {}
 
     def join(self, callback: "ScheduledCallback", pl_module: "pl.LightningModule") -> ProbePass:
-        """Take a callback in, and find the layers where it needs any.
+        """Register a callback, and find the layers if it needs any.
 
         Returns:
-            The pass of its probe, shared with the callbacks that have an equal one.
+            The pass of its probe, shared by all callbacks with an equal probe.
         """
         if callback not in self.callbacks:
             self.callbacks.append(callback)
@@ -59,14 +59,14 @@ class Session:
         return probe_pass
 
     def leave(self, callback: "ScheduledCallback") -> None:
-        """Let a callback go; with the last one of a probe go the samples and the references to the model."""
+        """Unregister a callback. With the last one of a probe, its samples and references to the model are released."""
         if callback in self.callbacks:
             self.callbacks.remove(callback)
         if all(other.probe != callback.probe for other in self.callbacks):
             self.passes.pop(callback.probe, None)
 
     def evaluate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kind: EventKind) -> None:
-        """Evaluate all callbacks that are due. The first of them to reach a moment asks for all the others."""
+        """Evaluate all callbacks that are due; the first callback whose hook runs does this for all of them."""
         event = Event(kind, trainer.current_epoch, trainer.global_step)
         due = [callback for callback in self.callbacks if callback.is_due(event)]
         with isolated_random_state(pl_module.device), without_inference_mode():
@@ -108,5 +108,5 @@ _SESSIONS: "WeakKeyDictionary[pl.Trainer, Session]" = WeakKeyDictionary()
 
 
 def session_of(trainer: "pl.Trainer") -> Session:
-    """The session of a trainer; it is owned by no callback and goes when the trainer does."""
+    """The session of a trainer, which is owned by no callback and released together with the trainer."""
     return _SESSIONS.setdefault(trainer, Session())

@@ -21,7 +21,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
         b: (m, n) or (1, n), real.
 
     Returns:
-        float64 (m,); NaN where a row is constant or holds NaN.
+        float64 (m,); NaN if a row is constant or holds NaN.
 
     Example:
         >>> import torch
@@ -42,12 +42,12 @@ def auroc(scores: Tensor, y: Tensor) -> Tensor:
         y: (N, C) of 0 and 1, NaN where unknown.
 
     Returns:
-        (C,); NaN where a class is missing.
+        (C,); NaN if a class is missing.
     """
     known = scores.isfinite() & y.isfinite()
     positive, negative = known & (y == 1), known & (y == 0)
     below = torch.where(negative, scores, torch.inf).T.contiguous().sort(dim=1).values
-    # Scores that are not finite are never positives, so it does not matter where they are found.
+    # Samples without a finite score are never counted as positives, so their ranks do not matter.
     sought = torch.where(positive, scores, 0.0).T.contiguous()
     less = torch.searchsorted(below, sought).to(scores.dtype)
     not_more = torch.searchsorted(below, sought, right=True).to(scores.dtype)
@@ -56,7 +56,7 @@ def auroc(scores: Tensor, y: Tensor) -> Tensor:
 
 
 def confusion(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """True positives, false positives, false negatives and true negatives of "positive if the score is above 0".
+    """True positives, false positives, false negatives and true negatives of predictions by `score > 0`.
 
     Args:
         scores: (N, C), NaN where a sample is not scored.
@@ -73,7 +73,7 @@ def confusion(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def balanced_accuracy(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> Tensor:
-    """Balanced accuracy: the mean of sensitivity and specificity. Chance is 0.5; NaN where a class is missing.
+    """Balanced accuracy: the mean of sensitivity and specificity. Chance is 0.5; NaN if a class is missing.
 
     Example:
         >>> import torch
@@ -84,7 +84,7 @@ def balanced_accuracy(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> Tensor:
 
 
 def matthews(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> Tensor:
-    """Matthews correlation of prediction and truth; 0 where only one class is predicted, NaN where one is missing.
+    """Matthews correlation of prediction and truth; 0 if only one class is predicted, NaN if one is missing.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ def matthews(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> Tensor:
 
 
 def wilson(hits: Tensor, count: Tensor, *, upper: bool = False) -> Tensor:
-    """One-sided 95 % bound of a proportion (Wilson, 1927); 0 or 1 where nothing was counted.
+    """One-sided 95 % bound of a proportion (Wilson, 1927); 0 or 1 if nothing was counted.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""From a layer's output to a matrix with a row per sample and a column per unit."""
+"""Conversion of a layer's output to a matrix with a row per sample and a column per unit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,19 +36,21 @@ _CHANNELS_FIRST = (
 
 @contextmanager
 def latest_layout(model: nn.Module) -> Iterator[Callable[[Tensor], bool | None]]:
-    """Follow where the units lie while the model runs: the same ReLU may follow convolutions and tokens.
+    """Track the dimension of the units while the model runs, because the same ReLU may follow convolutions and tokens.
 
-    Yields a function that says of an output just computed whether its units lie on the last dimension (True) or on
-    dimension 1 (False). It goes by the latest layer that decides this (linear and normalised over features: last;
-    convolutions: dimension 1) and, after a permutation, by where this layer's number of units is found. None as long as
-    no such layer has run.
+    The dimension is that of the latest layer that determines it (linear layers and normalisation over features: last;
+    convolutions: dimension 1) and, after a permutation, the dimension with this layer's number of units.
+
+    Yields:
+        A function of the output that was just computed: whether its units lie on the last dimension (True) or on
+        dimension 1 (False); None as long as no such layer has run.
     """
     latest: tuple[bool, int] | None = None
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal latest
         last = isinstance(module, _CHANNELS_LAST)
-        with suppress(TypeError):  # an output without a tensor decides nothing
+        with suppress(TypeError):  # an output without a tensor determines nothing
             tensor = first_tensor(output)
             if tensor.ndim > 1:
                 latest = last, tensor.shape[-1 if last else 1]
@@ -79,13 +81,13 @@ def to_units(
     """Turn a layer's output into a matrix with a row per sample and a column per unit.
 
     Args:
-        output: Floating-point tensor whose dimension 0 is the sample. Shape (N, units) is returned as it is.
-        reduction: What becomes of the positions (pixels, tokens): `"mean"` or `"max"` over them; `"random"`: one
-            position per sample; `"cls"`: the first position; `"tokens"`: each position is a row of its own, sample
-            after sample; `"flatten"`: each unit at each position is a unit of its own.
+        output: Floating-point tensor whose dimension 0 is the sample. Shape (N, units) is returned unchanged.
+        reduction: How the positions (pixels, tokens) are reduced: `"mean"` or `"max"` over them; `"random"`: one
+            position per sample; `"cls"`: the first position; `"tokens"`: each position is a separate row, sample after
+            sample; `"flatten"`: each unit at each position is a separate unit.
         units_last: Whether the units lie on the last dimension, else on dimension 1; None: last for three dimensions
             (tokens), dimension 1 for more (feature maps).
-        generator: Draws the positions for `"random"`, on the CPU.
+        generator: Generator of the positions for `"random"`, on the CPU.
 
     Returns:
         Tensor of shape (N, units), or (N x positions, units) for `"tokens"`.

@@ -299,7 +299,7 @@ def test_a_pattern_for_the_progress_bar_without_a_key_warns_with_near_ones() -> 
     callback = MetricCallback(MeanActivation(), probe(), name="own", prog_bar=["own/valeu", "own/value/*"])
     texts = [text for text in caught(callback, max_epochs=1) if "`prog_bar`" in text]
     assert len(texts) == 1
-    assert "'own/valeu', which is no key of MetricCallback. Near: own/value" in texts[0]
+    assert "'own/valeu'" in texts[0] and "own/value" in texts[0]
 
 
 # Errors and notes ----------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_schedule(options: Any, epochs: list[int], steps: list[int]) -> None:
 
 
 def test_no_turn_is_missed_when_steps_are_counted_in_twos() -> None:
-    # As with two optimisers.
+    # As with two optimizers.
     probe, last, turns = Probe(every_n_steps=5), -1, []
     for step in range(2, 32, 2):
         if probe.due_at_step(step, last):

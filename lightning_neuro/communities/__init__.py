@@ -1,4 +1,4 @@
-"""Neuron communities: which units of a layer are active together, and how clearly the layer falls into such groups."""
+"""Neuron communities: which units of a layer are active together, and how clearly they are separated into groups."""
 
 from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.communities.detection import Communities, detect_communities, modularity, partition_agreement

@@ -19,12 +19,15 @@ Run = Callable[[Floats, int], Labels]
 
 
 def make_runner(name: str, resolution: float, options: Mapping[str, Any]) -> Run:
-    """A function that partitions a checked graph once, from a given seed.
+    """Make a function that partitions a valid graph once, from a given seed.
 
     Args:
         name: `"louvain"`, or a crisp algorithm of `cdlib.algorithms`.
         resolution: Resolution of the modularity; algorithms that have no such setting accept only 1.
         options: Further arguments of a cdlib algorithm.
+
+    Returns:
+        The function: (k, k) edge weights and a seed -> (k,) labels.
 
     Raises:
         ArgumentError: If the name is unknown, the algorithm finds overlapping communities, or it does not take an
@@ -40,8 +43,8 @@ def make_runner(name: str, resolution: float, options: Mapping[str, Any]) -> Run
 def try_algorithm(name: str, resolution: float, options: Mapping[str, Any]) -> None:
     """Run a cdlib algorithm once on two small cliques.
 
-    A missing optional package or parameter then shows before training and not after its first hours. `"louvain"` always
-    runs and imports nothing.
+    So a missing optional package or parameter raises an error before training and not hours later. `"louvain"` needs no
+    trial.
 
     Raises:
         ArgumentError: If the algorithm does not exist or its trial run fails.
@@ -73,7 +76,7 @@ def _cdlib_runner(name: str, resolution: float, options: Mapping[str, Any]) -> R
         with _quiet_and_seeded(seed):
             try:
                 found = function(graph, **{**arguments, **dict.fromkeys(seed_names, seed), **options}).communities
-            except Exception as error:  # cdlib algorithms raise anything: missing packages, parameters, shapes
+            except Exception as error:  # cdlib algorithms raise any exception: missing packages, parameters, shapes
                 raise RuntimeError(
                     f"`algorithm` {name!r} of cdlib failed with `algorithm_options` {dict(options)}"
                     f" ({type(error).__name__}: {error}). Its signature is {name}{inspect.signature(function)}."
@@ -118,10 +121,10 @@ def _cdlib_function(name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _quiet_and_seeded(seed: int) -> Iterator[None]:
-    """Silence prints and give the global random generators a known state, then restore what was there."""
+    """Silence prints and seed the global random generators, then restore both."""
     with isolated_random_state():
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the state that cdlib's algorithms draw from
+        np.random.seed(seed)  # noqa: NPY002 - the generator that cdlib's algorithms use
         torch.default_generator.manual_seed(seed)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 class NeuronCommunities(MetricCallback[CommunityResult]):
-    """Logs how clearly the units of each layer fall into communities, and how stable these are.
+    """Logs how clearly the units of each layer are separated into communities, and how stable these are.
 
-    Units that rise and fall together over the probe set are joined into a graph; communities are the groups that the
-    graph falls into, and the modularity says how much of its weight lies inside them. Always compare the modularity
-    with its null, the value for the same units when each unit's activations are shuffled over the samples, and with its
-    value before training. Above the null there are groups; far below it all units rise and fall together, as one group
-    (usual for convolutions averaged over the image). On real runs it follows how far a network has fitted its training
-    data, and it continues to rise while the network fits noise: it does not predict test accuracy.
+    Units whose activations are correlated over the probe set are joined into a graph. Communities are groups of densely
+    connected units, and the modularity measures how much of the edge weight lies inside them. Always compare the
+    modularity with its null, the value for the same units with each unit's activations shuffled over the samples, and
+    with its value before training. Above the null there are groups; far below it all units rise and fall together, as
+    one group (usual for convolutions averaged over the image). On real runs modularity follows how far a network has
+    fitted its training data, and it continues to rise while the network fits noise: it does not predict test accuracy.
 
     Args:
-        probe: Which samples, which layers, when; see `Probe`.
-        name: First part of the keys, instead of `communities`.
+        probe: Selects the samples, the layers and the schedule; see `Probe`.
+        name: First part of the keys; default: `communities`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: `"warn"` or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         **options: See `CommunityOptions`.
 
     Keys:
@@ -48,16 +48,17 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
         | `num_communities` | number of communities | 1 .. units | neither |
         | `largest_share` | fraction of the live units in the largest community | 0 .. 1 | neither |
         | `nmi_runs` | agreement between the runs (normalised mutual information) | 0 .. 1 | high: reliable |
-        | `nmi_previous` | the same with the previous evaluation, from the second one on | 0 .. 1 | high: stable |
+        | `nmi_previous` | agreement with the previous evaluation, from the second one on | 0 .. 1 | high: stable |
         | `dead_share` | fraction of units that are never active | 0 .. 1 | low |
         | `constant_share` | fraction of units that are active but do not vary | 0 .. 1 | low |
         | `class_modularity` | mode `"mostafa2021"`: mean modularity of the classes' graphs | -0.5 .. 1 | neither |
 
-        Also a figure (`communities/graphs`: each layer's graph, ordered by community), a histogram of the edge weights
-        (`communities/edge_weights/<layer>`), and `callback.result[layer]`, a `CommunityResult` with `to_networkx()`.
+        Also logged: a figure (`communities/graphs`: each layer's graph, ordered by community) and a histogram of the
+        edge weights (`communities/edge_weights/<layer>`). `callback.result[layer]` is a `CommunityResult` with
+        `to_networkx()`.
 
     Raises:
-        ArgumentError: For a wrong argument, at construction.
+        ArgumentError: If an argument is invalid, at construction.
 
     Source:
         S. Mostafa, D. Mondal, "On the Evolution of Neuron Communities in a Deep Learning Architecture",
@@ -72,7 +73,9 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
 
     family = "communities"
     baselines = ("modularity",)
-    charts = {"modularity, its null, its start": ("modularity", "modularity_null", "modularity_initial")}  # noqa: RUF012
+    charts = {  # noqa: RUF012
+        "modularity, null, initial value": ("modularity", "modularity_null", "modularity_initial"),
+    }
     histogram_name = "edge_weights"
     meanings = {  # noqa: RUF012
         "modularity": "weight inside communities beyond expectation; compare it with its null and its initial value",
@@ -100,16 +103,16 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
         """The result's scalars, and the agreement with the communities of the previous evaluation."""
         scalars = result.scalars()
         if memory and result.defined:
-            # Which units are alive differs between evaluations: compare those that are in both.
+            # Different units are live in different evaluations: compare those that are in both.
             _, now, before = np.intersect1d(result.units.cpu(), memory["units"].cpu(), return_indices=True)
             if len(now) > 1:
                 scalars["nmi_previous"] = partition_agreement(result.labels.cpu()[now], memory["labels"].cpu()[before])
         return scalars
 
     def remember(self, result: CommunityResult, memory: Memory | None) -> Memory:
-        """The communities."""
+        """The units and their communities."""
         return {"units": result.units.cpu(), "labels": result.labels.cpu()} if result.defined else {}
 
     def draw(self, results: Mapping[str, CommunityResult]) -> dict[str, "Figure"]:
-        """Each layer's graph, ordered by community."""
+        """Draw each layer's graph, ordered by community."""
         return {"graphs": plot_communities(results)}

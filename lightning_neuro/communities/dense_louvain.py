@@ -1,9 +1,9 @@
 """Louvain's method on a dense matrix, in float64.
 
-Correlation graphs are dense: every second pair of units has an edge. On such graphs the sparse Louvain of the libraries
-spends its time walking adjacency lists (0.2 to 0.4 s in C++ for 1,024 units). Here the weight from every unit to every
-community is kept as a small dense table, which turns most of the work into a few matrix operations (0.02 to 0.04 s in
-NumPy, with the same modularity; `benchmarks/communities.py` measures it).
+Correlation graphs are dense: every second pair of units has an edge. On such graphs the sparse implementations in other
+libraries spend their time in adjacency lists (0.2 to 0.4 s in C++ for 1,024 units). Here the weight from every unit to
+every community is kept as a small dense table, which turns most of the work into a few matrix operations (0.02 to 0.04
+s in NumPy, with the same modularity; `benchmarks/communities.py` measures it).
 """
 
 import numpy as np
@@ -18,8 +18,16 @@ _MIN_GAIN = 1e-12  # in units of modularity: smaller gains are rounding, and fol
 def louvain(adjacency: Floats, resolution: float, rng: np.random.Generator) -> Labels:
     """Find the communities of a symmetric, non-negative (n, n) graph with at least one edge.
 
-    Louvain with a second round of moves at every level on the way back down (multilevel refinement, Rotta and
-    Noack 2011), so that units that were merged too early can still change their community.
+    Louvain with a second round of moves at every level during uncoarsening (multilevel refinement, Rotta and Noack,
+    2011), so that units that were merged too early can still change their community.
+
+    Args:
+        adjacency: float64 (n, n).
+        resolution: Resolution of the modularity.
+        rng: Generator of the order of the nodes.
+
+    Returns:
+        int64 (n,), the community of each node.
     """
     return _multilevel(adjacency / adjacency.sum(), resolution, rng)
 
@@ -36,7 +44,7 @@ def _multilevel(adjacency: Floats, resolution: float, rng: np.random.Generator) 
 
 
 def _merge_singletons(adjacency: Floats, strength: Floats, resolution: float, rng: np.random.Generator) -> Labels:
-    """One pass from single nodes: each moves, in random order, to the community with the highest gain."""
+    """Make one pass from single nodes: each moves, in random order, to the community with the highest gain."""
     n = len(strength)
     labels = np.arange(n)
     totals = strength.copy()
@@ -63,7 +71,8 @@ def _move_units(
     totals = _sum_by(labels, strength)
     loops = adjacency.diagonal()
     while True:
-        # All gains at once show which nodes would move; each is computed again in its turn, because moves change them.
+        # All gains at once show which nodes would move; each gain is computed again before its move, because earlier
+        # moves change it.
         gains = links - np.outer(resolution * totals, strength)
         stay = gains[labels, nodes] - loops + resolution * strength**2
         gains[labels, nodes] = stay
@@ -85,7 +94,7 @@ def _move_units(
 
 
 def _sum_by(labels: Labels, rows: Floats) -> Floats:
-    """Sum of the rows of each community, without a matrix product: its threads wait for each other on busy machines."""
+    """Sum of the rows of each community; not by a matrix product, whose threads block each other on busy machines."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(int(labels.max()) + 1))
     summed: Floats = np.add.reduceat(rows[order], starts, axis=0)

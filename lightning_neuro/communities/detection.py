@@ -23,7 +23,7 @@ class Communities:
         modularity: Modularity of `labels`, the best of all runs.
         modularities: One value per run.
         agreement: Mean normalised mutual information between the partitions of the runs: 1 if all runs found the same
-            communities, near 0 if these have nothing in common. NaN for a single run.
+            communities, near 0 if the partitions are unrelated. NaN for a single run.
     """
 
     labels: Tensor
@@ -50,10 +50,10 @@ def detect_communities(
         algorithm_options: Further arguments of a cdlib algorithm.
 
     Returns:
-        The best partition, and how far the runs agree.
+        The best partition, and the agreement between the runs.
 
     Raises:
-        ArgumentError: If an argument is not as described, or the graph has no positive weight.
+        ArgumentError: If an argument is invalid, or the graph has no positive weight.
 
     Source:
         V. Blondel et al., "Fast unfolding of communities in large networks" (2008); R. Rotta, A. Noack, "Multilevel
@@ -94,8 +94,11 @@ def modularity(adjacency: Tensor, labels: ArrayLike, *, resolution: float = 1.0)
         labels: (k,) integers, the community of each node.
         resolution: Weight of the expected part.
 
+    Returns:
+        Q.
+
     Raises:
-        ArgumentError: If an argument is not as described.
+        ArgumentError: If an argument is invalid.
 
     Source:
         M. Newman, "Analysis of weighted networks" (2004).
@@ -118,8 +121,11 @@ def partition_agreement(labels_a: ArrayLike, labels_b: ArrayLike) -> float:
         labels_a: (k,) integers; how the communities are numbered does not matter.
         labels_b: (k,) integers.
 
+    Returns:
+        A number from 0 to 1.
+
     Raises:
-        ArgumentError: If they are not integer vectors of one length.
+        ArgumentError: If they are not integer vectors of the same length.
 
     Example:
         >>> import torch
@@ -131,7 +137,7 @@ def partition_agreement(labels_a: ArrayLike, labels_b: ArrayLike) -> float:
 
 
 def weighted_modularity(weights: Floats, labels: Labels, resolution: float) -> float:
-    """Modularity of a checked graph; 0 where it has no edge, as all partitions of it are equally good."""
+    """Modularity of a valid graph; 0 if it has no edge, because all its partitions are then equally good."""
     strength = weights.sum(axis=1)
     total = strength.sum()
     if total == 0:
@@ -176,12 +182,12 @@ def _as_partition(name: str, labels: Any, length: int | None) -> Labels:
 def _agreement(a: Labels, b: Labels) -> float:
     from sklearn.metrics import normalized_mutual_info_score
 
-    # Rounded, because the sum of logarithms leaves equal partitions a few units in the last place away from 1.
+    # Rounded, because for equal partitions the sum of logarithms differs from 1 by a few units in the last place.
     return float(np.clip(round(float(normalized_mutual_info_score(a, b)), 12), 0.0, 1.0))
 
 
 def _largest_first(labels: Labels) -> Labels:
-    """Number communities by decreasing size, equally large ones by their first member."""
+    """Number communities by decreasing size, communities of equal size by their first member."""
     _, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     rank = np.empty(len(counts), dtype=np.int64)
     rank[np.lexsort((first, -counts))] = np.arange(len(counts))

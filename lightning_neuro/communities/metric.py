@@ -40,16 +40,17 @@ if TYPE_CHECKING:
 
 
 class NeuronModularity(ResultMetric):
-    """Modularity of a layer's units: how clearly they fall into groups that are active together.
+    """Computes the modularity of a layer's units: how clearly they are separated into groups that are active together.
 
-    Units that rise and fall together over the samples are joined into a graph, the graph is partitioned into
-    communities, and the modularity says how much of the weight lies inside them. It is computed together with its value
-    for the same units when each unit's activations are shuffled over the samples: only the distance to that null is
-    structure. It describes what the network has fitted; it does not predict accuracy.
+    Units whose activations are correlated over the samples are joined into a graph, the graph is partitioned into
+    communities, and the modularity measures how much of the edge weight lies inside them. It is computed together with
+    its null, the value for the same units with each unit's activations shuffled over the samples: only the difference
+    from the null is evidence of structure. Modularity describes what the network has fitted; it does not predict
+    accuracy.
 
-    In mode `"correlation"` the state is a matrix of sums and at most 2,048 samples, however many are seen; batches,
-    shards and ranks merge to what a single pass gives. Mode `"mostafa2021"` follows the paper, class by class, and has
-    to keep all activations and targets (in float32).
+    In mode `"correlation"` the state is a matrix of sums and at most 2,048 samples, for any number of samples seen, and
+    the result does not depend on how these are split into batches or over ranks. Mode `"mostafa2021"` follows the
+    paper, class by class, and has to keep all activations and targets (in float32).
 
     Args:
         mode: See `CommunityOptions`, as for all options.
@@ -57,15 +58,15 @@ class NeuronModularity(ResultMetric):
         algorithm: Algorithm that detects communities.
         algorithm_options: Further arguments of a cdlib algorithm.
         resolution: Resolution of the modularity.
-        num_runs: Runs of the detection.
-        num_null_samples: Graphs of shuffled activations.
-        max_units: Units looked at.
-        score: Level of a unit in mode `"mostafa2021"`.
+        num_runs: Number of runs of the detection.
+        num_null_samples: Number of graphs of shuffled activations.
+        max_units: Maximum number of units that are used.
+        score: Level above which a unit counts as active in mode `"mostafa2021"`.
         seed: Seed of the private generators.
         **kwargs: Options of `torchmetrics.Metric`.
 
     Raises:
-        ArgumentError: At construction, for a wrong option.
+        ArgumentError: If an option is invalid, at construction.
 
     Source:
         S. Mostafa, D. Mondal, "On the Evolution of Neuron Communities in a Deep Learning Architecture",
@@ -137,7 +138,7 @@ class NeuronModularity(ResultMetric):
             self.add_state("num_silent", torch.tensor(0), dist_reduce_fx="sum")
             self.add_state("moments", torch.zeros(2, 1, dtype=torch.float64), dist_reduce_fx=merge_moments)
             self.add_state("kept", torch.zeros(0, 1), dist_reduce_fx=keep_rows)
-        else:  # flat vectors of (target, activations) rows: a rank without samples then still gathers
+        else:  # flat vectors of (target, activations) rows, so that a rank without samples can still gather
             self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, activations: ArrayLike, targets: ArrayLike | None = None) -> None:
@@ -145,7 +146,7 @@ class NeuronModularity(ResultMetric):
 
         Args:
             activations: (N, units) of any real dtype.
-            targets: (N,) integer class labels, negative where there is none; needed by mode `"mostafa2021"` and ignored
+            targets: (N,) integer class labels, negative if unlabelled; needed by mode `"mostafa2021"` and ignored
                 otherwise.
 
         Raises:
@@ -165,20 +166,20 @@ class NeuronModularity(ResultMetric):
             labelled = torch.cat([classes[finite.to(classes.device)].to(values)[:, None], values], dim=1)
             self.rows.append(labelled.float().flatten())
             return
-        # What is kept must be usable outside of the inference mode in which `Trainer.validate` runs.
+        # State tensors must be usable outside of the inference mode in which `Trainer.validate` runs.
         with torch.inference_mode(False), torch.no_grad():
             self._add(values)
 
     def _add(self, values: Tensor) -> None:
         self.num_silent = self.num_silent + (values.float() == 0).all(dim=1).sum()
-        if self.moments.shape[1] == 1:  # nothing was seen yet, not even the width
+        if self.moments.shape[1] == 1:  # nothing has been seen yet, so the width is not known
             self.moments = moments(values, weight=self.weight)
         else:
             add_samples(self.moments, values, weight=self.weight)
         self.kept = keep_rows(torch.cat([self.kept, values.float()] if len(self.kept) else [values.float()]))
 
     def compute(self) -> CommunityResult:
-        """Find the communities of the samples so far; undefined measures are NaN and explained, never an error."""
+        """Find the communities of the samples so far; undefined measures are NaN and explained in the notes."""
         observed = self._observe_moments() if self.mode == "correlation" else self._observe_classes()
         graph = observed.graph
         facts: dict[str, Any] = {
@@ -211,11 +212,11 @@ class NeuronModularity(ResultMetric):
         """Draw the graph with its communities; see `plot_communities`.
 
         Args:
-            result: What to draw. Default: what `compute()` returns.
+            result: The result to draw; default: that of `compute()`.
             layer: The layer's name, for the title.
 
         Returns:
-            A matplotlib figure that pyplot does not know.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.communities.plot import plot_communities
 
@@ -292,7 +293,7 @@ class NeuronModularity(ResultMetric):
         measures = {"modularity_null": mean, "modularity_excess": mean_run - mean}
         if len(by_chance) > 1:
             std = measures["modularity_null_std"] = float(np.std(by_chance, ddof=1))
-            if std > 1e-9:  # it is 0 where every null graph is one single community, whose modularity is 0
+            if std > 1e-9:  # it is 0 if every null graph is a single community, whose modularity is 0
                 measures["modularity_z"] = (mean_run - mean) / std
         return measures
 
@@ -302,7 +303,7 @@ class NeuronModularity(ResultMetric):
         return float(np.mean(found)) if found else float("nan")
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        # torchmetrics stacks both states (in forward and merge_state), but one that has seen nothing has no width yet.
+        # torchmetrics stacks both states (in forward and merge_state), but an empty one has no width yet.
         theirs = int(incoming_state["width"])
         if self.width and theirs and theirs != self.width:
             raise ArgumentError(f"`incoming_state` must have {int(self.width)} units; got {theirs}.")
@@ -321,9 +322,9 @@ class _Observed:
 
 
 def why_undefined(graph: ActivationGraph) -> str:
-    """Why this graph has no communities; an empty string if it can have some."""
+    """Why communities are not defined for this graph; an empty string if they are."""
     if graph.num_samples < 3:
-        return f"at least 3 finite samples are needed and there were {graph.num_samples}"
+        return f"at least 3 finite samples are needed; got {graph.num_samples}"
     if graph.num_dead == graph.num_units:
         return f"all {graph.num_units} units are dead (never above zero)"
     if len(graph.units) < 2:

@@ -22,9 +22,9 @@ def class_graphs(
 
     Args:
         values: (d, n) activations after the activation function.
-        classes: (n,) class of each sample; negative where there is none.
-        score: `"mean"` (of a unit's positive activations) or `"frequency"` (fraction of samples in which it is on). As
-            in the first release of the authors' code, the latter compares an activation with a frequency, and is
+        classes: (n,) class of each sample; negative if unlabelled.
+        score: `"mean"` (of a unit's positive activations) or `"frequency"` (fraction of samples in which it is on). The
+            latter is that of the first release of the authors' code: it compares an activation with a frequency, and is
             degenerate at initialisation.
 
     Returns:

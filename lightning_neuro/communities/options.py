@@ -1,4 +1,4 @@
-"""Options of neuron communities: their types and their documentation, for the metric and the callback alike."""
+"""Options of neuron communities, for the metric and the callback: their types and their documentation."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, get_args
@@ -24,9 +24,9 @@ class CommunityOptions(TypedDict, total=False):
         algorithm: `"louvain"`, or the name of any crisp algorithm of `cdlib.algorithms`. Default: `"louvain"`.
         algorithm_options: Further arguments of a cdlib algorithm. Default: none.
         resolution: Resolution of the modularity; above 1: more and smaller communities. Default: 1.
-        num_runs: Runs of the detection on each graph; the best one is reported. Default: 5.
-        num_null_samples: Graphs of shuffled activations, with one run each; 0 for no null. Default: 10.
-        max_units: A wider layer is represented by a fixed random choice of this many units. Default: 2,048.
+        num_runs: Number of runs of the detection on the graph; the best one is reported. Default: 5.
+        num_null_samples: Number of graphs of shuffled activations, with one run each; 0 for no null. Default: 10.
+        max_units: Maximum number of units; of wider layers a fixed random choice of units is used. Default: 2,048.
         score: Level above which a unit counts as active in mode `"mostafa2021"`: the `"mean"` of its positive
             activations, or its `"frequency"`, the fraction of samples in which it is on. Default: `"mean"`.
         seed: Seed of the private generators for the null and for `max_units`. Default: 0.

@@ -1,11 +1,12 @@
-"""The null model: what the same units would give if they were not active together.
+"""The null model: the modularity of the same units if they were independent.
 
-Modularity is not zero by chance, and how high it gets by chance depends on the number of samples and on how sparse the
-units are. So each unit's activations are permuted over the samples, independently of the other units: every unit keeps
-its own distribution, and only accidental relations between units remain.
+Modularity is positive by chance alone, and its level depends on the number of samples and on the sparsity of the units.
+So each unit's activations are permuted over the samples, independently of the other units: every unit keeps its own
+distribution, and only chance correlations between units remain.
 
-Only each unit's distribution is needed for that. It is exact up to `KEPT_ROWS` samples and beyond that estimated from
-as many kept samples; the permuted data always have the full number of samples, because the null depends on it.
+Only each unit's distribution is needed for that. It is exact for up to `KEPT_ROWS` samples, and beyond that estimated
+from this number of kept samples; the permuted data always have the full number of samples, because the null depends on
+it.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ _FRESH_UP_TO = 1024
 
 
 def keep_rows(stacked: Tensor) -> Tensor:
-    """Reduce samples to at most `KEPT_ROWS`, the same ones whatever their order and however they are sharded.
+    """Reduce samples to at most `KEPT_ROWS`, independent of their order and of how they are sharded.
 
     Each sample has a hash of its values, and the samples with the smallest hashes are kept. Rows of zeros are padding:
     samples in which no unit is active are counted instead (they share one hash: all or none would be kept).
@@ -46,12 +47,15 @@ def keep_rows(stacked: Tensor) -> Tensor:
 
 
 def stretch(rows: Values, num_samples: int, num_silent: int) -> Values:
-    """Each unit's distribution as (d, num_samples) values: its kept ones, repeated evenly, and zeros.
+    """Each unit's distribution as n values: the kept ones, repeated evenly, and zeros.
 
     Args:
         rows: (rows, d), the kept samples.
-        num_samples: n, of all samples.
-        num_silent: Samples in which no unit is active.
+        num_samples: n, the number of all samples.
+        num_silent: Number of samples in which no unit is active.
+
+    Returns:
+        float32 (d, n).
     """
     values = np.zeros((rows.shape[1], num_samples), dtype=np.float32)
     num_acting = num_samples - num_silent
@@ -62,11 +66,11 @@ def stretch(rows: Values, num_samples: int, num_silent: int) -> Values:
 
 
 def shuffles(values: Values, num_null_samples: int, rng: np.random.Generator) -> Iterator[Values]:
-    """Draw (d, n) data in which every unit's values are permuted independently.
+    """Generate (d, n) data in which every unit's values are permuted independently.
 
-    Permuting 1,024 units of 10,000 samples takes 0.25 s. So beyond a thousand samples all random samples share one
-    permutation, and each of them rotates every unit by a random offset. Each by itself is still a uniform independent
-    permutation, and two units rarely meet in the same relative position twice.
+    Permuting 1,024 units of 10,000 samples takes 0.25 s. So beyond a thousand samples all null samples share one
+    permutation per unit, and each of them rotates every unit by a random offset. A single null sample is still a
+    uniform independent permutation, and two units rarely have the same relative offset twice.
     """
     d, n = values.shape
     fresh = n <= _FRESH_UP_TO
@@ -89,8 +93,11 @@ def null_graphs(values: Values, weight: str, num_null_samples: int, rng: np.rand
     Args:
         values: float32 (d, n), each unit's distribution over the samples.
         weight: The edge weight.
-        num_null_samples: How many graphs.
+        num_null_samples: Number of graphs.
         rng: A private generator.
+
+    Yields:
+        float64 (d, d), the edge weights of one graph.
     """
     x = (values > 0).astype(np.float32) if weight in STATE_WEIGHTS else values
     if weight == "coactivation":
@@ -100,5 +107,5 @@ def null_graphs(values: Values, weight: str, num_null_samples: int, rng: np.rand
         length = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
         x = np.divide(x, length, out=np.zeros_like(x), where=length > 0).astype(np.float32)
     for shuffled in shuffles(x, num_null_samples, rng):
-        products = torch.from_numpy(shuffled @ shuffled.T)  # numpy computes only half of a product with itself
+        products = torch.from_numpy(shuffled @ shuffled.T)  # NumPy computes only half of a symmetric product
         yield edge_weights(products, weight=weight).double().numpy()

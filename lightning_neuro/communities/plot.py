@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 256
 _PANEL = 3.3  # inches
 _TOP, _BOTTOM, _SIDE, _GAP, _BAR = 0.7, 0.42, 0.25, 0.25, 0.75
-_LEAST_DARKEST = 0.05  # each panel has its own scale, but weights below this are not blown up to look like structure
+_LEAST_DARKEST = 0.05  # each panel has its own scale, but weights below this are not amplified to look like structure
 
 Image = npt.NDArray[np.float32]
 
@@ -37,16 +37,16 @@ def plot_communities(results: Mapping[str, CommunityResult]) -> "Figure":
     """Draw each layer's graph as a matrix whose units are sorted by community.
 
     A dark cell is a pair of units that are active together. Communities are outlined squares along the diagonal, the
-    largest first: dark squares on a light background are clear groups; if the squares are hardly darker than the rest,
-    the layer has none, whatever its modularity. The title compares the modularity with that of shuffled activations.
+    largest first. Dark squares on a light background are clear groups; if the squares are hardly darker than the rest,
+    there are no groups, whatever the modularity. The title compares the modularity with that of shuffled activations.
 
-    Large layers are averaged down to 256 cells, and at most 8 layers are drawn, so that it is cheap.
+    Large layers are averaged down to 256 x 256 cells, and at most 8 layers are drawn, to limit the cost.
 
     Args:
-        results: Layer name -> result; an empty name is not written.
+        results: Layer name -> result; an empty name is not shown.
 
     Returns:
-        A matplotlib figure that pyplot does not know.
+        A matplotlib figure that is not registered with pyplot.
 
     Raises:
         ValueError: If there is no result.
@@ -88,7 +88,7 @@ def _draw_panel(
         axes.text(left + _PANEL / 2, bottom + _PANEL / 2, sentence, fontsize=9, ha="center", va="center")
     else:
         darkest = max(float(np.quantile(image, 0.995)), _LEAST_DARKEST)
-        lines[-1] += f"; darkest blue: {darkest:.2f} up"
+        lines[-1] += f"; darkest blue: {darkest:.2f} or more"
         _show(axes, image / darkest, (left, left + _PANEL, bottom, bottom + _PANEL))
         k = len(result.units)
         ends = np.cumsum(np.bincount(result.labels.numpy()))
@@ -118,7 +118,7 @@ def _show(axes: "Axes", image: Image, extent: tuple[float, float, float, float])
 
 
 def _sorted_image(result: CommunityResult) -> Image:
-    """The adjacency with communities in order and, inside one, the strongest units first; averaged down if large."""
+    """The adjacency, sorted by community and, inside one, by strength; averaged down if large."""
     labels, adjacency = result.labels.numpy(), result.adjacency.float().numpy()
     order = np.lexsort((-adjacency.sum(axis=1), labels))
     image: Image = adjacency[np.ix_(order, order)]

@@ -17,19 +17,19 @@ NAN = float("nan")
 
 @dataclass(frozen=True, eq=False)
 class CommunityResult:
-    """The communities of one layer's units, how clear they are, and what chance alone would give.
+    """The communities of one layer's units, how clear they are, and the null.
 
-    Compare `modularity` with `modularity_null`: what counts is how far the first lies above the second
-    (`modularity_excess`), in standard deviations of the null (`modularity_z`). Undefined numbers are NaN here and
-    absent from `scalars()`; `notes()` says why.
+    Compare `modularity` with `modularity_null`: the relevant quantity is the difference (`modularity_excess`), also in
+    standard deviations of the null (`modularity_z`). Undefined measures are NaN here and absent from `scalars()`;
+    `notes()` gives the reason.
 
     Attributes:
         mode: `"correlation"` or `"mostafa2021"`.
-        weight: What an edge weighs.
+        weight: What the edge weights measure.
         adjacency: float64 (k, k), edge weights of the units in the graph.
         units: int64 (k,), their indices in the layer.
-        labels: int64 (k,), their communities, 0 the largest; empty where undefined.
-        modularity: Of these communities, the best of the runs.
+        labels: int64 (k,), their communities, 0 the largest; empty if undefined.
+        modularity: Modularity of these communities, the best of the runs.
         modularity_null: Mean over graphs of permuted activations, one run each.
         modularity_null_std: Standard deviation over those graphs.
         modularity_excess: Mean of the single runs on the real graph minus `modularity_null`. (Not the best run: the
@@ -39,13 +39,13 @@ class CommunityResult:
         num_communities: Number of communities.
         largest_share: Fraction of the units in the largest community.
         nmi_runs: Mean normalised mutual information between runs; low values mean that the partition is arbitrary.
-        layer_width: Units of the layer.
-        num_units: Units looked at (fewer than `layer_width` where `max_units` is smaller).
-        num_constant: Of these, units that never vary.
-        num_dead: Of these, units that are never above zero.
-        num_samples: Samples used.
-        num_nonfinite: Samples left out because they held NaN or infinity.
-        reason: Why nothing is defined, or empty.
+        layer_width: Number of units of the layer.
+        num_units: Number of units used (fewer than `layer_width` if `max_units` is smaller).
+        num_constant: Number of units, of those used, that never vary.
+        num_dead: Number of units, of those used, that are never above zero.
+        num_samples: Number of samples used.
+        num_nonfinite: Number of samples left out because of NaN or infinite activations.
+        reason: Why no measure is defined; empty if they are.
     """
 
     mode: str
@@ -92,7 +92,7 @@ class CommunityResult:
         return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
     def notes(self) -> dict[str, str]:
-        """Kind -> warning: samples left out, why nothing is defined, units left out."""
+        """Kind -> a warning for the user: samples left out, why nothing is defined, units left out."""
         notes = {}
         if self.num_nonfinite:
             notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
@@ -100,8 +100,8 @@ class CommunityResult:
             notes["undefined"] = f"Neuron communities are not defined: {self.reason}."
         if self.num_units < self.layer_width:
             notes["max_units"] = (
-                f"Only {self.num_units} of the {self.layer_width} units are used, a fixed random choice. Raise"
-                " `max_units` to use all."
+                f"Only {self.num_units} of the {self.layer_width} units are used, a fixed random choice. To use all,"
+                " increase `max_units`."
             )
         return notes
 

@@ -12,7 +12,7 @@ STATE_WEIGHTS = ("phi", "coactivation")
 """Weights that depend only on whether a unit is on (> 0), not on how strongly."""
 
 CONSTANT_BELOW = 1e-6
-"""A unit whose standard deviation is below this fraction of its root mean square varies by float32 rounding alone."""
+"""A unit whose standard deviation is below this fraction of its root mean square varies only by float32 rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +22,11 @@ class ActivationGraph:
     Attributes:
         adjacency: float64 (k, k), exactly symmetric with a zero diagonal: the edge weight of each pair of kept units.
         units: int64 (k,), the indices of the kept units in the layer.
-        num_units: Units in the data, kept or not.
-        num_constant: Units dropped because they do not vary (for on/off weights: always on).
-        num_dead: Units dropped because they are never above zero.
-        num_samples: Samples used.
-        num_nonfinite: Samples left out because they held NaN or infinity.
+        num_units: Number of units in the data, kept or not.
+        num_constant: Number of units dropped because they do not vary (for on/off weights: always on).
+        num_dead: Number of units dropped because they are never above zero.
+        num_samples: Number of samples used.
+        num_nonfinite: Number of samples left out because of NaN or infinite activations.
     """
 
     adjacency: Tensor
@@ -39,16 +39,16 @@ class ActivationGraph:
 
 
 def activation_graph(activations: ArrayLike, *, weight: Weight = "correlation") -> ActivationGraph:
-    """Connect units by how much they are active together.
+    """Build a graph of units, with edges weighted by how much the units are active together.
 
-    An edge of weight 1 joins units that rise and fall together over the samples; units that are unrelated or opposed
-    have no edge. Units that never vary carry no information about this and are dropped and counted.
+    Perfectly correlated units have an edge of weight 1; by default, uncorrelated and anticorrelated units have no edge.
+    Units that never vary carry no information about this; they are dropped and counted.
 
     Args:
         activations: (N, units) of any real dtype, one row per sample.
         weight: `"correlation"` (Pearson's r, negative values set to 0), `"correlation_squared"` (r^2, which also joins
-            opposed units), `"phi"` (r of the on/off states, negative values set to 0) or `"coactivation"` (fraction of
-            the samples in which both are on). On means above zero.
+            anticorrelated units), `"phi"` (r of the on/off states, negative values set to 0) or `"coactivation"`
+            (fraction of the samples in which both are on). A unit is on if its activation is above zero.
 
     Returns:
         The graph; empty if there are fewer than three samples or no varying units.
@@ -78,11 +78,11 @@ def activation_graph(activations: ArrayLike, *, weight: Weight = "correlation") 
 # hold them as a single state with a single reduction:
 #   [0, 0] n    [0, 1:] mean    [1, 1:] samples in which the unit is on
 #   [2:, 1:] centred scatter, the sum of (x - mean)(x - mean)^T
-# An all-zero tensor of any width stands for "no samples".
+# An all-zero tensor of any width represents "no samples".
 
 
 def moments(values: Tensor, *, weight: str) -> Tensor:
-    """Packed statistics of finite (N, d) values, or of their on/off states where `weight` depends only on those."""
+    """Packed statistics of finite (N, d) values, or of their on/off states if `weight` depends only on those."""
     packed = torch.zeros(2 + values.shape[1], 1 + values.shape[1], dtype=torch.float64, device=values.device)
     return add_samples(packed, values, weight=weight)
 
@@ -158,6 +158,6 @@ def edge_weights(similarity: Tensor, *, weight: str) -> Tensor:
 
 
 def _rounded(adjacency: Tensor) -> Tensor:
-    # Sums taken in another order (shards, ranks) differ in the last bits, and a tie broken the other way would give
-    # other communities. After rounding to 2^-40 both orders give the same numbers.
+    # Sums in another order (shards, ranks) differ in the last bits, and a tie broken the other way would give other
+    # communities. After rounding to 2^-40 both orders give the same numbers.
     return adjacency.mul(2.0**40).round().div(2.0**40)

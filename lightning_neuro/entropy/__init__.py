@@ -1,4 +1,4 @@
-"""Entropy of the states of units: on/off and amplitude entropy of each layer, and their information on the class."""
+"""Entropy of the states of units: on/off and amplitude entropy of each layer, and class information."""
 
 from lightning_neuro.entropy.calibration import activation_range, merge_calibrations
 from lightning_neuro.entropy.callback import ActivationEntropy

@@ -17,9 +17,9 @@ SMALLEST_UPPER = 1e-300
 def activation_range(activations: ArrayLike) -> Tensor:
     """The upper end of each unit's range: the 99.9 percentile of its activations.
 
-    A unit that was active too rarely for its percentile to be positive gets its largest activation; a unit that was
-    never active gets the median of the layer's other units, so that its bins are sensible if it becomes active later;
-    and if no unit was active all get 1.
+    If a unit was active too rarely for its percentile to be positive, its range ends at its largest activation. If it
+    was never active, its range ends at the median of the layer's other units, so that its bins are sensible if it
+    becomes active later. If no unit was active, all ranges end at 1.
 
     Args:
         activations: (N, units), of any real dtype. Samples with a NaN or infinite value are left out.
@@ -43,15 +43,15 @@ def activation_range(activations: ArrayLike) -> Tensor:
 
 
 def calibration_of(activations: Tensor, *, size: int = CALIBRATION_SIZE) -> tuple[Tensor, Tensor]:
-    """What the range needs to know about a batch: each unit's largest activations, and the number of samples.
+    """The statistics of a batch from which the range is computed: each unit's largest activations, and the count.
 
     Args:
         activations: (N, units), finite.
-        size: How many of the largest are kept. 64 give the exact 99.9 percentile of up to 63,000 samples; of more, they
-            give a slightly higher one.
+        size: How many of the largest are kept. With 64 the 99.9 percentile is exact for up to 63,000 samples; for more
+            it is slightly too high.
 
     Returns:
-        float64 (size, units) in descending order, filled up with -inf, and the int64 count (); both on the CPU.
+        float64 (size, units) in descending order, padded with -inf, and the int64 count (); both on the CPU.
     """
     largest = activations.topk(min(size, len(activations)), dim=0).values.cpu().to(torch.float64)
     missing = largest.new_full((size - len(largest), activations.shape[1]), -math.inf)
@@ -62,8 +62,8 @@ def merge_calibrations(calibrations: Iterable[tuple[Tensor, Tensor | int]]) -> t
     """The calibration of all samples from those of parts of them (batches, shards, ranks), in any order.
 
     Args:
-        calibrations: Pairs of the largest activations, (k, units), and the count, as `NeuronEntropy.calibration` gives
-            them. Pairs with a count of 0 are skipped.
+        calibrations: Pairs of the largest activations, (k, units), and the count, as in `NeuronEntropy.calibration`.
+            Pairs with a count of 0 are skipped.
 
     Returns:
         One such pair, (64, units) and (); with no samples at all, (64, 0) and 0.
@@ -85,7 +85,7 @@ def merge_calibrations(calibrations: Iterable[tuple[Tensor, Tensor | int]]) -> t
     if len(units) > 1 or any(top.ndim != 2 for top, _ in parts):
         shapes = ", ".join(str(tuple(top.shape)) for top, _ in parts)
         raise ArgumentError(
-            f"`calibrations` must hold (k, units) tensors with one number of units; got the shapes {shapes}."
+            f"`calibrations` must hold (k, units) tensors with the same number of units; got the shapes {shapes}."
         )
     top, _ = calibration_of(torch.cat([top for top, _ in parts]))
     return top, torch.tensor(sum(count for _, count in parts))
@@ -109,7 +109,7 @@ def as_range(upper: Tensor | None, mode: str) -> Tensor | None:
     """A range given by the user, as a float64 copy on the CPU.
 
     Raises:
-        ArgumentError: If it is not a (units,) tensor of positive numbers, or the mode has a range of its own.
+        ArgumentError: If it is not a (units,) tensor of positive numbers, or the mode determines the range itself.
     """
     if upper is None:
         return None

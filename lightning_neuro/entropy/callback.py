@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 class ActivationEntropy(MetricCallback[EntropyResult]):
     """Logs the entropy of the state of each unit, in bits, while the network trains.
 
-    A unit's state is "inactive" or one of ten equal bins up to its 99.9 percentile. The entropy says how much a unit's
-    state varies over the samples, the class information how much of this variation tells the classes apart. Neither
-    predicts accuracy: in training all of them follow the number of epochs. Do not compare layers with each other,
-    because their bins differ.
+    A unit's state is "inactive" or one of ten equal bins up to its 99.9 percentile. The entropy measures how much a
+    unit's state varies over the samples, and the class information how much of this variation distinguishes the
+    classes. Neither predicts accuracy: during training, all of them follow the number of epochs. Do not compare layers
+    with each other, because their bins differ.
 
-    The bins are set in a pass of their own, so each evaluation runs the network twice over the probe set.
+    The bins are set in a separate pass, so each evaluation runs the network twice over the probe set.
 
     Args:
-        probe: Which samples, which layers, when; see `Probe`.
-        calibrate: When the bins are set: at `"each"` evaluation, or at the `"first"` and fixed. Activations can grow a
-            hundredfold in the first epochs of training; in fixed bins nearly all of them then fall into the last one,
-            and the entropy goes to 0 whatever the network does. So fixed bins are for networks whose activations hardly
-            change, as in fine-tuning, where they show a change of scale.
-        name: First part of the keys, instead of `entropy`.
+        probe: Selects the samples, the layers and the schedule; see `Probe`.
+        calibrate: When the bins are set: at `"each"` evaluation, or at the `"first"` one and then fixed. Activations
+            can grow a hundredfold in the first epochs of training. With fixed bins nearly all of them then fall into
+            the last bin, and the entropy goes to 0 whatever the network does. So use fixed bins only for networks whose
+            activations hardly change, as in fine-tuning, where they reveal a change of scale.
+        name: First part of the keys; default: `entropy`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: `"warn"` or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         **options: Options of `NeuronEntropy`; see `EntropyOptions`.
 
     Keys:
@@ -57,12 +57,12 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
         | `bits_sum` | mode `"mostafa2021"`: sum over units (over layers: the sum) | 0 .. | neither |
         | `bits_per_unit` | mode `"mostafa2021"`: mean over all units | 0 .. log2 10 | neither |
 
-        With few samples per unit and class the correction can make `class_information` slightly negative: none was
-        found. Also a figure (`entropy/units`: every unit's entropy and its parts) and a histogram of the units'
-        entropies (`entropy/unit_entropy/<layer>`).
+        With few samples per unit and class the correction can make `class_information` slightly negative, which means
+        that none was found. Also logged: a figure (`entropy/units`: every unit's entropy and its parts) and a histogram
+        of the units' entropies (`entropy/unit_entropy/<layer>`).
 
     Raises:
-        ArgumentError: For a wrong option, at construction.
+        ArgumentError: If an option is invalid, at construction.
 
     Source:
         S. Mostafa, D. Mondal, arXiv 2106.04693 (2021), for the mode of that name; Miller (1955) for the correction.
@@ -79,8 +79,8 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
     }
     meanings = {  # noqa: RUF012
         "total": "entropy of a unit's state in bits, the mean over live units",
-        "on_off": "the part of it that is being active or not",
-        "class_information": "bits that a unit's state tells about the class",
+        "on_off": "the part of it that is due to being active or not",
+        "class_information": "information of a unit's state about the class, in bits",
         "dead_share": "fraction of units that were never active",
     }
     histogram_name = "unit_entropy"
@@ -105,7 +105,7 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
             self.charts = {"bits per unit, initial value": ("bits_per_unit", "bits_per_unit_initial")}
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Set the bins from all samples of all ranks: counts can only be added up over the same bins."""
+        """Set the bins from all samples of all ranks, because counts can only be added up over the same bins."""
         metrics = self._entropies()
         fixed = self.calibrate == "first" and metrics and all(metric.calibrated for metric in metrics.values())
         if self.metric.mode == "mostafa2021" or fixed:
@@ -133,9 +133,9 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
         return {layer: metric for layer, metric in self.layer_metrics.items() if isinstance(metric, NeuronEntropy)}
 
     def over_layers(self, measure: str, values: Sequence[float]) -> float:
-        """The mean over layers; the paper's entropy of the network is the sum."""
+        """The mean over layers; for the paper's `bits_sum`, the sum."""
         return sum(values) if measure == "bits_sum" else super().over_layers(measure, values)
 
     def draw(self, results: Mapping[str, EntropyResult]) -> dict[str, "Figure"]:
-        """Every unit's entropy and its parts."""
+        """Draw every unit's entropy and its parts."""
         return {"units": plot_entropy(results)}

@@ -36,10 +36,10 @@ _NO_CALIBRATION = merge_calibrations([])
 class NeuronEntropy(ResultMetric):
     """Computes the entropy of the state of each unit of a layer, in bits, over any number of batches.
 
-    The bins are fixed once, at the first calibration, so that the numbers of all later evaluations can be compared:
-    call `calibrate` with any number of batches before the first `update`, or the first update's batch does it alone.
-    The range outlives `reset()`, `clone()`, pickling and `state_dict()`. Shards and ranks can only be added up where
-    they share one range: give them the same `upper`, or merge their calibrations (`calibration`, `merge_calibrations`,
+    The bins are fixed once, at the first update, so that all later evaluations can be compared: call `calibrate` with
+    any number of batches before the first `update`; otherwise the bins are set from the batch of the first update. The
+    range is kept by `reset()`, `clone()`, pickling and `state_dict()`. Shards and ranks can only be merged if they have
+    the same range: pass the same `upper`, or merge their calibrations (`calibration`, `merge_calibrations`,
     `set_calibration`) before the first update. Results are on the CPU.
 
     In mode "states" the state is a table of counts, so memory does not grow with the number of samples. Mode
@@ -49,8 +49,9 @@ class NeuronEntropy(ResultMetric):
         mode: See `EntropyOptions`, as for `num_bins` and `miller_madow`.
         num_bins: Number of bins.
         miller_madow: Whether to correct for the bias of few samples.
-        num_classes: Number of classes; larger labels are an error. By default it grows with the labels seen. Once a
-            label of 256 or more is seen, the counts are kept without the classes and there is no class information.
+        num_classes: Number of classes; labels >= `num_classes` raise an error. By default it grows with the labels
+            seen. Once a label of 256 or more is seen, counts are no longer kept by class, and there is no class
+            information.
         upper: Upper end of each unit's range, a positive floating-point tensor (units,); by default it is calibrated.
         **kwargs: Options of torchmetrics.Metric, such as `sync_on_compute`.
 
@@ -114,29 +115,29 @@ class NeuronEntropy(ResultMetric):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the range is fixed; mode "mostafa2021" has none to fix."""
+        """Whether the range is fixed; always True in mode "mostafa2021", which has no range."""
         return self.upper is not None or self.mode == "mostafa2021"
 
     @property
     def calibration(self) -> tuple[Tensor, Tensor]:
         """Each unit's 64 largest activations, float64 (64, units), and the number of samples, int64 ().
 
-        Both are on the CPU; fewer than 64 samples are filled up with -inf. Before the first `calibrate`, and again
-        after the range was fixed, they are (64, 0) and 0.
+        Both are on the CPU; with fewer than 64 samples the tensor is padded with -inf. Before the first `calibrate`,
+        and after the range is fixed, they are (64, 0) and 0.
         """
         return self._calibration
 
     def calibrate(self, activations: ArrayLike) -> None:
         """Add a batch to the sample from which the range is estimated; any number of batches before the first update.
 
-        The range is the exact 99.9 percentile for up to 63,000 samples in all. Mode "mostafa2021" has nothing to
-        calibrate.
+        The range is the exact 99.9 percentile for up to 63,000 samples in total. In mode "mostafa2021" this does
+        nothing.
 
         Args:
             activations: (N, units), of any real dtype; samples with NaN or infinite values are left out.
 
         Raises:
-            ArgumentError: If the range is fixed already, or for a wrong shape or dtype.
+            ArgumentError: If the range is already fixed, or the shape or dtype is wrong.
         """
         values = as_activations(activations, num_units=self._num_units())
         if self.mode == "mostafa2021":
@@ -154,13 +155,13 @@ class NeuronEntropy(ResultMetric):
             count: How many samples they come from.
 
         Raises:
-            ArgumentError: If the range is fixed already, or `top` has a wrong shape.
+            ArgumentError: If the range is already fixed, or `top` has a wrong shape.
         """
         self._require_no_range()
         self._calibration = merge_calibrations([(top, count)])
 
     def forget_range(self) -> None:
-        """Reset, and estimate a new range at the next calibration or update, for activations that outgrew the old."""
+        """Reset, and estimate a new range at the next calibration or update, if activations have outgrown the old."""
         self.reset()
         self.upper = None
         self._calibration = _NO_CALIBRATION
@@ -173,7 +174,7 @@ class NeuronEntropy(ResultMetric):
             )
 
     def _range(self, activations: Tensor) -> Tensor:
-        """The range; fixes it if there is any sample to estimate it from."""
+        """The range; it is estimated and fixed if there are any samples."""
         if self.upper is None:
             if not self._calibration[1]:
                 if not len(activations):
@@ -201,11 +202,12 @@ class NeuronEntropy(ResultMetric):
             targets: Integer class labels, (N,); a negative one means "no label". Not used in mode "mostafa2021".
 
         Raises:
-            ArgumentError: For a wrong shape or dtype, another number of units than before, or a label >= `num_classes`.
+            ArgumentError: If a shape or dtype is wrong, the number of units differs from that of earlier batches, or a
+                label is >= `num_classes`.
         """
         values = as_activations(activations, num_units=self._num_units())
         labels = as_labels(targets, len(values))
-        # The state must be usable outside of the inference mode in which Trainer.validate runs.
+        # State tensors must be usable outside of the inference mode in which Trainer.validate runs.
         with torch.inference_mode(False), torch.no_grad():
             finite = finite_rows(values)
             self.num_nonfinite = self.num_nonfinite + int((~finite).sum())
@@ -221,7 +223,7 @@ class NeuronEntropy(ResultMetric):
             self.counts = stack_padded([self.counts, batch.to(self.counts.device)]).sum(0)
 
     def _note_labels(self, labels: Tensor | None) -> bool:
-        """Keep track of the largest label; whether there are still few enough classes to count them one by one."""
+        """Keep track of the largest label; returns whether there are few enough classes to count them separately."""
         label = -1 if labels is None or not len(labels) else int(labels.max())
         if self.num_classes is not None:
             require(
@@ -247,11 +249,11 @@ class NeuronEntropy(ResultMetric):
         """Draw the entropy of the units; see `plot_entropy`.
 
         Args:
-            result: What to draw, by default `compute()`.
+            result: The result to draw; default: that of `compute()`.
             layer: Name of the layer, for the title.
 
         Returns:
-            A matplotlib figure with one panel.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.entropy.plot import plot_entropy
 
@@ -306,12 +308,12 @@ class NeuronEntropy(ResultMetric):
         super()._sync_dist(gather, process_group)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps in addition to the states: the range, or the calibration so far."""
+        """What is saved in addition to the states: the range, or the calibration so far."""
         top, count = self._calibration
         return {"upper": self.upper, "top": top, "count": int(count)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the range, whatever its size.
+        """Restore the range, for any number of units.
 
         Args:
             state: What `get_extra_state` returned.
@@ -321,7 +323,7 @@ class NeuronEntropy(ResultMetric):
 
 
 def _padded(states: Sequence[Tensor]) -> list[Tensor]:
-    """States of several metrics, padded with zeros for the classes and units that some of them lack."""
+    """States of several metrics, padded with zeros for missing classes and units."""
     units = {state.shape[1] for state in states if state.ndim == 3} - {0}
     if len(units) > 1:
         raise ArgumentError(f"`counts` must have the same number of units in all metrics; got {sorted(units)}.")
@@ -331,6 +333,6 @@ def _padded(states: Sequence[Tensor]) -> list[Tensor]:
 def _require_one_range(ranges: Sequence[Tensor]) -> None:
     if any(not torch.equal(upper, ranges[0]) for upper in ranges[1:]):
         raise ArgumentError(
-            "Counts can only be added up over one range, but the metrics have different ones. Pass the same `upper` to"
-            " all of them, or merge their calibrations before the first update."
+            "Counts cannot be merged, because the metrics have different ranges. Pass the same `upper` to all of them,"
+            " or merge their calibrations before the first update."
         )

@@ -21,15 +21,15 @@ def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
 
     A panel shows the live units in descending order of entropy. The blue area is the on/off entropy, the orange one
     above it the part that the amplitude adds, so its upper edge is the total; the dotted line is the maximum for this
-    number of bins. Black points are the class information (where there are labels; a correction below 0 is not drawn):
-    far below the upper edge means that most of what the unit does is unrelated to the class. A steep fall means that
+    number of bins. Black points are the class information (if there are labels; negative values are not drawn): if it
+    is far below the upper edge, most of the variation of the unit is unrelated to the class. A steep fall means that
     few units vary. In mode "mostafa2021" everything is orange: its entropy is that of the amplitude while active.
 
     Args:
         results: Layer name -> result of `neuron_entropy` or `NeuronEntropy.compute`.
 
     Returns:
-        A matplotlib figure, drawn by Agg and not known to pyplot, so there is nothing to close.
+        A matplotlib figure (Agg) that is not registered with pyplot, so it need not be closed.
 
     Raises:
         ValueError: If there is no result.
@@ -54,7 +54,7 @@ def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
     for panel in panels.flat[len(shown) :]:
         panel.set_axis_off()
     bits = range(int(highest) + 1)
-    for row in panels:  # ticks are the expensive part of a figure: a few, set by hand, in the first column
+    for row in panels:  # ticks take most of the time of drawing: a few, set by hand, in the first column
         row[0].set_yticks(bits, [str(number) for number in bits], fontsize=7)
         row[0].set_ylabel("entropy (bits)", fontsize=8)
         for panel in row[1:]:
@@ -71,7 +71,7 @@ def _draw(panel: "Axes", name: str, result: EntropyResult) -> None:
     order = result.total.argsort(descending=True)
     order = order[result.live[order]]
     live = len(order)
-    # y is given so that matplotlib need not search for a free place.
+    # `y` is given so that matplotlib need not search for free space.
     panel.set_title(f"{short_name(name, 36)}\n{_subtitle(result)}", fontsize=8, y=1.01)
     if result.num_samples < 2 or not live:
         notes = result.notes()
@@ -102,7 +102,7 @@ def _subtitle(result: EntropyResult) -> str:
 
 
 def _legend(figure: "Figure", columns: int, results: Sequence[EntropyResult]) -> None:
-    """Coloured words: a tenth of the time of a matplotlib legend."""
+    """A legend of coloured words, in a tenth of the time of a matplotlib legend."""
     entries = [
         ("■ on/off entropy", VALUE, any(result.on_off is not None for result in results)),
         ("■ amplitude entropy", PART, True),

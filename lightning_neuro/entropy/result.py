@@ -19,7 +19,7 @@ class EntropyResult:
         mode: "states" or "mostafa2021".
         total: Entropy of each unit's state, (units,). In mode "states" it is `on_off + p_on * amplitude`; in mode
             "mostafa2021" the entropy of the paper. 0 for a dead unit.
-        live: bool (units,), True where the unit was active (a > 0) at least once in the samples.
+        live: bool (units,), True if the unit was active (a > 0) in at least one sample.
         counts: int64 (units, num_bins + 1), how many samples were in each state.
         num_samples: Samples used.
         num_nonfinite: Samples left out because they held NaN or infinite activations.
@@ -27,8 +27,8 @@ class EntropyResult:
         amplitude: Entropy of the bin given that the unit is active, (units,), 0 for a dead unit; None in mode
             "mostafa2021".
         class_information: Mutual information of state and class, (units,). With the Miller-Madow correction it may be
-            slightly negative, which means that none was found. None where fewer than two samples had a label, where
-            there were too many classes, and in mode "mostafa2021".
+            slightly negative, which means that none was found. None if fewer than two samples had a label, if there
+            were too many classes, and in mode "mostafa2021".
         num_labelled: Samples with a class label.
         largest_label: The largest class label, -1 if there was none.
     """
@@ -47,17 +47,17 @@ class EntropyResult:
 
     @property
     def num_units(self) -> int:
-        """Units in the layer."""
+        """Number of units in the layer."""
         return self.total.numel()
 
     @property
     def num_dead(self) -> int:
-        """Units that were active in no sample."""
+        """Number of units that were active in no sample."""
         return self.num_units - int(self.live.sum())
 
     @property
     def num_bins(self) -> int:
-        """Equal-width bins of the active range."""
+        """Number of equal-width bins of the active range."""
         return self.counts.shape[-1] - 1
 
     @property
@@ -66,7 +66,7 @@ class EntropyResult:
         return math.log2(self.num_bins + 1 if self.mode == "states" else self.num_bins)
 
     def scalars(self) -> dict[str, float]:
-        """The layer in a few numbers; undefined ones are left out, never NaN.
+        """Measure -> value of the layer; undefined measures are left out, never NaN.
 
         Returns:
             In mode "states" the means over live units of `total`, `on_off`, `amplitude` and `class_information`; in
@@ -90,27 +90,27 @@ class EntropyResult:
         """Warnings for the user.
 
         Returns:
-            A sentence under each kind that applies: "nonfinite" (samples left out), "undefined" (numbers that cannot be
-            computed, and why), "dead" (mode "mostafa2021": nothing was active, so the entropy is 0 by definition),
-            "classes" (too many classes for the class information).
+            Kind -> sentence, for each kind that applies: "nonfinite" (samples left out), "undefined" (measures that
+            cannot be computed, and why), "dead" (mode "mostafa2021": no unit was active, so the entropy is 0 by
+            definition), "classes" (too many classes for the class information).
         """
         notes = {}
         if self.num_nonfinite:
             notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         if self.num_samples < 2:
             notes["undefined"] = (
-                f"There is no entropy, because it needs at least 2 finite samples and there were {self.num_samples}."
+                f"The entropy is undefined, because it needs at least 2 finite samples; got {self.num_samples}."
             )
         elif not self.live.any():
             dead = f"None of the {self.num_units} units was active in any of the {self.num_samples} samples"
             if self.mode == "mostafa2021":
                 notes["dead"] = f"{dead}, so the entropy is 0."
             else:
-                notes["undefined"] = f"{dead}, so there is no entropy of live units."
+                notes["undefined"] = f"{dead}, so the entropy of live units is undefined."
         if self.largest_label >= MAX_CLASSES:
             notes["classes"] = (
                 f"There is no class information, because it is computed for at most {MAX_CLASSES} classes "
-                f"(labels 0 to {MAX_CLASSES - 1}) and there was a label {self.largest_label}."
+                f"(labels 0 to {MAX_CLASSES - 1}); got label {self.largest_label}."
             )
         return notes
 

@@ -1,8 +1,8 @@
-"""Counts of the states that units are in, and the entropies that follow from them.
+"""Counts of the states of units, and the entropies computed from them.
 
 In mode "states" a unit's activation is turned into one of `num_bins + 1` states: state 0 means "inactive" (a <= 0),
 state b means that the activation lies in (upper (b - 1) / num_bins, upper b / num_bins], and the last state also holds
-everything above `upper`. All numbers are functions of the counts of these states, and counts add up over batches,
+everything above `upper`. All measures are functions of the counts of these states, and counts add up over batches,
 shards and ranks.
 
 Source: S. Mostafa, D. Mondal, *On the Evolution of Neuron Communities in a Deep Learning Architecture*,
@@ -19,12 +19,12 @@ from lightning_neuro.entropy.calibration import SMALLEST_UPPER
 from lightning_neuro.entropy.result import MAX_CLASSES, EntropyResult
 
 _CHUNK = 1024
-# A value on a bin's upper edge belongs to that bin; the float64 product must not lift it over the edge by rounding.
+# A value on a bin's upper edge belongs to that bin; rounding of the float64 product must not move it over the edge.
 _EDGE_TOLERANCE = 1e-12
 
 
 def count_states(activations: Tensor, upper: Tensor, *, num_bins: int = 10, targets: Tensor | None = None) -> Tensor:
-    """How often each unit was in each state, by class: the sufficient statistic of all entropies.
+    """Count how often each unit was in each state, by class: the sufficient statistic of all entropies.
 
     Args:
         activations: (N, units), finite, any floating dtype.
@@ -96,9 +96,9 @@ def entropy_from_states(
     Args:
         counts: int64 (1 + classes, units, num_bins + 1), as `count_states` returns them.
         miller_madow: Whether to correct every entropy for the bias of few samples. The chain rule stays exact.
-        num_nonfinite: Samples that were left out, for the notes.
-        largest_label: The largest class label; by default it follows from the number of rows. From 256 on there is no
-            class information.
+        num_nonfinite: Number of samples that were left out, for the notes.
+        largest_label: The largest class label; by default it follows from the number of rows. With a label of 256 or
+            more there is no class information.
 
     Returns:
         The entropies per unit.
@@ -144,7 +144,7 @@ def mostafa_entropy(activations: Tensor, *, num_bins: int, num_nonfinite: int) -
     Args:
         activations: (N, units), finite: all samples at once, because the bins end at the largest of them.
         num_bins: Number of bins.
-        num_nonfinite: Samples that were left out, for the notes.
+        num_nonfinite: Number of samples that were left out, for the notes.
 
     Returns:
         The result of mode "mostafa2021".

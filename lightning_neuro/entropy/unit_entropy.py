@@ -20,16 +20,16 @@ def neuron_entropy(
 ) -> EntropyResult:
     """Entropy of the state of each unit of a layer, in bits.
 
-    It describes the code of the layer: a low on/off entropy means that a unit is nearly always active or nearly always
-    inactive, a high amplitude entropy that it uses its whole range when it is active, and the class information is the
-    part of these bits that tells the classes apart. It does not predict accuracy, and since the bins follow each
-    layer's own range, a layer should be compared with itself over time, not with other layers.
+    A low on/off entropy means that a unit is nearly always active or nearly always inactive, a high amplitude entropy
+    that it uses its whole range when it is active, and the class information is the part of these bits that
+    distinguishes the classes. The entropy does not predict accuracy. Compare a layer with itself over time and not with
+    other layers, because the bins follow each layer's own range.
 
     Args:
         activations: (N, units), of any real dtype. Samples with a NaN or infinite value are left out and counted.
         targets: Integer class labels, (N,); a negative label means "no label". Without them there is no class
             information.
-        upper: Upper end of each unit's range, (units,), positive; by default `activation_range(activations)`. Give the
+        upper: Upper end of each unit's range, (units,), positive; by default `activation_range(activations)`. Pass the
             same range to make results comparable. Only for mode "states".
         **options: See `EntropyOptions`.
 
@@ -52,7 +52,7 @@ def neuron_entropy(
     """
     # Unlike a calibration by batches, this range is exact for any number of samples.
     automatic = upper is None and options.get("mode") != "mostafa2021"
-    # And it is this process's own: it must not wait for other ranks.
+    # The metric is local to this process: it must not wait for other ranks.
     own = activation_range(activations) if automatic else upper
     metric = NeuronEntropy(upper=own, sync_on_compute=False, **options)
     metric.update(activations, targets)

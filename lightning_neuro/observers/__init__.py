@@ -1,4 +1,4 @@
-"""What each layer, and each unit, knows: linear observers of attributes, and units that denote something."""
+"""What each layer and each unit encodes: linear observers of attributes, and units that denote an attribute."""
 
 from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.observers.denotation import Denotation

@@ -1,4 +1,4 @@
-"""Attributes of the samples: checks of what the user gives, their values in a batch, and their names."""
+"""Attributes of the samples: argument checks, their values in a batch, and their names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def read_attribute_values(attributes: Mapping[str, BatchField], batch: Any, num_
     """The attributes of a batch.
 
     Args:
-        attributes: Name -> where its values are found in the batch.
+        attributes: Name -> field of the batch: a function of the batch, a key or an index.
         batch: As the data loader returns it, on the model's device.
         num_samples: Number of samples in it.
 
@@ -52,7 +52,7 @@ def read_attribute_values(attributes: Mapping[str, BatchField], batch: Any, num_
 
 
 def read_groups(field: BatchField, batch: Any, num_samples: int) -> Tensor:
-    """The groups of a batch's samples as int64 (num_samples,), on the CPU; raises as `read_attribute_values` does."""
+    """The groups of a batch's samples as int64 (num_samples,), on the CPU; errors as in `read_attribute_values`."""
     groups = as_labels(_as_tensor("group_fn", read_field("group_fn", field, batch)), num_samples, name="group_fn")
     assert groups is not None
     return groups
@@ -102,7 +102,7 @@ def check_names(names: Any) -> tuple[str, ...] | None:
 def class_attribute_names(number: int, class_names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Names of the attributes "is of class k": the class's name where it is known, else `class_<k>`.
 
-    They are segments of keys: "/" becomes "_", and names that occur twice are followed by their number.
+    They are segments of keys: "/" becomes "_", and the number of the class is appended to names that occur twice.
 
     Example:
         >>> class_attribute_names(4, ["cat", "n/a", "cat"])

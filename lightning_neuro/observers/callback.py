@@ -1,4 +1,4 @@
-"""`ObserverProbes`: what each layer knows, as training curves."""
+"""`ObserverProbes`: what each layer encodes, as training curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -40,23 +40,24 @@ class ObserverProbes(MetricCallback[ObserverResult]):
 
     At each evaluation an observer of every attribute is fitted to each layer's activations, in closed form and without
     any effect on training, and scored on held-out samples. Compare a score with three others: its value before training
-    (much can be read from random layers), that of the raw input (`balanced_accuracy_input`), and the controls behind
-    the selectivity: in a network of ten classes nearly every set of classes can be read. That an attribute can be read
-    does not mean that the network uses it.
+    (much can be predicted from random layers), that of the raw input (`balanced_accuracy_input`), and the controls of
+    the selectivity (in a network of ten classes nearly every set of classes can be predicted). That an attribute can be
+    predicted does not mean that the network uses it.
 
     Args:
-        probe: Which samples, which layers, when; see `Probe`. The default is validation data, to which the network was
-            not fitted.
+        probe: Selects the samples, the layers and the schedule; see `Probe`. The default is validation data, to which
+            the network was not fitted.
         attributes: Name -> where its values are found in a batch: a function of the batch, or the key or index of a
             field. The values must be 0, 1 or NaN (missing), one per sample. Default: one attribute per class, named
             after it, or `class_<k>`.
-        group_fn: Where an integer for each sample is found in a batch, likewise; samples of one group are held out
-            together. Default: each sample by itself.
-        heatmap: Whether to draw the three maps of units and attributes.
-        max_tags: With more scalars of single attributes than this, only means are logged, and a table under Text.
-        name: First part of the keys, instead of `observers`.
+        group_fn: Where the group of each sample, an integer, is found in a batch: a function of the batch, or the key
+            or index of a field. Samples of one group are held out together. Default: each sample is its own group.
+        heatmap: Whether to draw the three maps of attributes by units, and the contributions to single scores.
+        max_tags: Maximum number of scalars for single attributes. If there are more, only means are logged as scalars,
+            and the attributes as a table (on TensorBoard's Text page).
+        name: First part of the keys; default: `observers`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: What to do if an analysis fails: `"warn"` once and go on training, or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         options: See `ObserverOptions`.
 
     Keys:
@@ -73,14 +74,14 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         | `selectivity` | balanced accuracy minus that of random sets of classes | -1 .. 1 | > 0 |
         | `balanced_accuracy_initial` | before training; per layer and the mean | 0 .. 1 | (reference) |
         | `balanced_accuracy_input` | from the raw input; per attribute and the mean | 0 .. 1 | (reference) |
-        | `num_denoting_units` | per layer: units that alone denote an attribute | 0 .. | neither |
-        | `label_proportion` | per layer: fraction of samples with what they denote, folded | 0 .. .5 | neither |
+        | `num_denoting_units` | per layer: single units that denote an attribute | 0 .. | neither |
+        | `label_proportion` | per layer: fraction of samples with the denoted attribute, folded | 0 .. .5 | neither |
         | `proportion_depth_rho` | rank correlation of depth and this fraction | -1 .. 1 | neither |
         | `proportion_depth_rho_null` | its mean with labels shuffled within each unit | -1 .. 1 | (reference) |
         | `proportion_depth_rho_p` | its p-value under that null | 0 .. 1 | < .05: significant |
 
-        Also figures (`observers/attributes`: attributes by layers; `weights`, `patterns`, `effects`: attributes by
-        units; `proportion`: label proportion over depth; `explanation`: contributions of units to scores of single
+        Also logged: figures (`observers/attributes`: attributes by layers; `weights`, `patterns`, `effects`: attributes
+        by units; `proportion`: label proportion over depth; `explanation`: contributions of units to scores of single
         samples) and a histogram of the attributes' balanced accuracies (`observers/attribute_scores/<layer>`).
 
     Attributes:
@@ -89,12 +90,12 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         depth: The label proportion over depth, at the latest evaluation.
 
     Raises:
-        ArgumentError: For a wrong argument, at construction; for an attribute that is not in the batch or has a wrong
+        ArgumentError: If an argument is invalid, at construction. If an attribute is not in the batch or has a wrong
             length or value, before the first training step.
 
     Source:
         E. E. Allen, *Neural Networks and Denotation*, arXiv 2103.08315 (2021). Only the abstract was available: the
-        formulas are ours, see `lightning_neuro/observers/reading.py`.
+        formulas are this project's, see `lightning_neuro/observers/reading.py`.
 
     Example:
         >>> corner = ObserverProbes(attributes={"mark": lambda batch: batch[0][:, 0, 0, 0] > 0.5})
@@ -106,14 +107,14 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     family = "observers"
     charts = {  # noqa: RUF012
         "balanced accuracy, before training": ("balanced_accuracy", "balanced_accuracy_initial"),
-        "units that denote something": ("num_denoting_units",),
+        "units that denote an attribute": ("num_denoting_units",),
     }
     histogram_name = "attribute_scores"
     baselines = ("balanced_accuracy",)
     meanings = {  # noqa: RUF012
         "balanced_accuracy": "how well a linear classifier predicts each class against the others; .5: chance",
-        "information_bits": "bits about each class that it gets",
-        "num_denoting_units": "units that alone denote a class or a set of classes",
+        "information_bits": "usable information about each class, in bits",
+        "num_denoting_units": "single units that denote a class or a set of classes",
     }
     run_state: ClassVar[tuple[str, ...]] = ("from_input", "before")
 
@@ -143,7 +144,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         self.needs_labels = self.attributes is None
 
     def start_run(self) -> None:
-        """Forget everything of an earlier run."""
+        """Reset the state of an earlier run."""
         super().start_run()
         self.from_input: dict[str, float] = {}
         self.before: dict[str, list[float]] = {}
@@ -153,25 +154,25 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         self._num_read = 0
 
     def release(self) -> None:
-        """Let go of the samples."""
+        """Release the samples."""
         super().release()
         self._raw_input = self._facts = None
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Get ready for a pass; the raw input, which does not change, is only read in the first one."""
+        """Prepare for a pass; the raw input, which does not change, is read in the first pass only."""
         self._num_read, self._raw_input = 0, None
         if not self.from_input:
             settings = asdict(self.metric.settings) | {"num_controls": 0, "denotation": False}
             self._raw_input = RawInput(LinearObserver(names=self.metric.names, **settings))
 
     def observe(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the pass, and of the raw input in the first pass."""
+        """Process one batch of the pass, and of the raw input in the first pass."""
         super().observe(batch)
         if self._raw_input is not None:
             self._raw_input.add(batch, lambda metric, rows: self.update(metric, rows, batch))
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
-        """Show one layer's activations in one batch to the layer's observers."""
+        """Update the layer's observers with its activations in one batch."""
         attributes, groups = self._facts_of(batch)
         repeat = len(activations) // max(1, len(groups))  # several positions of one sample
         labels = None if batch.targets is None else batch.targets.repeat_interleave(repeat)
@@ -191,7 +192,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     def finalize(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", results: dict[str, ObserverResult]
     ) -> dict[str, ObserverResult]:
-        """Name the classes, score the raw input, and correlate what units denote with depth."""
+        """Name the classes, score the raw input, and correlate the label proportion with depth."""
         raw_input, self._raw_input, self._facts = self._raw_input, None, None
         if self.attributes is None:
             results = {
@@ -210,13 +211,13 @@ class ObserverProbes(MetricCallback[ObserverResult]):
 
     def _scores_of(self, trainer: "pl.Trainer", raw_input: RawInput) -> dict[int, float]:
         usable = self.attempt(trainer, "the raw input", raw_input.check)
-        # A rank whose inputs are not floating would leave the others waiting in `compute`.
+        # If the inputs of one rank are not floating-point, the others would wait for it in `compute`.
         if on_any_rank(trainer, not usable):
             return {}
         return self.attempt(trainer, "the raw input", raw_input.scores) or {}
 
     def attribute_measures(self, result: ObserverResult, memory: Memory | None) -> Mapping[str, Mapping[str, float]]:
-        """The values of single attributes, unless these are too many."""
+        """The values of single attributes, unless there are too many."""
         return {} if self._too_many(result) else result.by_attribute()
 
     def _too_many(self, result: ObserverResult) -> bool:
@@ -235,7 +236,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         return found
 
     def draw(self, results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
-        """What can be read from which layer, and from which units."""
+        """Draw which attributes can be predicted from which layers and units."""
         figures = {"attributes": plot_attributes(results, initial=self.before, from_input=self.from_input)}
         if self.heatmap:
             figures |= plot_maps(results) | {"explanation": plot_explanation(results)}
@@ -244,7 +245,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         return figures
 
     def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, ObserverResult]) -> None:
-        """Log the attributes as a table, if they are too many for scalars."""
+        """Log the attributes as a table, if there are too many for scalars."""
         if any(map(self._too_many, results.values())):
             loggers.log_text(trainer, f"{self.name}/balanced_accuracy", self.table())
 

@@ -1,7 +1,8 @@
 """Control attributes: random sets of classes with as many classes as the attribute.
 
-In a network of ten classes nearly every set of classes can be read. The selectivity of an attribute is its balanced
-accuracy minus the mean of such sets (after Hewitt and Liang, 2019, whose control tasks are random functions of words).
+In a network of ten classes nearly every set of classes can be predicted. The selectivity of an attribute is its
+balanced accuracy minus the mean of such sets (after Hewitt and Liang, 2019, whose control tasks are random functions of
+words).
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ SEED = 20_103
 
 @dataclass(frozen=True, eq=False)
 class Controls:
-    """Control attributes, and which of them belong to which attribute.
+    """Holds control attributes, and which of them belong to which attribute.
 
     Attributes:
         values: (N, C) of 0 and 1, NaN for samples without a class.
@@ -35,7 +36,7 @@ def control_attributes(attributes: Tensor, labels: Tensor, num_controls: int) ->
 
     Args:
         attributes: (N, A) of 0, 1 and NaN.
-        labels: int64 (N,) class labels, negative where there is none.
+        labels: int64 (N,) class labels, negative if unlabelled.
         num_controls: Number of sets for each size of an attribute.
 
     Returns:
@@ -52,7 +53,7 @@ def control_attributes(attributes: Tensor, labels: Tensor, num_controls: int) ->
     sizes = (share.clamp(max=1 - share) * k).round().long().clamp(1, k // 2)
     own_sets = [_own_set(rate) for rate in rates]
     for a, own in enumerate(own_sets):
-        # For a set of classes the number of classes is known, however many samples these have.
+        # For a set of classes the number of classes is known, independent of the number of their samples.
         if own and len(own) < k:
             sizes[a] = min(len(own), k - len(own))
     sets: list[frozenset[int]] = []

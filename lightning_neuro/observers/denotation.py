@@ -1,4 +1,4 @@
-"""Which single units denote an attribute: rules found on some samples, tested on others, compared with chance.
+"""Which single units denote an attribute: rules found on some samples, tested on others, and compared with chance.
 
 A unit's rule for an attribute is "above (or below) a threshold"; its rule for a set of classes is "above a threshold
 means one of these classes". Both are found on one part of the samples and tested on the rest by their Matthews
@@ -23,20 +23,20 @@ _CUTS = 15
 
 @dataclass(frozen=True, eq=False)
 class Denotation:
-    """What each unit alone denotes, on samples that were not used to find its rule.
+    """What each single unit denotes, on samples that were not used to find its rule.
 
     With class labels, the last column is for the unit's own best set of classes.
 
     Attributes:
-        mcc: (units, A or A + 1) Matthews correlation of the rule with the attribute; NaN where it cannot be tested.
-        lower: Of the same shape, its lower 95 % bound.
-        p: Of the same shape, family-wise p-values: the fraction of shuffles of the samples' attributes after which the
-            best of all units and attributes is at least as good.
-        proportion: Of the same shape, the fraction of the samples with the attribute.
+        mcc: (units, A or A + 1) Matthews correlation of the rule with the attribute; NaN if it cannot be tested.
+        lower: The lower 95 % bound of `mcc`, same shape.
+        p: Family-wise p-values, same shape: the fraction of shuffles of the samples' attributes after which the best of
+            all units and attributes is at least as good.
+        proportion: The fraction of the samples with the attribute, same shape.
         sets: (units, K) bool, the classes of a unit's own best set; (units, 0) without class labels.
         firing: int64 (units,), number of samples above that set's threshold, among those used to find the rules.
         class_sizes: int64 (K,), number of these samples in each class.
-        null_max: (samples of the null,), the best correlation of all after each shuffle.
+        null_max: (samples of the null,), the largest of all correlations after each shuffle.
     """
 
     mcc: Tensor
@@ -54,17 +54,22 @@ class Denotation:
         return self.p < SIGNIFICANCE
 
     def denoting(self, level: float = DENOTES) -> Tensor:
-        """Bool (units,): which units denote something, the lower bound of a significant correlation being `level`.
+        """Which units denote an attribute or a set of classes: significant, with a lower bound of at least `level`.
 
         Args:
             level: Minimum of the lower bound: .9, or .8 for weak denotation.
+
+        Returns:
+            Bool (units,).
         """
         return (self.significant & (self.lower >= level)).any(1)
 
     def label_proportion(self) -> float:
-        """Mean over the denoting units of the folded fraction, min(p, 1 - p), of samples with what they denote best.
+        """The mean folded label proportion of the denoting units.
 
-        NaN if no unit denotes anything.
+        Returns:
+            Mean of min(p, 1 - p) over the denoting units, p being the fraction of samples with the attribute that the
+            unit denotes best; NaN if there are no denoting units.
         """
         units = torch.nonzero(self.denoting()).flatten()
         if not len(units):
@@ -102,17 +107,21 @@ def find_denotation(
     num_null_samples: int = NUM_NULL_SAMPLES,
     seed: int = 0,
 ) -> Denotation:
-    """Search every unit for what it denotes.
+    """Find what each single unit denotes.
 
     Args:
         x: (N, units) activations, finite, in the order of `attribute_order` (shuffles are drawn by position).
         attributes: (N, A) of 0, 1 and NaN.
-        labels: int64 (N,), negative where there is none.
+        labels: int64 (N,), negative if unlabelled.
         fold: (N,) fold of each sample.
         num_folds: Number of folds; the first 40 % of them find the rules, the others test them.
-        groups: int64 (N,); a shuffle would separate the samples of a group, so only one of each group is tested on.
+        groups: int64 (N,); a shuffle would separate the samples of a group, so only one sample of each group is used
+            for the tests.
         num_null_samples: Number of shuffles for the family-wise error.
         seed: Seed of the shuffles.
+
+    Returns:
+        The correlations, bounds and p-values of all units.
     """
     train = fold < max(1, round(TRAIN_FRACTION * num_folds))
     x, y = x.to(torch.float64), attributes.to(torch.float64)
@@ -143,7 +152,7 @@ def find_denotation(
 
 
 def _one_of_each(groups: Tensor) -> Tensor:
-    """Bool (N,): one sample of each group, drawn at random from all of it."""
+    """Bool (N,): one random sample of each group."""
     _, inverse, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     turn = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).to(groups.device)
     first = turn.new_full((len(counts),), len(groups)).scatter_reduce(0, inverse, turn, "amin")
@@ -177,7 +186,7 @@ def _test_sets(fires: Tensor, members: Tensor, labels: Tensor, orders: Tensor) -
     # A class that did not occur when the sets were found is in none of them.
     seen = known & (labels < members.shape[1])
     inside = members[:, labels.where(seen, 0)].T & seen[:, None]
-    # Row by row: a product over all classes would grow with their number.
+    # Row by row, because a product over all classes would grow with their number.
     hits = torch.stack([(fires & inside[order]).sum(0) for order in orders])
     # If all samples have a class, a shuffle does not change for how many of them a unit is active.
     different = orders[:1] if known.all() else orders
@@ -186,7 +195,7 @@ def _test_sets(fires: Tensor, members: Tensor, labels: Tensor, orders: Tensor) -
 
 
 def _tested(hits: Tensor, yes: Tensor, positive: Tensor, asked: Tensor, proportion: Tensor, *, usable: bool) -> _Tested:
-    """From counts of true positives, predicted positives, positives and all, (1 + samples of the null, units)."""
+    """The tests, from counts of true positives, predicted positives, positives and all, (1 + null samples, units)."""
     hits, yes, positive, asked = (part.double() for part in (hits, yes, positive, asked))
     cells = hits, yes - hits, positive - hits, asked - yes - positive + hits
     mcc = matthews(*cells)
@@ -198,16 +207,17 @@ def _tested(hits: Tensor, yes: Tensor, positive: Tensor, asked: Tensor, proporti
 
 
 def best_thresholds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The threshold and direction with which each unit predicts each attribute best, by Matthews correlation.
+    """The threshold and direction with which each unit best predicts each attribute, by Matthews correlation.
 
-    Every cut between two different values is tried.
+    Every threshold between two different values is tried.
 
     Args:
         x: (n, units), finite.
         y: (n, A) of 0, 1 and NaN.
 
     Returns:
-        Thresholds, (units, A), infinite where no cut is possible; and signs, +1 if the attribute lies above, else -1.
+        Thresholds, (units, A), infinite if no threshold is possible; and signs, (units, A), +1 if samples with the
+        attribute lie above, else -1.
 
     Example:
         >>> import torch
@@ -247,7 +257,7 @@ class ClassSets:
     """Each unit's best set of classes.
 
     Attributes:
-        threshold: (units,), infinite where the unit does not vary.
+        threshold: (units,), infinite if the unit does not vary.
         members: (units, K) bool.
         firing: int64 (units,), number of samples above the threshold.
         class_sizes: int64 (K,), number of samples in each class.
@@ -264,11 +274,14 @@ def best_class_sets(x: Tensor, labels: Tensor) -> ClassSets:
 
     For a given threshold the best set is one of the K - 1 sets of the classes in which the unit is active most often,
     so no search over 2^K sets is needed. The sets are found at 0 and at fifteen quantiles; the threshold of the best
-    set is then optimised over all values.
+    set is then optimized over all values.
 
     Args:
         x: (n, units), finite.
-        labels: int64 (n,), negative where there is none.
+        labels: int64 (n,), negative if unlabelled.
+
+    Returns:
+        The sets and thresholds of all units.
     """
     labelled = labels >= 0
     x, labels = x[labelled], labels[labelled]
@@ -297,7 +310,7 @@ def best_class_sets(x: Tensor, labels: Tensor) -> ClassSets:
 
 
 def best_top_set(counts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """The set of classes that predicts best whether a unit is active, and its Matthews correlation.
+    """The set of classes that best predicts whether a unit is active, and its Matthews correlation.
 
     Args:
         counts: (..., K), number of samples of each class in which a unit is active.

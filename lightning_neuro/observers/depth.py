@@ -19,11 +19,11 @@ class DepthCurve:
 
     Attributes:
         depth: float64 (L,), 0 for the first layer and 1 for the last.
-        proportion: float64 (L,), mean folded label proportion (min(p, 1 - p)) of a layer's significant units; NaN
-            where it has none.
+        proportion: float64 (L,), mean folded label proportion (min(p, 1 - p)) of a layer's significant units; NaN if it
+            has none.
         num_significant: int64 (L,), number of significant units.
-        null: float64 (samples of the null, L), the same with labels shuffled within each unit, which keeps how often it
-            is active.
+        null: float64 (samples of the null, L), the same with labels shuffled within each unit, which preserves how
+            often the unit is active.
         rho: Spearman correlation of depth and folded proportion over all significant units; NaN where undefined.
         rho_null: float64 (samples of the null,), the same for shuffled labels; empty where undefined.
     """
@@ -36,7 +36,7 @@ class DepthCurve:
     rho_null: Tensor
 
     def scalars(self) -> dict[str, float]:
-        """The correlation, its mean under the null, and its p-value; nothing if undefined."""
+        """The correlation, its mean under the null, and its p-value; empty if undefined."""
         if self.rho != self.rho or not len(self.rho_null):
             return {}
         mean = self.rho_null.mean()
@@ -56,6 +56,9 @@ def depth_curve(layers: Sequence[Denotation], *, num_null_samples: int = NUM_NUL
         num_null_samples: Number of samples of the null.
         seed: Seed of the null.
 
+    Returns:
+        The label proportion of each layer, the rank correlation, and both under the null.
+
     Raises:
         ArgumentError: If there is no layer.
     """
@@ -71,7 +74,7 @@ def depth_curve(layers: Sequence[Denotation], *, num_null_samples: int = NUM_NUL
         significant = layer.significant[:, -1] if layer.sets.shape[1] else torch.zeros(len(layer.mcc), dtype=torch.bool)
         sets, firing = layer.sets[significant].cpu(), layer.firing[significant].cpu()
         folded.append(_folded(sets, sizes))
-        # Shuffling labels within a unit assigns its active samples to classes as a hypergeometric draw does.
+        # If labels are shuffled within a unit, its active samples per class are hypergeometrically distributed.
         active = [rng.multivariate_hypergeometric(sizes.numpy(), int(on), size=num_null_samples) for on in firing]
         if active:
             shuffled = torch.from_numpy(np.stack(active)).double()  # (units, samples of the null, K)

@@ -1,4 +1,4 @@
-"""Which samples are held out together: folds that do not depend on the samples' order, on ranks or on batches."""
+"""Folds of the cross-validation, which do not depend on the samples' order, on ranks or on batches."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ def fold_groups(groups: Tensor | None, inputs: Any, num_samples: int, *, num_bef
     """A number for each sample of a batch; samples with the same number are held out together.
 
     Args:
-        groups: int64 (num_samples,), the user's groups, if there are any. Otherwise samples are numbered by the content
-            of their input, so that a sample is in the same fold throughout the run, on whatever rank; and by their
-            position if the inputs hold no tensor with them, because they come in the same order in every pass.
+        groups: int64 (num_samples,), the user's groups, if any. Otherwise samples are numbered by the content of their
+            input, so that a sample is in the same fold throughout the run and on any rank; or by their position if no
+            tensor in the inputs holds the samples, because their order is the same in every pass.
         inputs: The model's inputs, a tensor or nested tensors.
         num_samples: Number of samples.
         num_before: Number of samples in earlier batches of the pass.
@@ -45,7 +45,7 @@ def attribute_order(attributes: Tensor, *keys: Tensor) -> Tensor:
 
 
 def stratified_folds(groups: Tensor, num_folds: int) -> Tensor:
-    """Assign samples, in the order of `attribute_order`, to folds: each kind evenly, and no group to two folds.
+    """Assign samples, in the order of `attribute_order`, to folds: stratified by attributes, without splitting groups.
 
     Args:
         groups: int64 (N,); samples of one group stay together.

@@ -12,11 +12,11 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
 
 def logistic_cross_fit(x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> CrossFit:
-    """Fit logistic observers, one attribute at a time; the strength of the penalty is chosen on a fold of its own.
+    """Fit logistic observers, one attribute at a time; the strength of the penalty is chosen on a separate fold.
 
     With fold k held out, the strength (of four) with the smallest log-loss on fold k + 1 is chosen, the observer being
     fitted on the remaining folds; it is then fitted on all folds but k. Arguments and result are those of
-    `ridge.cross_fit`, but for two things: it needs at least 3 folds, and the scores are log-odds.
+    `ridge.cross_fit`, with two differences: at least 3 folds are needed, and the scores are log-odds.
     """
     inputs, truth, which = x.cpu().numpy(), y.cpu(), fold.cpu()
     scores = torch.full_like(truth, torch.nan)
@@ -38,7 +38,7 @@ def logistic_cross_fit(x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> Cr
 
 
 def _chosen(inputs: Any, y: Tensor, inner: Tensor, validation: Tensor, train: Tensor) -> Any:
-    """The observer fitted on `train` with the strength that is best on `validation`; None if it has one class."""
+    """The observer fitted on `train` with the best strength on `validation`; None if `train` has a single class."""
     if not _two_classes(y[train]):
         return None
     strength = STRENGTHS[1]

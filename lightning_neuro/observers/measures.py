@@ -11,7 +11,7 @@ NEWTON_STEPS = 25
 
 
 def information_bits(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> Tensor:
-    """Usable information in bits: how much the scores reduce the log-loss of held-out samples, (C,).
+    """Usable information in bits: how much the scores reduce the log-loss of held-out samples.
 
     H(A) - H(A | state) in the sense of Xu et al. (2020): both terms are mean log-losses of held-out samples, the first
     with the base rate, the second with a logistic function of the score, each fitted on the other folds. Negative if
@@ -22,6 +22,9 @@ def information_bits(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) ->
         y: (N, C) of 0 and 1, NaN where unknown.
         fold: (N,) fold of each sample.
         num_folds: Number of folds.
+
+    Returns:
+        (C,), in bits; NaN if a class is missing.
     """
     known = scores.isfinite() & y.isfinite()
     truth, filled = y.nan_to_num(nan=0.0), scores.nan_to_num(nan=0.0)
@@ -48,7 +51,7 @@ def _log_loss(logits: Tensor, y: Tensor) -> Tensor:
 def _logistic(scores: Tensor, y: Tensor, use: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and offset, (C,) each, of a logistic function of the scores, by Newton's method.
 
-    The targets are Platt's, slightly inside of 0 and 1: separable samples must not lead to an infinite slope.
+    The targets are Platt's, slightly inside of 0 and 1, so that separable samples do not lead to an infinite slope.
     """
     weight = use.to(scores.dtype)
     count = weight.sum(0).clamp(min=1.0)
@@ -85,7 +88,7 @@ def balanced_accuracy_bounds(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> 
 def matthews_lower(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> Tensor:
     """A lower 95 % bound of Matthews correlation: its value at the lower bounds of both rates and the same base rate.
 
-    Unlike a bootstrap's bound it stays below 1 for a rule that made no mistake on a few samples.
+    Unlike a bootstrap bound, it stays below 1 for a rule that made no mistake on a few samples.
     """
     hit, reject = wilson(tp, tp + fn), wilson(tn, tn + fp)
     rate = (tp + fn) / (tp + fp + fn + tn).clamp(min=1e-9)

@@ -27,11 +27,11 @@ _ALONE = torch.iinfo(torch.int64).min
 class LinearObserver(ResultMetric):
     """Measures how well linear observers predict attributes from a layer's activations, and what single units denote.
 
-    Scores are of held-out samples (cross-validated). They are exact, so the samples are stored: N x (units x their
-    bytes + A + 16) bytes, 1 MiB for 512 samples of 512 float32 units. The fit itself needs only sums: one factorisation
-    for all attributes, and leaving a fold out is a subtraction. Samples are sorted by content first, so shards and
-    ranks give exactly what a single process gives. The options of torchmetrics are attributes:
-    `metric.sync_on_compute = False`.
+    Scores are those of held-out samples (cross-validation). They are exact, so the samples are stored: N x (units x
+    bytes per unit + A + 16) bytes, 1 MiB for 512 samples of 512 float32 units. The fit itself needs only sums: one
+    factorisation for all attributes, and leaving a fold out is a subtraction. Samples are sorted by content first, so
+    the result does not depend on how they are split into batches or over ranks. The options of torchmetrics are
+    attributes: `metric.sync_on_compute = False`.
 
     Args:
         names: Names of the attributes; default: their numbers, or `class_<k>`.
@@ -83,8 +83,8 @@ class LinearObserver(ResultMetric):
         Args:
             activations: (N, units) of any real dtype.
             attributes: (N, A) of 0, 1 and NaN (missing), or integer class labels (N,): then one attribute per class.
-            labels: Integer class labels (N,), for controls and sets of classes; negative where there is none.
-            groups: Integers (N,); samples of one group are held out together. Default: each sample by itself.
+            labels: Integer class labels (N,), for controls and sets of classes; negative if unlabelled.
+            groups: Integers (N,); samples of one group are held out together. Default: each sample is its own group.
 
         Raises:
             ArgumentError: If a shape, dtype or value is wrong, or sizes differ from those of earlier batches.
@@ -103,7 +103,7 @@ class LinearObserver(ResultMetric):
         elif self.names is not None and values.shape[1] > 0:
             expected = len(self.names)
             require(values.shape[1] == expected, "attributes", f"have a column for each of {expected} names", values)
-        # What is stored must be usable outside of the inference mode in which Trainer.validate runs.
+        # Stored tensors must be usable outside of the inference mode in which Trainer.validate runs.
         with torch.inference_mode(False), torch.no_grad():
             parts = {
                 "activations": x.clone(),
@@ -136,11 +136,11 @@ class LinearObserver(ResultMetric):
         """Draw the balanced accuracy of the attributes; see `plot_attributes`.
 
         Args:
-            result: What to draw, by default what `compute` returns.
+            result: The result to draw; default: that of `compute()`.
             layer: Name of the layer.
 
         Returns:
-            A matplotlib figure that pyplot does not know.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.observers.plot import plot_attributes
 
@@ -149,7 +149,7 @@ class LinearObserver(ResultMetric):
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
-        # A rank without samples does not know the sizes, but must take part.
+        # A rank without samples does not know the sizes, but must participate.
         empty = {"activations": torch.zeros(0, 0), "attributes": torch.zeros(0, 0, dtype=torch.int8)}
         for state in _STATES:
             if not getattr(self, state):

@@ -33,13 +33,14 @@ class ObserverOptions(TypedDict, total=False):
 
     Args:
         classifier: `"ridge"` for ridge regression in closed form, or `"logistic"` for scikit-learn's logistic
-            regression, a reference that is hundreds of times slower.
-        num_controls: Number of random sets of classes, for each size of an attribute, that the selectivity is relative
-            to; 0 for no selectivity. It needs class labels, and at least three classes. For an attribute that is a
-            single class the controls are the other classes, so the mean over all classes is about 0 by definition.
+            regression, a much slower reference.
+        num_controls: Number of random sets of classes, for each size of an attribute, whose mean balanced accuracy is
+            subtracted in the selectivity; 0 for no selectivity. It needs class labels, and at least three classes. For
+            an attribute that is a single class the controls are the other classes, so the mean selectivity over all
+            classes is about 0 by definition.
         num_folds: Number of folds of the cross-validation, at least 2 (`"logistic"`: 3); the samples of a fold are
             scored by an observer that was fitted on the other folds.
-        denotation: Whether to search for single units that denote an attribute or a set of classes.
+        denotation: Whether to find single units that denote an attribute or a set of classes.
     """
 
     classifier: Classifier

@@ -1,4 +1,4 @@
-"""Which attribute can be read from which layer, and what single units denote over depth."""
+"""Figures: which attributes can be predicted from which layers, and what single units denote over depth."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -46,8 +46,8 @@ def plot_attributes(
     """Draw the balanced accuracy of every attribute at every layer, next to that of the raw input and before training.
 
     Rows are attributes, columns layers (the first 8); blue is chance (.5 or less), yellow is 1. The effect of training
-    is the difference between the right block and those to its left: the raw input, and the same layers before training.
-    Grey cells are undefined. The fraction of the samples with the attribute is given in brackets.
+    is the difference between the right block and those to its left (the raw input, and the same layers before
+    training). Grey cells are undefined. The fraction of the samples with the attribute is given in brackets.
 
     Args:
         results: Layer -> result.
@@ -55,7 +55,7 @@ def plot_attributes(
         from_input: Attribute -> balanced accuracy of an observer of the raw input.
 
     Returns:
-        A matplotlib figure; pyplot does not know it, so there is nothing to close.
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
 
     Raises:
         ArgumentError: If there is no result to draw.
@@ -80,7 +80,7 @@ def plot_attributes(
     for row, (name, share) in enumerate(zip(names, result.label_proportion.tolist(), strict=False)):
         y = bottom + tall - (row + 0.5) * _ROW
         axes.text(left - 0.07, y, f"{figures.short_name(name)} [{share:.0%}]", fontsize=8, ha="right", va="center")
-    # If not all numbers can be written, those of the current layers are.
+    # If there is no space for all numbers, those of the current layers are written.
     written = {title: (room := room - len(names) * len(columns)) >= 0 for title, columns, _ in reversed(blocks)}
     for title, columns, values in blocks:
         _draw_block(axes, (x, bottom), title, columns, values, written=written[title])
@@ -89,7 +89,7 @@ def plot_attributes(
     for share, word in ((0.0, "≤ .5"), (0.5, ".75"), (1.0, "1")):
         axes.text(x + 0.19, bottom + share * tall, word, fontsize=7, va="center")
     more = len(result.names) - len(names)
-    heading = f"Balanced accuracy of linear observers, held out; {result.num_samples:,} samples; chance is .5"
+    heading = f"Balanced accuracy of linear observers on held-out samples; {result.num_samples:,} samples; chance is .5"
     parts = [heading, f"{more} more attributes not drawn" if more else "", figures.layers_left_out(len(results))]
     width, height = figure.get_size_inches()
     text = textwrap.fill("; ".join(filter(None, parts)), int(width * 12))
@@ -154,7 +154,7 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
         layers: Names of the layers, in order.
 
     Returns:
-        A matplotlib figure that pyplot does not know, so there is nothing to close.
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
     """
     figure = figures.new_figure(6.4, 3.9)
     panel = figure.add_axes((0.11, 0.3, 0.86, 0.54))
@@ -182,6 +182,6 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
     if found:
         rho, null, p = found.values()
         text = f"Spearman correlation with depth {rho:.2f}; null {null:.2f} (p = {p:.3f})"
-    figure.text(0.02, 0.97, f"Size of what single units denote, over depth\n{text}", fontsize=9, va="top")
+    figure.text(0.02, 0.97, f"Size of the sets that single units denote, over depth\n{text}", fontsize=9, va="top")
     figure.text(0.02, 0.02, "points: significant units; grey: 90 % of shuffled labels", fontsize=7, color=figures.INK)
     return figure

@@ -1,4 +1,4 @@
-"""From which units an attribute is read: maps of attributes by units, and contributions to single samples' scores."""
+"""Figures: maps of attributes by units, and contributions of units to the scores of single samples."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 MAX_UNITS = 48
 _MAPS = {
     "weights": "Weight of each unit x its standard deviation: what the observer uses (blank: sign not stable)",
-    "patterns": "Correlation of each unit with the attribute: where the attribute shows",
-    "effects": "Fraction of the classes' difference lost with the unit at its mean: what the observer needs",
+    "patterns": "Correlation of each unit with the attribute: where the attribute is encoded",
+    "effects": "Fraction of the class difference lost with the unit at its mean: what the observer needs",
 }
 
 
 def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
     """Draw the three maps of attributes by units: weights, patterns, effects.
 
-    Layers (the first 8) are drawn side by side; a map has one scale, red above and blue below 0. Of each layer the 48
-    units with the largest values are drawn, sorted by the attribute for which they are largest; the heading gives the
+    Layers (the first 8) are drawn side by side; a map has one scale, red above and blue below 0. The 48 units with the
+    largest values are drawn for each layer, sorted by the attribute for which they are largest; the heading gives the
     layer's fraction of the map's mass (sum of absolute values). Weight and pattern differ: a unit can have a large
-    weight only to cancel noise in another one (Haufe et al., 2014); the pattern shows where the attribute is. A weight
-    or effect is drawn only where the observers of all folds agree on its sign.
+    weight only to cancel noise in another one (Haufe et al., 2014); the pattern shows where the attribute is encoded. A
+    weight or effect is drawn only if the observers of all folds agree on its sign.
 
     Args:
         results: Layer -> result.
 
     Returns:
-        Name -> matplotlib figure that pyplot does not know.
+        Name -> matplotlib figure that is not registered with pyplot.
 
     Raises:
         ArgumentError: If there is no result.
@@ -105,10 +105,10 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
 
     Args:
         results: Layer -> result.
-        units: Number of largest contributions that are drawn for each sample.
+        units: Number of contributions that are drawn for each sample, the largest ones.
 
     Returns:
-        A matplotlib figure that pyplot does not know, so there is nothing to close.
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
 
     Raises:
         ArgumentError: If there is no result.

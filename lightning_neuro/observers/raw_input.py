@@ -1,4 +1,4 @@
-"""What the same observers read from the raw input: the reference that a layer must beat."""
+"""The same observers on the raw input: the reference with which layers are compared."""
 
 from collections.abc import Callable
 from math import isfinite
@@ -12,7 +12,7 @@ MAX_INPUTS = 8192
 
 
 class RawInput:
-    """Fits observers to the raw input. It does not change in a run, so this is done in the first pass only.
+    """Fits observers to the raw input, in the first pass only, because it does not change during a run.
 
     Args:
         metric: An observer without controls and denotation.
@@ -23,7 +23,7 @@ class RawInput:
         self.error: Exception | None = None
 
     def add(self, batch: ProbeBatch, update: Callable[[LinearObserver, Tensor], None]) -> None:
-        """Call `update` with the metric and the batch's input as rows, if it is floating with a row for each sample.
+        """Call `update` with the metric and the batch's input as rows, if it is floating-point with a row per sample.
 
         Errors are kept for `check`.
         """
@@ -33,7 +33,7 @@ class RawInput:
         if len(values) != batch.num_samples:
             return
         rows = values.reshape(len(values), -1)
-        # Evenly spread numbers of a large image carry nearly the same information as all of them.
+        # Evenly spread elements of a large image carry nearly the same information as all of them.
         step = -(-rows.shape[1] // MAX_INPUTS)
         try:
             update(self.metric, rows[:, ::step].float())
@@ -47,6 +47,6 @@ class RawInput:
         return self.metric.update_called
 
     def scores(self) -> dict[int, float]:
-        """Number of the attribute -> balanced accuracy, where it is defined."""
+        """Index of the attribute -> balanced accuracy, where defined."""
         scores = self.metric.compute().balanced_accuracy.tolist()
         return {number: score for number, score in enumerate(scores) if isfinite(score)}

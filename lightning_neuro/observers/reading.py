@@ -1,9 +1,9 @@
-"""How well linear observers read attributes from a layer's activations: tensors in, a result out.
+"""How well linear observers predict attributes from a layer's activations: tensors in, a result out.
 
 Source: E. E. Allen, *Neural Networks and Denotation*, arXiv 2103.08315 (2021), for the idea (observers, heat maps,
 single units that denote, label proportion over depth). Only the abstract of the paper was available, so every formula
-here is ours, tied to the literature on probing: Alain and Bengio (2016); Hewitt and Liang (2019) for controls; Xu et
-al. (2020) for usable information.
+here is this project's, based on the literature on probing: Alain and Bengio (2016); Hewitt and Liang (2019) for
+controls; Xu et al. (2020) for usable information.
 """
 
 from collections.abc import Sequence
@@ -44,12 +44,15 @@ def read_attributes(
     Args:
         activations: (N, units) of any real dtype.
         attributes: (N, A) of 0, 1 and NaN (missing), or integer class labels (N,): then one attribute per class.
-        labels: Integer class labels (N,), for controls and sets of classes; negative where there is none. Default: the
+        labels: Integer class labels (N,), for controls and sets of classes; negative if unlabelled. Default: the
             attributes, if they are class labels.
         groups: Integers (N,); samples of one group (frames of one film, say) are held out together. Default: each
-            sample by itself.
+            sample is its own group.
         names: Names of the attributes; default: their numbers, or `class_<k>`.
         options: See `ObserverOptions`.
+
+    Returns:
+        The scores of all attributes, the weights of the observers, and what single units denote.
 
     Raises:
         ArgumentError: If an argument has a wrong type, shape or value.
@@ -79,7 +82,7 @@ def read_attributes(
     keys = [content if grouping is None else grouping.to(x.device)[used], content, classes.to(x.device)[used]]
     values = values.to(x.device, torch.float64)[used]
     order = attribute_order(values, *keys)
-    # A group of its own for each sample; not by content: where few units are active, many samples have the same.
+    # Each sample is its own group. Groups by content would merge samples, because with few active units many coincide.
     own_groups = torch.arange(len(order), device=x.device) if grouping is None else keys[0][order]
     result = _read(x[used].double()[order], values[order], keys[2][order], own_groups, names, settings)
     return to_cpu(result, num_nonfinite=int((~used).sum()))
@@ -162,7 +165,7 @@ def _control(of_controls: Tensor, of: Tensor) -> Tensor:
 
 
 def _maps(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The correlation of each unit with each attribute, and its part of the difference between the mean scores."""
+    """The correlation of each unit with each attribute, and the unit's part of the difference between mean scores."""
     known = y.isfinite().to(x.dtype)
     positive = y.nan_to_num(nan=0.0)
     count, ones = known.sum(0), positive.sum(0)
@@ -179,7 +182,7 @@ def _maps(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _examples(attributes: Tensor) -> list[int]:
-    """A sample with each of the first attributes, for the figure that explains single scores."""
+    """One sample with each of the first attributes, for the figure that explains single scores."""
     chosen = []
     for a in range(min(attributes.shape[1], MAX_EXAMPLES)):
         with_it = torch.nonzero(attributes[:, a] == 1).flatten()

@@ -15,10 +15,10 @@ _NAMED = 5
 
 @dataclass(frozen=True, eq=False)
 class ObserverResult:
-    """What can be read from one layer's activations about each attribute; tensors are float64 and on the CPU.
+    """How well each attribute can be predicted from one layer's activations; tensors are float64 and on the CPU.
 
-    All scores are of samples that the observer was not fitted on. Undefined values are NaN here and absent from
-    `scalars()`; `notes()` says why.
+    All scores are those of held-out samples. Undefined values are NaN here and absent from `scalars()`; `notes()` gives
+    the reason.
 
     Attributes:
         names: The A attributes.
@@ -82,11 +82,14 @@ class ObserverResult:
         return len(self.mean)
 
     def explain(self, state: Tensor, attribute: int) -> Tensor:
-        """Contributions of the units to a state's score, (units,): they sum to `(state - mean) @ weights[attribute]`.
+        """Contributions of the units to the score of a state; they sum to `(state - mean) @ weights[attribute]`.
 
         Args:
             state: (units,), such as a row of `examples`.
             attribute: Its index in `names`.
+
+        Returns:
+            (units,), the contributions.
         """
         return self.weights[attribute] * (state.to(self.mean) - self.mean)
 
@@ -100,13 +103,13 @@ class ObserverResult:
         return found
 
     def scalars(self) -> dict[str, float]:
-        """Measure -> mean over the attributes, and what the layer's units denote; undefined measures are left out."""
+        """Measure -> mean over the attributes, and the measures of denotation; undefined measures are left out."""
         found = {}
         for measure in MEASURES:
             values: Tensor = getattr(self, measure)
             if (defined := values[values.isfinite()]).numel():
                 found[measure] = float(defined.mean())
-        # Where no rule could be tested, it is not known that no unit denotes anything.
+        # If no rule could be tested, the number of denoting units is unknown and not 0.
         if self.denotation is not None and self.denotation.mcc.isfinite().any():
             found["num_denoting_units"] = float(self.denotation.denoting().sum())
             if math.isfinite(proportion := self.denotation.label_proportion()):
@@ -127,11 +130,11 @@ class ObserverResult:
                 found[name] = f"{'absent from' if rate == 0 else 'present in'} all {known} samples where it is known"
             else:
                 positive = round(rate * known)
-                found[name] = f"present in {positive} of {known} samples, too few of one kind to hold some out"
+                found[name] = f"present in {positive} of {known} samples, too few of one kind for cross-validation"
         return found
 
     def notes(self) -> dict[str, str]:
-        """Kind -> a sentence that the user must be told once: samples left out, attributes without a score."""
+        """Kind -> a warning for the user, shown once: samples left out, attributes without a score."""
         notes = {}
         if self.num_nonfinite:
             notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)

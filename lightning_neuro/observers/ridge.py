@@ -91,7 +91,7 @@ def moments(x: Tensor, y: Tensor, *, products: bool = True) -> Moments:
 
 @dataclass(frozen=True, eq=False)
 class CrossFit:
-    """Observers of all attributes: fitted on all samples, and with each fold held out.
+    """Holds the observers of all attributes: fitted on all samples, and with each fold held out.
 
     Attributes:
         scores: (N, C) scores by the observers fitted without the sample's fold; positive if the prediction is "has the
@@ -107,7 +107,7 @@ class CrossFit:
 
 
 def cross_fit(x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> CrossFit:
-    """Fit an observer of each attribute on all samples, and on all folds but one to score that one.
+    """Fit an observer of each attribute on all samples, and for each fold on all other folds, to score it.
 
     Args:
         x: (N, d) float64, standardised units.
@@ -151,7 +151,7 @@ def _fit(seen: Moments, x: Tensor, y: Tensor, train: Tensor, gram: Tensor | None
     negative, positive = seen.class_means
     low, high = (weights * negative).sum(0), (weights * positive).sum(0)
     gap = high - low
-    # Uninformative units give no difference and a score of 0 everywhere; an attribute of one class gives NaN.
+    # Uninformative units give no difference and a score of 0 everywhere; an attribute with one class gives NaN.
     scale = torch.where(gap.abs() > 1e-12, gap, torch.inf)
     scale = torch.where(gap.isnan(), torch.nan, scale)
     return weights / scale, (low + high) / 2 / scale

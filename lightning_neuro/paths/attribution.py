@@ -21,16 +21,16 @@ def attribution_scores(
     concepts: Tensor | None = None,
     ablation: Ablation = "zero",
 ) -> dict[str, Tensor]:
-    """By how much ablating each unit would lower each class's logit, to first order.
+    """Compute by how much ablating each unit would lower each class's logit, to first order.
 
     For a unit with activation a, a sample of class y and the logit z_y, a unit's contribution is the sum over positions
     of a dz_y/da; its score for a class is the mean contribution over the samples of the class, with its sign. One
-    forward and one backward pass compute it for all classes: the logits of the samples' own classes are summed, and
-    each sample's part of the gradient is its own. The logit is used and not the loss, whose gradient vanishes on
-    samples that the model is sure of.
+    forward and one backward pass compute it for all classes: the logits of the samples' own classes are summed, and the
+    gradient with respect to a sample's activations depends on its own logit only. The logit is used and not the loss,
+    whose gradient vanishes on samples that the model classifies with confidence.
 
-    The model runs in evaluation mode and is left as it was; the gradients of its parameters are not touched. Samples
-    with NaN or infinite activations or logits are left out, with a warning.
+    The model runs in evaluation mode and is restored afterwards; the gradients of its parameters are not touched.
+    Samples with NaN or infinite activations or logits are left out, with a warning.
 
     Args:
         model: Any model that returns logits, (N, classes), or a mapping or tuple that holds them.
@@ -38,15 +38,15 @@ def attribution_scores(
         targets: (N,) class labels, integers.
         layers: Names or globs as for `Probe(layers=...)`, modules by name, or None for the default layers. Name
             residual blocks to follow paths through their outputs, such as `"layer?.?"` for torchvision's ResNets.
-        concepts: (N,) integers by which the samples are grouped; negative: in no group. Default: the classes.
-        ablation: What replaces an ablated unit: `"zero"`, or its `"mean"` over samples and positions, for which the
-            score is that of a - mean.
+        concepts: (N,) integers by which the samples are grouped; negative for no group. Default: the classes.
+        ablation: What replaces the output of an ablated unit: `"zero"`, or its `"mean"` over samples and positions; in
+            that case, a is replaced by a - mean in the score.
 
     Returns:
         Layer -> float64 (classes, units); a row of NaN for a class without samples.
 
     Raises:
-        ArgumentError: If the model returns no logits, a layer is not called, or a target is no class.
+        ArgumentError: If the model returns no logits, a layer is not called, or a target is not a class of the model.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
@@ -85,13 +85,13 @@ def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor,
 
     Args:
         values: (N, units), finite.
-        groups: (N,) integers below `num_groups`; negative: in no group.
+        groups: (N,) integers below `num_groups`; negative for no group.
         num_groups: K.
 
     Returns:
         float64 (K, units) sums, and float64 (K,) numbers of rows.
     """
-    # A product and not `index_add`, which sums in any order on a GPU.
+    # A matrix product, because `index_add` sums in an arbitrary order on a GPU.
     member = membership(groups.to(values.device), num_groups)
     return member.T @ values.double(), member.sum(0)
 

@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 class ConceptPaths(MetricCallback[PathResult]):
     """Logs, for each class or other concept, the units that its logit depends on, while the network trains.
 
-    At each evaluation one forward and one backward pass over at most `samples_per_class` samples of each class give
+    At each evaluation, one forward and one backward pass over at most `samples_per_class` samples of each class give
     every unit a score for every class: by how much its ablation would lower the class's logit, to first order. A path
-    keeps the units with the highest scores. Paths are found on one half of the samples and evaluated on the other: the
-    network runs with only a path active, and without it.
+    keeps the units with the highest scores. Paths are found on one half of the samples and evaluated on the other, by
+    running the network with only the path active, and with the path ablated.
 
     Read `retention` only together with `false_positive_rate`, because a path may predict its class for any input;
     compare `overlap` with `self_overlap`, the overlap of paths from two halves of one class's samples; and compare
     `confusion_top3` with `confusion_top3_features`, the same statistic computed from class-mean activations.
 
-    The weights and their gradients are never touched: derivatives are with respect to the activations alone.
+    The weights and their gradients are never touched: derivatives are taken with respect to the activations only.
 
     Args:
-        probe: Which samples, which layers, when; see `Probe`. To follow paths through the outputs of residual blocks,
-            name the blocks, such as `Probe(layers="layer?.?")` for torchvision's ResNets.
+        probe: Selects the samples, the layers and the schedule; see `Probe`. To follow paths through the outputs of
+            residual blocks, name the blocks, such as `Probe(layers="layer?.?")` for torchvision's ResNets.
         samples_per_class: Number of samples of each class that are used, half of them to find paths and half to
             evaluate them.
         concept_fn: Where the concept of each sample is found in a batch: a key, an index or a function of the batch.
@@ -53,23 +53,23 @@ class ConceptPaths(MetricCallback[PathResult]):
         hierarchy: A tree of the classes, as nested sequences of class numbers, such as `[[0, 2, [4, 6]], [5, 7, 9]]`,
             for `hierarchy_correlation`.
         flow: The two concepts in the flow figure. Default: the two with the most similar paths.
-        name: First part of the keys, instead of `paths`.
+        name: First part of the keys; default: `paths`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: `"warn"` or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         **options: How paths are found (`density`, `ablation`, ...); see `PathOptions`.
 
     Keys:
-        Of the whole network, as `paths/<measure>`, means over concepts:
+        For the whole network, as `paths/<measure>`, means over concepts:
 
         | measure | meaning | range | better when |
         |---|---|---|---|
         | `retention` | accuracy with only the path active, relative to the full network's | 0 .. | high, see above |
         | `false_positive_rate` | fraction of other classes' samples that a path assigns to its class | 0 .. 1 | low |
         | `informedness` | true positive rate minus false positive rate | -1 .. 1 | high |
-        | `auroc` | area under the ROC curve of a path's margin: the number to watch | 0 .. 1 | high; .5 is chance |
+        | `auroc` | area under the ROC curve of a path's margin: the main measure | 0 .. 1 | high; .5 is chance |
         | `necessity` | loss of accuracy for a class without its path, minus that of the others | -1 .. 1 | > 0 |
 
-        Of each layer, as `paths/<measure>/<layer>`, and as `paths/<measure>` for the mean over layers:
+        For each layer, as `paths/<measure>/<layer>`, and as `paths/<measure>` for the mean over layers:
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -78,7 +78,7 @@ class ConceptPaths(MetricCallback[PathResult]):
         | `overlap_initial` | `overlap` before the first training step | -1 .. 1 | (reference) |
         | `diversity` | 1 - `overlap` | 0 .. 2 | neither |
         | `self_overlap` | similarity of a class's paths from two halves of its samples: noise floor | -1 .. 1 | high |
-        | `stability` | what is left from the previous evaluation, up to the noise floor (1) | 0 .. 1 | high |
+        | `stability` | similarity to the previous evaluation; 1 is the noise floor | 0 .. 1 | high |
         | `unused_share` | fraction of units in no path | 0 .. 1 | neither |
         | `exclusive_share` | fraction of units in one path only | 0 .. 1 | neither |
         | `common_share` | fraction of units in at least half of the paths | 0 .. 1 | neither |
@@ -88,8 +88,8 @@ class ConceptPaths(MetricCallback[PathResult]):
         | `hierarchy_correlation` | rank correlation of path similarity and depth in `hierarchy` | -1 .. 1 | > control |
         | `hierarchy_correlation_features` | the same by cosine of class-mean activations | -1 .. 1 | (control) |
 
-        Also figures (`paths/overlap`, `paths/flow`, `paths/reuse`, `paths/stability`) and a histogram of the number of
-        paths that contain each unit (`paths/reuse/<layer>`).
+        Also logged: figures (`paths/overlap`, `paths/flow`, `paths/reuse`, `paths/stability`) and a histogram of the
+        number of paths that contain each unit (`paths/reuse/<layer>`).
 
     Attributes:
         result: Layer -> latest `PathResult`.
@@ -97,8 +97,8 @@ class ConceptPaths(MetricCallback[PathResult]):
         history: Training step and layer -> stability, from the second evaluation on.
 
     Raises:
-        ArgumentError: For a wrong option, at construction; before the first step if the batches have no class labels,
-            or the model returns no logits.
+        ArgumentError: If an option is invalid, at construction. If the batches have no class labels or the model
+            returns no logits, before the first training step.
 
     Source:
         J. Hu et al., *Architecture Disentanglement for Deep Neural Networks*, arXiv 2003.13268 (2021), for the idea and
@@ -117,9 +117,9 @@ class ConceptPaths(MetricCallback[PathResult]):
     meanings = {  # noqa: RUF012
         "overlap": "similarity of different classes' paths beyond chance; compare it with its noise floor",
         "self_overlap": "the same for one class's paths from two halves of its samples: the noise floor",
-        "stability": "how much of the paths is left from the previous evaluation, 0 to 1",
-        "exclusive_share": "fraction of units that serve one class only",
-        "common_share": "fraction of units that serve at least half of the classes",
+        "stability": "similarity of the paths to those of the previous evaluation, 0 to 1",
+        "exclusive_share": "fraction of units that are in the path of one class only",
+        "common_share": "fraction of units that are in the paths of at least half of the classes",
     }
 
     def __init__(
@@ -150,7 +150,7 @@ class ConceptPaths(MetricCallback[PathResult]):
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
 
     def start_run(self) -> None:
-        """Forget an earlier run."""
+        """Reset the state of an earlier run."""
         super().start_run()
         self.evaluation: PathEvaluation | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
@@ -159,7 +159,7 @@ class ConceptPaths(MetricCallback[PathResult]):
         self._samples: ProbeSamples | None = None
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Choose the samples, in a pass of its own before the first evaluation."""
+        """Choose the samples, in a separate pass before the first evaluation."""
         self.evaluation = self._samples = None
         if trainer.world_size > 1:
             mode = self.search.mode
@@ -214,7 +214,7 @@ class ConceptPaths(MetricCallback[PathResult]):
             return {}
         with undisturbed(trainer, pl_module), without_fused_kernels():
             gates = previous_gates(self.previous)
-            # Where this fails there are no results: the attribution's paths are not those that the user wants.
+            # If this fails there are no results, because the user did not ask for the attribution paths.
             found = self.attempt(trainer, "the paths", lambda: self.search.find_paths(trainer, results, samples, gates))
             if found is None:
                 return {}
@@ -228,11 +228,11 @@ class ConceptPaths(MetricCallback[PathResult]):
         return paths
 
     def network_measures(self, results: Mapping[str, PathResult]) -> Mapping[str, float]:
-        """What the paths can do alone, and what is lost without them."""
+        """The means over concepts of the latest evaluation of the paths."""
         return {} if self.evaluation is None else self.evaluation.scalars()
 
     def draw(self, results: Mapping[str, PathResult]) -> dict[str, "Figure"]:
-        """The similarity of the paths, the flow of two concepts, the reuse of units, and the stability."""
+        """Draw the similarity of the paths, the flow of two concepts, the reuse of units, and the stability."""
         names = self.class_names
         if self.concept_fn is not None:
             num_concepts = max(len(result.masks) for result in results.values())
@@ -249,6 +249,6 @@ class ConceptPaths(MetricCallback[PathResult]):
         return paths_graph({layer: result.masks for layer, result in self.result.items()})
 
     def release(self) -> None:
-        """Let go of the model and the samples."""
+        """Release the model and the samples."""
         super().release()
         self._choice = self._samples = None

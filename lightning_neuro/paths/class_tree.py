@@ -19,7 +19,7 @@ def hierarchy_correlation(similarity: Tensor, kinship: Tensor) -> float:
         kinship: (K, K), as `tree_kinship` returns it.
 
     Returns:
-        -1 to 1; NaN where one of them does not vary, or fewer than three pairs are known.
+        -1 to 1; NaN if one of them does not vary, or fewer than three pairs are known.
     """
     row, column = torch.triu_indices(len(similarity), len(similarity), 1, device=similarity.device)
     a, b = similarity[row, column], kinship.to(similarity.device)[row, column]
@@ -28,7 +28,7 @@ def hierarchy_correlation(similarity: Tensor, kinship: Tensor) -> float:
 
 
 def tree_kinship(tree: Sequence[Any], num_classes: int | None = None) -> Tensor:
-    """The depth at which two classes part in a class tree.
+    """The depth in a class tree at which each two classes separate.
 
     Args:
         tree: Nested sequences whose leaves are class numbers: `[[0, 2, [4, 6]], [5, 7, 9], 1, 3, 8]`.
@@ -39,14 +39,14 @@ def tree_kinship(tree: Sequence[Any], num_classes: int | None = None) -> Tensor:
         is not in the tree, and on the diagonal.
 
     Raises:
-        ArgumentError: If a leaf is no class number, or a class is in the tree twice.
+        ArgumentError: If a leaf is not a class number, or a class is in the tree twice.
 
     Example:
         >>> tree_kinship([[0, 1], 2])[0].tolist()
         [nan, 1.0, 0.0]
     """
     parted: dict[tuple[int, int], int] = {}
-    # A number alone is a leaf, and no tree.
+    # A single number is a leaf and not a tree.
     leaves = [] if isinstance(tree, int) else _leaves(tree, 0, parted)
     if len(set(leaves)) < len(leaves) or not leaves:
         raise ArgumentError(f"`hierarchy` must hold each class once; got the classes {sorted(leaves)}.")
@@ -61,7 +61,7 @@ def tree_kinship(tree: Sequence[Any], num_classes: int | None = None) -> Tensor:
 
 
 def _leaves(branch: Any, depth: int, parted: dict[tuple[int, int], int]) -> list[int]:
-    """The classes below a branch; writes down at which depth each two of them part."""
+    """The classes below a branch; records in `parted` the depth at which each two of them separate."""
     if isinstance(branch, int) and not isinstance(branch, bool) and branch >= 0:
         return [branch]
     if isinstance(branch, str) or not isinstance(branch, Sequence):

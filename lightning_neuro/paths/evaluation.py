@@ -1,7 +1,7 @@
-"""What a path can do alone, and what is lost without it.
+"""Evaluation of paths: the network with only a path active, and with the path ablated.
 
-Accuracy alone says nothing about a path: a mask can make a network predict "c" for any input. So how often it predicts
-its concept for samples of other concepts is reported next to it.
+Accuracy alone is not informative, because a mask can make a network predict "c" for any input. So it is reported
+together with how often the path predicts its concept for samples of other concepts.
 """
 
 import math
@@ -40,10 +40,10 @@ from lightning_neuro.stats import auroc
 
 @dataclass(frozen=True, eq=False)
 class PathEvaluation:
-    """What the paths of K concepts can do; float64 tensors, NaN where nothing is defined.
+    """Rates of the paths of K concepts; float64 tensors, NaN where undefined.
 
-    For a concept whose samples have all classes, every prediction is one of the concept's: only its necessity is
-    defined.
+    For a concept whose samples have all classes, every prediction is one of the concept's classes, so only its
+    necessity is defined.
 
     Attributes:
         clean: (K,) fraction of a concept's samples for which the full network predicts the concept.
@@ -51,9 +51,9 @@ class PathEvaluation:
         fpr: (K,) fraction of other concepts' samples for which the path predicts the concept: the false positive rate.
         auroc: (K,) area under the ROC curve of the path's margin, logsumexp of the concept's logits minus that of the
             other logits, for samples of the concept against those of others.
-        drops: (K, K) by how much the accuracy on the column's samples falls when the row's path is ablated.
-        necessity: (K,) the fall for the concept's own samples minus the mean fall for the others'.
-        num_samples: With how many samples of their own concept the paths were run.
+        drops: (K, K) by how much the accuracy on the column's samples drops when the row's path is ablated.
+        necessity: (K,) the drop for the concept's own samples minus the mean drop for the others'.
+        num_samples: Number of samples on which the path of their own concept was run.
     """
 
     clean: Tensor
@@ -66,7 +66,7 @@ class PathEvaluation:
 
     @property
     def retention(self) -> Tensor:
-        """(K,) `tpr / clean`; NaN where the full network never predicts the concept."""
+        """(K,) `tpr / clean`; NaN if the full network never predicts the concept."""
         return torch.where(self.clean > 0, self.tpr / self.clean, float("nan"))
 
     @property
@@ -75,7 +75,7 @@ class PathEvaluation:
         return self.tpr - self.fpr
 
     def scalars(self) -> dict[str, float]:
-        """The means over concepts; undefined ones are left out, and retention where there is no false positive rate."""
+        """The means over concepts, without undefined ones; no retention if there is no false positive rate."""
         values = {"false_positive_rate": self.fpr, "informedness": self.informedness}
         if bool(self.fpr.isfinite().any()):
             values["retention"] = self.retention
@@ -95,25 +95,25 @@ def evaluate_paths(
     ablation: Ablation = "zero",
     num_others: int | None = None,
 ) -> PathEvaluation:
-    """Run the network with only a path's units, and with all but them, for the paths of all concepts.
+    """Run the network with only a path active, and with the path ablated, for the paths of all concepts.
 
-    Use other samples than those from which the paths were found.
+    Use other samples than those on which the paths were found.
 
     Args:
         model: As for `attribution_scores`.
         inputs: The model's input, for N samples.
         targets: (N,) class labels, integers.
         paths: Layer -> bool (concepts, units).
-        layers: The layers that the paths run through, where they are not found by the keys of `paths`.
+        layers: The layers that the paths run through; default: those named by the keys of `paths`.
         concepts: (N,) the samples' concepts, integers; default: their classes.
-        ablation: What replaces a unit outside of the path: `"zero"`, or its `"mean"` over these samples.
-        num_others: With how many other concepts' paths each sample is run, spread evenly; default: all.
+        ablation: What replaces the output of an ablated unit: `"zero"`, or its `"mean"` over these samples.
+        num_others: Number of other concepts' paths with which each sample is run, spread evenly; default: all.
 
     Returns:
-        What each path can do.
+        The rates of each path.
 
     Raises:
-        ArgumentError: As `attribution_scores`; and for paths of another shape than the layers.
+        ArgumentError: As in `attribution_scores`; and if the shapes of the paths do not fit the layers.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
@@ -139,10 +139,10 @@ def evaluate_paths(
 def full_network(
     gated: GatedModel, inputs: Any, targets: Tensor, concepts: Tensor | None, num_concepts: int
 ) -> tuple[Samples, dict[str, Tensor]]:
-    """Run the full network: the samples with its logits, and each site's mean activations.
+    """Run the full network; returns the samples with their logits, and each site's mean activations.
 
     Raises:
-        ArgumentError: If a label is no class, a concept has no path, or a layer is not called.
+        ArgumentError: If a label is not a class of the model, a concept has no path, or a layer is not called.
     """
     targets = integer_labels(targets)
     concepts = targets if concepts is None else integer_labels(concepts, name="concepts")
@@ -158,7 +158,7 @@ def _check_paths(paths: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> No
     for site, masks in paths.items():
         if site not in means:
             raise ArgumentError(
-                f"`paths` must have the layers {', '.join(means)}; got '{site}', which is none of them."
+                f"`paths` must have the layers {', '.join(means)}; got '{site}', which is not one of them."
             )
         if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != len(means[site]):
             raise ArgumentError(
@@ -168,7 +168,7 @@ def _check_paths(paths: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> No
 
 
 def summarise(table: Tensor, num_concepts: int) -> PathEvaluation:
-    """Rates over the rows of a `masked_table`, each over the rows for which it is known."""
+    """The rates from the rows of a `masked_table`, each over the rows for which it is known."""
     falls = table[:, CORRECT] - table[:, CORRECT_WITHOUT]
     predicted, compared = table[:, MARGIN].isfinite(), falls.isfinite() & (table[:, CONCEPT] >= 0)
     path, concept = table[:, PATH].long(), table[:, CONCEPT].long()

@@ -2,8 +2,9 @@
 
 It differs from mode "nad" in four ways. Each unit's error is divided by its own mean square, so that rescaling a
 channel changes nothing. All concepts are learned in one batch, each sample through the gates of its own concept. The
-gates start from the scores, so that tens of steps are enough. And each gate also sees samples of other concepts, for
-which it must not predict its concept more often than the full network does: without this, paths say "c" to everything.
+gates start from the scores, so that tens of steps are enough. And the gates of each concept are also applied to samples
+of other concepts, for which they must not predict the concept more often than the full network does: without this,
+paths predict "c" for every input.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def refine_paths(
         density: Density of the initial paths.
         num_steps: Number of gradient steps; 30 to 100 are usual. Each costs a forward and a backward pass over 2N
             samples.
-        beta: Weight of sparseness: higher values give smaller paths.
+        beta: Weight of the sparsity term: higher values give smaller paths.
         layers: As for `evaluate_paths`.
         concepts: (N,) the samples' concepts, integers; default: their classes.
 
@@ -59,7 +60,7 @@ def refine_paths(
         Layer -> (concepts, units), gate logits: a unit is on the path where they are positive.
 
     Raises:
-        ArgumentError: As `evaluate_paths`.
+        ArgumentError: As in `evaluate_paths`.
 
     Example:
         >>> from lightning_neuro.paths import attribution_scores
@@ -107,17 +108,20 @@ def refine(
     beta: float = BETA,
     over_ranks: OverRanks = lambda compute: compute(),
 ) -> Gates:
-    """Gradient descent on the gate logits, in steps of fixed length for each concept and layer.
+    """Run gradient descent on the gate logits, in steps of fixed length for each concept and layer.
 
     Args:
-        gated: The model, in evaluation mode, its axes known.
-        samples: This rank's samples, all of a concept with a path.
+        gated: The model, in evaluation mode, with known axes.
+        samples: This rank's samples, all of them of concepts with a path.
         gates: Site -> (concepts, units), the initial gate logits.
         known: bool (concepts, classes).
         weights: (concepts,) one over the number of samples of each concept on all ranks.
         num_steps: Number of steps.
-        beta: Weight of sparseness.
-        over_ranks: Sums what each rank computes; all ranks call it equally often.
+        beta: Weight of the sparsity term.
+        over_ranks: Sums what each rank computes; all ranks must call it equally often.
+
+    Returns:
+        Site -> (concepts, units), the learned gate logits.
     """
     concepts, num_samples = samples.concepts, len(samples.concepts)
     device = concepts.device
@@ -171,5 +175,5 @@ def _probability(logits: Tensor, known: Tensor) -> Tensor:
 
 
 def _others(concepts: Tensor, numbers: Tensor, num_concepts: int) -> Tensor:
-    """Another concept for each sample, in turn."""
+    """Another concept for each sample, cycling through all of them."""
     return (concepts + 1 + numbers % max(1, num_concepts - 1)) % num_concepts

@@ -1,7 +1,7 @@
-"""A gate at every unit: the one mechanism behind attribution, masked passes and learned masks.
+"""A gate at every unit: the common mechanism of attribution, masked passes and learned masks.
 
-A gate g multiplies a unit's output a at all positions. What it removes is replaced by a fill, zero or the unit's mean
-m: the unit passes on m + g (a - m). At g = 1 nothing changes. The derivative of a logit with respect to the gate, at
+A gate g multiplies a unit's output a at all positions. What it removes is replaced by a fill m, zero or the unit's
+mean: the output becomes m + g (a - m). At g = 1 nothing changes. The derivative of a logit with respect to the gate, at
 g = 1, is sum over positions of (a - m) dz/da: the effect of ablating the unit, to first order. A gate of 0 is the
 ablation itself. So every derivative here is with respect to gates, and none with respect to parameters; and since a
 gated output is a new tensor, in-place activations after it do no harm.
@@ -46,12 +46,12 @@ class Site(NamedTuple):
     call: int
 
     def name(self, num_calls: int) -> str:
-        """The key of the site in scores and paths: the layer's name, with the call where there is more than one."""
+        """The key of the site in scores and paths: the layer's name, with the call if there is more than one."""
         return self.layer if num_calls == 1 else f"{self.layer}.call{self.call}"
 
 
 def modules_of_sites(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The layers whose outputs the sites of some scores or paths are, as modules by name.
+    """The layers to which the sites of scores or paths belong, as modules by name.
 
     A layer of exactly that name has precedence over a call of another layer.
 
@@ -69,7 +69,7 @@ def modules_of_sites(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What one forward and one backward pass say about N samples.
+    """Contributions of all units for N samples, from one forward and one backward pass.
 
     Attributes:
         logits: (N, classes).
@@ -85,7 +85,7 @@ class Attribution:
 
 
 class GatedModel:
-    """A model with a gate at every unit of some layers.
+    """Puts a gate at every unit of some layers of a model.
 
     A layer that is called several times in a pass (a shared ReLU) is a site for each of its first eight calls, named
     `<layer>.call1`, `<layer>.call2`, ...
@@ -93,11 +93,11 @@ class GatedModel:
     Args:
         model: The model.
         layers: Module by name.
-        forward: Runs the model: inputs -> what it returns. Default: the model itself.
+        forward: Runs the model on its inputs. Default: the model itself.
 
     Attributes:
-        names: Site -> its key in scores and paths; known after a pass of `attribute` or `locate_units`.
-        axes: Name of a site -> where samples and units lie in its output; known after such a pass.
+        names: Site -> its key in scores and paths; available after a pass of `attribute` or `locate_units`.
+        axes: Name of a site -> dimensions of samples and units in its output; available after such a pass.
         failures: Layer -> why its units cannot be gated.
     """
 
@@ -112,15 +112,18 @@ class GatedModel:
         self.failures: dict[str, str] = {}
 
     def attribute(self, inputs: Any, targets: Tensor, *, gradients: bool = False) -> Attribution:
-        """The contributions of all units to the logit of each sample's own class: one forward, one backward pass.
+        """Compute the contributions of all units to the logit of each sample's class: one forward, one backward pass.
 
         Args:
             inputs: The model's input.
             targets: int64 (N,), class labels.
-            gradients: Whether to return the gradients without the activations, too: mean ablation needs them.
+            gradients: Whether to also return the gradients without the activations, which mean ablation needs.
+
+        Returns:
+            Logits, contributions, gradients and mean activations.
 
         Raises:
-            ArgumentError: If the model returns no logits, they depend on no site, or a label is no class.
+            ArgumentError: If the model returns no logits, they depend on no site, or a label is not a class.
         """
         gates: dict[Site, Tensor] = {}
         shifts: dict[Site, Tensor] = {}
@@ -161,7 +164,7 @@ class GatedModel:
         )
 
     def locate_units(self, inputs: Any, num_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the model unchanged and find where the units lie: the logits, and each site's means over positions."""
+        """Run the model unchanged, and find the units; returns the logits, and each site's means over positions."""
         means: dict[Site, Tensor] = {}
 
         def act(site: Site, output: Tensor, axes: UnitAxes) -> Tensor:
@@ -180,14 +183,17 @@ class GatedModel:
         *,
         outputs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The logits with gates at the units; differentiable with respect to the gates.
+        """Run the model with gates at the units; differentiable with respect to the gates.
 
         Args:
             inputs: The model's input.
             num_samples: N.
             gates: Site -> (N, units) or (1, units); a site without gates is left as it is.
-            fill: Site -> (units,), what replaces a unit that is gated away; default: zero.
+            fill: Site -> (units,), what replaces the output of a unit whose gate is 0; default: zero.
             outputs: If given, filled with the output of every known site, after its gates.
+
+        Returns:
+            (N, classes) logits.
         """
 
         def act(site: Site, output: Tensor) -> Tensor:
@@ -206,8 +212,8 @@ class GatedModel:
                 outputs[name] = output.clone()
             return output
 
-        # The hook is global and recognises modules by identity: a model that copies or examines itself during a masked
-        # pass finds no hook on itself.
+        # The hook is global and recognises modules by identity, so a model that copies or inspects itself during a
+        # masked pass finds no hook on itself.
         hook = _OutputHook({id(module): name for name, module in self.layers.items()}, act)
         handle = register_module_forward_hook(hook)
         try:
@@ -231,7 +237,7 @@ class GatedModel:
             raise ArgumentError(f"`layers` must name layers that paths can run through; got {'; '.join(reasons)}.")
 
     def _locating_pass(self, inputs: Any, num_samples: int, act: Callable[[Site, Tensor, UnitAxes], Tensor]) -> Tensor:
-        """Run the model, find the axes of every site and give them to `act`; returns the logits."""
+        """Run the model, find the axes of every site and pass them to `act`; returns the logits."""
         found: dict[Site, UnitAxes] = {}
         handles = []
 
@@ -250,7 +256,7 @@ class GatedModel:
         hook = _OutputHook({id(module): name for name, module in self.layers.items()}, locate)
         with latest_layout(self.model) as layout:
             try:
-                # After the hooks of the layout, which must see a layer before it is asked about it.
+                # Registered after the hooks of the layout, which must have seen a layer before it is queried.
                 handles = [module.register_forward_hook(hook) for module in self.layers.values()]
                 logits = class_scores(self._forward(inputs), num_samples)
             finally:
@@ -261,14 +267,14 @@ class GatedModel:
         return logits
 
     def _forward(self, inputs: Any) -> Any:
-        # The recurrent layers of cuDNN have no derivative in evaluation mode; torch's own have.
+        # The recurrent layers of cuDNN have no derivative in evaluation mode; torch's native ones do.
         recurrent = torch.is_grad_enabled() and any(isinstance(part, nn.RNNBase) for part in self.model.modules())
         with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
             return self.forward(inputs)
 
 
 def _summable(tensor: Tensor) -> Tensor:
-    """The tensor on a device that has float64, in which sums are computed."""
+    """The tensor on a device that supports float64, in which sums are computed."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
@@ -300,7 +306,7 @@ class _OutputHook:
 
 @contextmanager
 def without_fused_kernels() -> Iterator[None]:
-    """Run compiled models eagerly, and transformer layers step by step: no hook fires in fused code."""
+    """Run compiled models eagerly, and transformer layers unfused, because no hook fires in fused code."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -312,7 +318,7 @@ def without_fused_kernels() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, ordinary tensors, nothing fused; the model is left as it was."""
+    """Evaluation mode, ordinary tensors, no fused kernels; the model is restored afterwards."""
     with ExitStack() as stack:
         stack.enter_context(without_inference_mode())
         stack.enter_context(evaluation_mode(model))

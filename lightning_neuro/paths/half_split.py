@@ -1,7 +1,7 @@
 """Two halves of the samples of each concept: paths are found on the first and evaluated on the second.
 
-The half of a sample depends on its content alone (a hash), and neither on the order of the samples nor on the ranks
-that hold them: shards give what a single process gives.
+The half of a sample depends on its content alone (a hash), and not on the order of the samples or on the ranks that
+hold them, so any number of processes gives the same result.
 """
 
 import torch
@@ -16,7 +16,7 @@ def numbers_in_concept(hashes: Tensor, concepts: Tensor, per_concept: int) -> Te
     Args:
         hashes: int64 (N,), as `lightning_neuro.identity.sample_hashes` returns them.
         concepts: (N,) integers, negative for none.
-        per_concept: How many samples of each concept are chosen: those with the smallest hashes.
+        per_concept: Number of samples of each concept that are chosen: those with the smallest hashes.
 
     Returns:
         int64 (N,), -1 for samples that are not chosen.

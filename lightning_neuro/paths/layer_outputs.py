@@ -1,4 +1,4 @@
-"""Where the units are in a layer's output, and where the logits are in a model's output."""
+"""Finds the units in a layer's output, and the logits in a model's output."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class UnitAxes(NamedTuple):
 
 
 def modules_of(model: nn.Module, layers: Layers = None) -> dict[str, nn.Module]:
-    """The layers to look at, as modules by name; None for the default layers of all callbacks.
+    """The selected layers, as modules by name; None for the default layers of all callbacks.
 
     Raises:
         MisconfigurationException: If a pattern matches no module.
@@ -33,8 +33,11 @@ def unit_axes(output: Tensor, num_samples: int, units_last: bool | None) -> Unit
     Args:
         output: A layer's output.
         num_samples: N.
-        units_last: Whether the units lie on the last dimension, as `lightning_neuro.units.latest_layout` says; None if
-            it is not known.
+        units_last: Whether the units lie on the last dimension, as `lightning_neuro.units.latest_layout` determines it;
+            None if it is not known.
+
+    Returns:
+        The two dimensions.
 
     Raises:
         ValueError: If the output is not floating-point, or has no such dimensions.
@@ -65,7 +68,7 @@ def unit_means(output: Tensor, axes: UnitAxes) -> Tensor:
 
 
 def with_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
-    """A layer's output with one tensor replaced: recurrent and attention layers return tuples, some models mappings."""
+    """A layer's output with one tensor replaced; the output may be a tensor, tuple, list or mapping."""
     if output is old:
         return new
     if isinstance(output, Mapping):
@@ -81,7 +84,7 @@ def class_scores(output: Any, num_samples: int) -> Tensor:
     """The (N, classes) logits in a model's output.
 
     Raises:
-        ArgumentError: If there are none.
+        ArgumentError: If the output holds no logits.
     """
     found: Any = output
     if isinstance(output, Mapping):
@@ -99,7 +102,7 @@ def class_scores(output: Any, num_samples: int) -> Tensor:
 
 
 def integer_labels(labels: Any, *, name: str = "targets") -> Tensor:
-    """Labels as int64 (N,), whatever N is.
+    """Labels as int64 (N,), for any N.
 
     Raises:
         ArgumentError: If they are not one integer per sample.
@@ -127,7 +130,7 @@ def check_groups(concepts: Tensor, num_concepts: int) -> None:
     """Require that every concept has a row in the paths or scores.
 
     Raises:
-        ArgumentError: If one has none.
+        ArgumentError: If a concept has no row.
     """
     largest = int(concepts.max()) if len(concepts) else -1
     if largest >= num_concepts:

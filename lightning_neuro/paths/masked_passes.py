@@ -1,4 +1,4 @@
-"""Masked passes: the network with only a path active, and with all but the path, all concepts in one batch.
+"""Masked passes: the network with only a path active, and with the path ablated, all concepts in one batch.
 
 A path "predicts" its concept for a sample if the masked network's prediction is one of the classes that the concept's
 samples have; for concepts that are classes, if it predicts the class.
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_neuro.batches import select_samples
 from lightning_neuro.paths.gates import GatedModel
 
-# Twice as fast on a CPU as four times as many.
+# Twice as fast on a CPU as a value four times as large.
 ROWS_AT_ONCE = 128
 # Columns of the table of masked passes: a row is one sample, run with one concept's path.
 PATH, CONCEPT, CLEAN, PREDICTED, MARGIN, CORRECT, CORRECT_WITHOUT = range(7)
@@ -25,7 +25,7 @@ class Samples(NamedTuple):
     Attributes:
         inputs: The model's input.
         targets: int64 (N,), classes.
-        concepts: int64 (N,), negative: none.
+        concepts: int64 (N,), negative for none.
         numbers: int64 (N,), the number of each sample within its concept.
         logits: (N, classes) of the full network.
     """
@@ -53,13 +53,13 @@ def defined_in(paths: Mapping[str, Tensor]) -> Tensor:
 def sample_path_pairs(
     concepts: Tensor, numbers: Tensor, defined: Tensor, num_others: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Which sample is run with which path: with its own concept's, and with some or all of the others'.
+    """Pairs of samples and paths: each sample with its own concept's path, and with some or all of the others'.
 
     Args:
-        concepts: (N,); samples of a concept without a path are run with the others' only.
-        numbers: (N,) each sample's number within its concept; the others take turns by it.
+        concepts: (N,); samples of a concept without a path are run with other concepts' paths only.
+        numbers: (N,) each sample's number within its concept, by which the other paths are chosen in turn.
         defined: bool (K,), which concepts have a path.
-        num_others: With how many other paths each sample is run; None: all.
+        num_others: Number of other paths with which each sample is run; None: all.
 
     Returns:
         Positions of samples and numbers of paths, (R,) each.
@@ -69,7 +69,7 @@ def sample_path_pairs(
     for row, (concept, number) in enumerate(zip(concepts.tolist(), numbers.tolist(), strict=True)):
         others = [path for path in known if path != concept]
         if num_others is not None and num_others < len(others):
-            # From the sample's own concept on, so that every path sees equally many samples.
+            # Starting after the sample's own concept, so that every path is run on equally many samples.
             first = sum(path < concept for path in others) + number * num_others
             others = [others[(first + step) % len(others)] for step in range(num_others)]
         own = [concept] if concept in known else []
@@ -88,21 +88,21 @@ def masked_table(
     num_others: int | None,
     ablate: bool = True,
 ) -> Tensor:
-    """The table of masked passes; the tables of batches and ranks are concatenated.
+    """Compute the table of masked passes; the tables of batches and ranks can be concatenated.
 
     Args:
-        gated: The model, its axes known.
+        gated: The model, with known axes.
         samples: The samples.
         paths: Site -> bool (concepts, units).
         known: bool (concepts, classes), as `classes_of_concepts` returns it.
-        fill: Site -> (units,), what replaces units outside of the path; None: zero.
-        num_others: With how many other concepts' paths each sample is run; None: all.
-        ablate: Whether to run the network without the paths, too.
+        fill: Site -> (units,), what replaces the outputs of ablated units; None: zero.
+        num_others: Number of other concepts' paths with which each sample is run; None: all.
+        ablate: Whether to also run the network with the paths ablated.
 
     Returns:
         float64 (R, 7) on the CPU: path, concept of the sample, whether the full network and the path predict the
-        concept, the path's margin, whether the full network and the one without the path are correct; NaN where logits
-        are not finite, and for predictions of a concept that has all classes.
+        concept, the path's margin, whether the full network and the one without the path are correct; NaN if logits are
+        not finite, and for predictions of a concept that has all classes.
     """
     device = samples.logits.device
     masks = {site: mask.to(device) for site, mask in paths.items()}

@@ -24,7 +24,8 @@ _GROWING = ("sums", "gradients", "features", "counts", "confusion")
 class LayerPaths(ResultMetric):
     """Computes the units of a layer that each concept's path keeps, from the contributions of the units to the logits.
 
-    The states are sums over samples, so that batches, shards and ranks add up to what one pass gives.
+    The states are sums over samples, so the result does not depend on how the samples are split into batches or over
+    ranks.
 
     Args:
         density: Fraction of the units that a path keeps; see `concept_paths`.
@@ -33,7 +34,7 @@ class LayerPaths(ResultMetric):
         **kwargs: Options of torchmetrics.Metric.
 
     Raises:
-        ArgumentError: For a wrong option.
+        ArgumentError: If an option is invalid.
 
     Example:
         >>> metric = LayerPaths(density=0.5)
@@ -65,7 +66,7 @@ class LayerPaths(ResultMetric):
         check_choice("ablation", ablation, get_args(Ablation))
         if hierarchy is not None:
             tree_kinship(hierarchy)
-        # Ranks may have seen other numbers of concepts.
+        # Ranks may have seen different numbers of concepts.
         super().__init__(**{"dist_sync_fn": gather_padded} | kwargs)
         self.density = density
         self.ablation = ablation
@@ -93,16 +94,17 @@ class LayerPaths(ResultMetric):
 
         Args:
             contributions: (N, units), sum over positions of a dz_y/da.
-            concepts: (N,) integers; negative: none.
+            concepts: (N,) integers, negative for none.
             numbers: int64 (N,), each sample's number within its concept, as `numbers_in_concept` returns it: even ones
                 belong to the first half, negative ones are left out. Default: in the order of arrival.
             gradients: (N, units), the same without a; needed for `ablation="mean"`.
             features: (N, units), activations, for the mean and the control.
-            predictions: (N,) predicted classes, integers, where concepts are classes.
-            num_concepts: Smallest number of concepts for which states are kept.
+            predictions: (N,) predicted classes, integers, if the concepts are classes.
+            num_concepts: Minimum number of concepts for which states are kept.
 
         Raises:
-            ArgumentError: For a wrong shape or dtype, missing concepts, or what mean ablation lacks.
+            ArgumentError: If a shape or dtype is wrong, `concepts` is missing, or `gradients` or `features` are missing
+                for mean ablation.
         """
         known_units = self.sums.shape[2] if self.sums.shape[2] > 1 else 0
         values = as_activations(contributions, num_units=known_units, name="contributions")
@@ -115,7 +117,7 @@ class LayerPaths(ResultMetric):
             raise ArgumentError(f"`concepts` must be integers of shape ({len(values)},), one per sample; got None.")
         if self.ablation == "mean" and (slopes is None or means is None):
             raise ArgumentError("`gradients` and `features` must be given for `ablation='mean'`; got None.")
-        # The states must be usable outside of the inference mode in which Trainer.validate runs.
+        # State tensors must be usable outside of the inference mode in which Trainer.validate runs.
         with torch.inference_mode(False), torch.no_grad():
             groups = groups.to(self.counts.device)
             numbers = self._next_numbers(groups) if numbers is None else numbers.to(groups.device)
@@ -189,19 +191,19 @@ class LayerPaths(ResultMetric):
         """Draw how similar the concepts' paths are; see `plot_overlap`.
 
         Args:
-            result: What to draw, by default `compute()`.
+            result: The result to draw; default: that of `compute()`.
             layer: Name of the layer, for the title.
             class_names: Names of the concepts.
 
         Returns:
-            A matplotlib figure that pyplot does not know.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.paths.plot import plot_overlap
 
         return plot_overlap({layer: self.compute() if result is None else result}, class_names=class_names)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Pad both sides to one size first; torchmetrics adds them up."""
+        """Pad both states to the same size; torchmetrics adds them up."""
         padded = {}
         for name in _GROWING:
             own, padded[name] = stack_padded([getattr(self, name), incoming_state[name]])

@@ -28,9 +28,10 @@ def minimal_paths(
     num_steps: int = NUM_STEPS,
     num_others: int | None = None,
 ) -> tuple[Paths, Tensor]:
-    """For each class, the path of the smallest density that retains its predictions and separates it from the others.
+    """Find, for each class, the smallest path that retains its predictions and separates it from the others.
 
-    Found by bisection over nested paths, all classes in one batch per step. Evaluate the paths on other samples.
+    The densities are found by bisection over nested paths, all classes in one batch per step. Evaluate the paths on
+    other samples.
 
     Args:
         model: As for `attribution_scores`.
@@ -38,18 +39,18 @@ def minimal_paths(
         targets: (N,) class labels, integers.
         scores: Layer -> (classes, units), as `attribution_scores` returns them.
         layers: As for `evaluate_paths`.
-        ablation: `"zero"` or `"mean"`; that of the scores.
-        retention: The smallest accuracy with only the path active, relative to the full network's.
-        informedness: The smallest difference between true and false positive rate of the path.
+        ablation: `"zero"` or `"mean"`, as for the scores.
+        retention: Minimum accuracy with only the path active, relative to the full network's.
+        informedness: Minimum difference between the true and the false positive rate of the path.
         num_steps: Number of bisections: densities are exact to 2^-num_steps.
-        num_others: With how many other classes' paths each sample is run; default: all.
+        num_others: Number of other classes' paths with which each sample is run; default: all.
 
     Returns:
         Layer -> bool (classes, units), and the float64 (classes,) densities; 1 for a class for which no smaller path
         was sufficient.
 
     Raises:
-        ArgumentError: As `evaluate_paths`.
+        ArgumentError: As in `evaluate_paths`.
 
     Example:
         >>> from lightning_neuro.paths import attribution_scores
@@ -76,7 +77,7 @@ def minimal_densities(
     informedness: float = INFORMEDNESS,
     num_steps: int = NUM_STEPS,
 ) -> Tensor:
-    """The densities of `minimal_paths`, for any way to evaluate paths."""
+    """The densities of `minimal_paths`, with any function that evaluates paths."""
 
     def sufficient(densities: Tensor) -> Tensor:
         found = evaluate(concept_paths(scores, densities))
@@ -88,16 +89,16 @@ def minimal_densities(
 def smallest_densities(
     sufficient: Callable[[Tensor], Tensor], num_concepts: int, *, num_steps: int = NUM_STEPS
 ) -> Tensor:
-    """For each concept the smallest sufficient density, by bisection, all concepts at once.
+    """The smallest sufficient density of each concept, by bisection for all concepts at once.
 
     Args:
-        sufficient: Which of (concepts,) densities are sufficient, bool (concepts,). Assumed to stay true above some
-            density, because the paths are nested.
+        sufficient: Returns which of (concepts,) densities are sufficient, bool (concepts,). Assumed to be monotonic,
+            because the paths are nested.
         num_concepts: K.
         num_steps: Number of bisections: the result is exact to 2^-num_steps.
 
     Returns:
-        float64 (concepts,): the smallest density found to be sufficient; 1 where none was.
+        float64 (concepts,): the smallest density found to be sufficient; 1 if none was.
     """
     low, high = torch.zeros(num_concepts, dtype=torch.float64), torch.ones(num_concepts, dtype=torch.float64)
     for _ in range(num_steps):

@@ -1,4 +1,4 @@
-"""Mode "nad": paths learned class by class as masks, after Hu et al., as their public code specifies it.
+"""Mode "nad": paths learned class by class as masks, after Hu et al. and their public code.
 
 Source: J. Hu et al., *Architecture Disentanglement for Deep Neural Networks* (NAD), arXiv 2003.13268, ICCV 2021.
 """
@@ -33,12 +33,12 @@ class NadPaths:
 
     Interpret the paths with care. `beta` depends on the scale of the activations: if a layer's channels become three
     times smaller and the next layer's weights three times larger, which does not change the network's output, the paths
-    change. And a path may predict its class for any input: look at the false positive rate (`evaluate_paths`).
+    change. And a path may predict its class for any input: check the false positive rate (`evaluate_paths`).
 
     Args:
         model: Any trained model that returns logits.
         layers: As for `attribution_scores`.
-        beta: Weight of sparseness. The authors' values for ImageNet: VGG-16 4.5, ResNet-50 and DenseNet-121 .02,
+        beta: Weight of the sparsity term. The authors' values for ImageNet: VGG-16 4.5, ResNet-50 and DenseNet-121 .02,
             DARTS .45.
         num_passes: Number of passes over each class's samples.
         batch_size: Samples per step.
@@ -50,7 +50,7 @@ class NadPaths:
         paths: Layer -> bool (classes, units).
 
     Raises:
-        ArgumentError: For a wrong option.
+        ArgumentError: If an option is invalid.
 
     Source:
         Hu et al., arXiv 2003.13268 (2021).
@@ -90,7 +90,7 @@ class NadPaths:
             This object, with `gates` and `paths`.
 
         Raises:
-            ArgumentError: If the model returns no logits, a layer is not called, or a target is no class.
+            ArgumentError: If the model returns no logits, a layer is not called, or a target is not a class.
         """
         targets = integer_labels(targets)
         with evaluating(self.model):
@@ -110,12 +110,12 @@ def learn_gates(
     """Learn the gate logits of all classes.
 
     Args:
-        gated: The model, in evaluation mode, its axes known.
+        gated: The model, in evaluation mode, with known axes.
         inputs: The model's input, for N samples.
         targets: int64 (N,), classes.
         widths: Site -> number of units.
         num_classes: K.
-        options: Carries `beta`, `num_passes`, `batch_size`, `step` and `seed`.
+        options: Provides `beta`, `num_passes`, `batch_size`, `step` and `seed`.
 
     Returns:
         Site -> (classes, units); NaN for a class without samples.
@@ -141,7 +141,7 @@ def learn_gates(
 def _descend(
     gated: GatedModel, inputs: Any, targets: Tensor, gates: dict[str, Tensor], options: NadPaths
 ) -> dict[str, Tensor]:
-    """One step of fixed length in each layer."""
+    """Make one step of fixed length in each layer."""
     clean: dict[str, Tensor] = {}
     masked: dict[str, Tensor] = {}
     correct = gated.run(inputs, len(targets), {}, outputs=clean).argmax(1) == targets

@@ -18,7 +18,7 @@ def paths_graph(paths: Mapping[str, Tensor]) -> "nx.DiGraph":
     Returns:
         A directed graph. Nodes are (layer, unit), with the attributes `layer`, `unit`, `depth` (number of the layer)
         and `concepts` (a tuple of the concepts whose path contains the unit). An edge joins units of consecutive layers
-        that share a concept, with the attributes `concepts` and `weight`, their number.
+        that share a concept, with the attributes `concepts` and `weight` (the number of shared concepts).
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""From the attribution over the probe set to the paths that the user wants, and to their evaluation.
+"""From the attribution over the probe set to the requested paths, and to their evaluation.
 
-`find_paths` replaces the attribution paths where the user asked for minimal or learned ones; `evaluate` runs the masked
-passes. Both work on the samples that `ConceptPaths` keeps during an evaluation, together on all ranks.
+`find_paths` replaces the attribution paths if minimal or learned ones were requested; `evaluate` runs the masked
+passes. Both use the samples that `ConceptPaths` keeps during an evaluation, and are collective operations.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from lightning_neuro.paths.result import PathResult
 from lightning_neuro.paths.top_units import check_density, concept_paths
 from lightning_neuro.ranks import agreed, gather
 
-# With how many other concepts' paths each sample is run: all of them would cost more than everything else together.
+# Number of other concepts' paths with which each sample is run: all of them would cost more than everything else.
 NUM_OTHERS = 2
 
 Results = Mapping[str, PathResult]
@@ -32,10 +32,10 @@ Results = Mapping[str, PathResult]
 
 @dataclass(frozen=True)
 class PathSearch:
-    """How paths are found; see `PathOptions` for the attributes.
+    """Finds and evaluates paths; see `PathOptions` for the attributes.
 
     Raises:
-        ArgumentError: For a wrong option.
+        ArgumentError: If an option is invalid.
     """
 
     mode: Mode = "attribution"
@@ -62,7 +62,7 @@ class PathSearch:
     def find_paths(
         self, trainer: "pl.Trainer", results: Results, samples: ProbeSamples, previous: Mapping[str, Tensor]
     ) -> dict[str, PathResult]:
-        """The results with the paths that the options ask for.
+        """Replace the attribution paths in the results by the requested ones.
 
         Args:
             trainer: The trainer.
@@ -70,6 +70,9 @@ class PathSearch:
             samples: The samples.
             previous: Layer -> (2, concepts, units), gate logits of the previous evaluation, from which refinement
                 starts.
+
+        Returns:
+            Layer -> result.
         """
         if self.mode == "nad" or self.num_refinement_steps:
             return self._learned(trainer, results, samples, previous)
@@ -92,7 +95,7 @@ class PathSearch:
         return summarise(table, samples.choice.num_concepts)
 
     def _minimal(self, trainer: "pl.Trainer", results: Results, samples: ProbeSamples) -> dict[str, PathResult]:
-        """The smallest sufficient paths: densities are found on the first half, for both halves."""
+        """The smallest sufficient paths: densities are found on the first half and used for both halves."""
         scores = [{layer: result.scores[half] for layer, result in results.items()} for half in (0, 1)]
 
         def evaluate(paths: Mapping[str, Tensor]) -> PathEvaluation:
@@ -125,7 +128,7 @@ class PathSearch:
     ) -> dict[str, Tensor]:
         mine = agreed(trainer, lambda: samples.joined(half))
         widths = {layer: result.num_units for layer, result in results.items()}
-        # A seed for each half: masks depend on the initial gates, and would be similar for that reason alone.
+        # One seed per half: masks depend on the initial gates, and would be similar for that reason alone.
         options = NadPaths(samples.gated.model, beta=self.nad_beta, seed=half)
         return learn_gates(samples.gated, mine.inputs, mine.targets, widths, samples.choice.num_concepts, options)
 
@@ -150,6 +153,6 @@ class PathSearch:
 
 
 def sum_over_ranks(trainer: "pl.Trainer", compute: Callable[[], Tensor]) -> Tensor:
-    """The sum of what the ranks compute, on this rank's device; an error on one rank is raised on all of them."""
+    """The sum of the tensors of all ranks, on this rank's device; an error on one rank is raised on all of them."""
     own = agreed(trainer, compute)
     return torch.stack(gather(trainer, own)).sum(0).to(own.device)

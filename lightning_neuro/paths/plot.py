@@ -25,16 +25,16 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     """Draw how similar the paths of each two concepts are, a panel per layer (the first 8).
 
     Red: more units in common than random paths of their size, blue: fewer, white: as many. All panels have the concepts
-    in one order, by clustering of the mean over layers, so that similar concepts are neighbours. The title of each
-    panel gives the mean over pairs and its noise floor, what two halves of one concept's samples have in common: an
-    overlap at its noise floor means that the paths cannot be told apart.
+    in the same order, by clustering of the mean over layers, so that similar concepts are neighbours. The title of each
+    panel gives the mean over pairs and its noise floor, the similarity of paths from two halves of one concept's
+    samples: an overlap at its noise floor means that the paths of different concepts cannot be distinguished.
 
     Args:
         results: Layer -> result.
         class_names: Names of the concepts.
 
     Returns:
-        A matplotlib figure that pyplot does not know.
+        A matplotlib figure that is not registered with pyplot.
 
     Raises:
         ValueError: If there is no result.
@@ -47,7 +47,7 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
         noise = result.self_overlap
         floor = "" if math.isnan(noise) else f", noise floor {noise:.2f}"
         panel.set_title(f"{name}, {result.num_units:,} units\noverlap {result.overlap:.2f}{floor}", fontsize=8, y=1.01)
-        # Ticks are the expensive part of a figure, and the order is the same in all panels.
+        # Ticks take most of the time of drawing, and the order is the same in all panels.
         ticks = labels if not drawn and len(labels) <= MAX_TICKS else []
         drawn.append(name)
         panel.set_yticks(range(len(ticks)), ticks, fontsize=7)
@@ -61,7 +61,7 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     if images:
         figure.colorbar(images[0], cax=bar, ticks=[-1, 0, 1]).ax.set_yticklabels(["-1", "0", "1"], fontsize=7)
     bar.set_title("beyond\nchance", fontsize=7)
-    figure.text(0.5, 0.1 / height, "concepts, similar ones together; 0: random paths, 1: same path", **_CENTRED)
+    figure.text(0.5, 0.1 / height, "concepts, similar ones together; 0: as random paths, 1: same path", **_CENTRED)
     return figure
 
 
@@ -91,9 +91,10 @@ def plot_flow(
 ) -> "Figure":
     """Draw the path of one concept against that of another: a column of units per layer.
 
-    In each column the units of the first path (blue), of both (black), of the second (orange) and of neither (light
-    grey), as heights; bands join the same part in consecutive layers. Where black replaces blue and orange, the two
-    concepts share a path. A grey line says how far the black would reach for two random paths of their sizes.
+    The heights in each column are the fractions of the units that are in the first path (blue), in both (black), in the
+    second (orange) and in neither (light grey); bands join the same part in consecutive layers. The more black, the
+    more units the two concepts share. A grey line shows how far the black would reach for two random paths of their
+    sizes.
 
     Args:
         results: Layer -> result, in the order of the forward pass.
@@ -101,14 +102,14 @@ def plot_flow(
         class_names: Names of the concepts.
 
     Returns:
-        A matplotlib figure that pyplot does not know.
+        A matplotlib figure that is not registered with pyplot.
     """
     shown = list(results.items())
     figure = new_figure(max(5.0, 1.5 + 1.15 * len(shown)), 3.6)
     panel = figure.add_axes((0.09, 0.2, 0.89, 0.66))
     two = _most_similar(results) if pair is None else tuple(pair)
     if two is None or not shown or max(two) >= len(shown[0][1].masks):
-        _say(panel, "two concepts are needed, each with a path")
+        _say(panel, "two concepts with a path are needed")
         return figure
     colors = (figures.VALUE, figures.INK, figures.OTHER, figures.FAINT)
     edges = [_column(panel, number, result, two, colors) for number, (_, result) in enumerate(shown)]
@@ -168,13 +169,13 @@ def plot_reuse(results: Mapping[str, PathResult]) -> "Figure":
     """Draw how many paths the units of each layer are in, a panel per layer (the first 8).
 
     Bars count units; the line is the expectation for random paths of the same sizes. Bars above it at both ends mean
-    that some units serve many concepts and others none.
+    that some units are in many paths and others in none.
 
     Args:
         results: Layer -> result.
 
     Returns:
-        A matplotlib figure that pyplot does not know.
+        A matplotlib figure that is not registered with pyplot.
 
     Raises:
         ValueError: If there is no result.
@@ -212,17 +213,17 @@ def poisson_binomial(probabilities: Tensor) -> Tensor:
 
 
 def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: Sequence[str]) -> "Figure":
-    """Draw how much of the paths is left from one evaluation to the next, a line per layer.
+    """Draw the stability of the paths from one evaluation to the next, a line per layer.
 
-    1: a class's path differs from its earlier one no more than two halves of its samples do; 0: as much as from another
-    class's path.
+    1: a class's path differs from its previous one no more than paths from two halves of its samples do; 0: as much as
+    from another class's path.
 
     Args:
-        history: Training step, and layer -> stability; from the second evaluation on.
-        layers: Which lines to draw (the first 8).
+        history: Pairs of training step, and layer -> stability; from the second evaluation on.
+        layers: The layers to draw (the first 8).
 
     Returns:
-        A matplotlib figure that pyplot does not know.
+        A matplotlib figure that is not registered with pyplot.
     """
     from matplotlib import colormaps
 
@@ -230,7 +231,7 @@ def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: S
     panel = figure.add_axes((0.1, 0.16, 0.66, 0.74))
     panel.set_title("stability of the paths since the previous evaluation", fontsize=9, y=1.01)
     if not history:
-        _say(panel, "known from the second evaluation on")
+        _say(panel, "available from the second evaluation on")
         return figure
     shown = list(layers)[: figures.MAX_PANELS]
     for number, layer in enumerate(shown):

@@ -1,4 +1,4 @@
-"""The samples of the probe set that the callback uses: which they are, and what is kept of them for masked passes."""
+"""The samples of the probe set that the callback uses, and what is kept of them for masked passes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from lightning_neuro.paths.options import Ablation
 from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
 
-# The states are square in the number of concepts.
+# The size of the states is quadratic in the number of concepts.
 MAX_CONCEPTS = 10_000
 
 RunPass = Callable[[Callable[[ProbeBatch], object]], None]
@@ -25,13 +25,13 @@ RunPass = Callable[[Callable[[ProbeBatch], object]], None]
 
 @dataclass(frozen=True, eq=False)
 class SampleChoice:
-    """Which samples of the probe set are used; made once per run.
+    """Which samples of the probe set are used; chosen once per run.
 
     Attributes:
-        numbers: Of this rank's samples in the order of the pass: number within the concept, -1 for those not used; even
-            numbers are the first half, odd ones the second.
+        numbers: int64, the number of each of this rank's samples within its concept, in the order of the pass; -1 if
+            not used. Even numbers are the first half, odd ones the second.
         members: (M, 2) concept and class of all used samples of all ranks.
-        counts: float64 (2, concepts), used samples of either half on all ranks.
+        counts: float64 (2, concepts), number of used samples of either half on all ranks.
     """
 
     numbers: Tensor
@@ -45,7 +45,7 @@ class SampleChoice:
 
 
 def read_concepts(batch: ProbeBatch, concept_fn: BatchField | None) -> Tensor:
-    """The concepts of a batch's samples, int64 (N,): what `concept_fn` finds, else the classes; -1 without any.
+    """The concepts of a batch's samples, int64 (N,): from `concept_fn`, else the classes; -1 if unknown.
 
     Raises:
         ArgumentError: If `concept_fn` does not return one integer per sample.
@@ -63,13 +63,16 @@ def choose_samples(
 
     Args:
         trainer: The trainer.
-        run_pass: Shows all batches of the probe set to a function.
-        concepts_of: The concepts of a batch's samples, (N,).
-        per_concept: How many samples of each concept to use.
+        run_pass: Calls a function with each batch of the probe set.
+        concepts_of: Returns the concepts of a batch's samples, (N,).
+        per_concept: Number of samples of each concept to use.
+
+    Returns:
+        The choice.
 
     Raises:
-        RuntimeError: On all ranks if the pass fails on one.
-        ArgumentError: For a concept of too high a number.
+        RuntimeError: On all ranks, if the pass fails on one.
+        ArgumentError: If the number of a concept is too large.
     """
     found: list[Tensor] = []
 
@@ -78,7 +81,7 @@ def choose_samples(
         targets = concepts if batch.targets is None else batch.targets.cpu()
         concepts = torch.where(targets >= 0, concepts, -1)
         hashes = sample_hashes(batch.inputs, len(concepts))
-        # Without a tensor to tell samples apart, those of a concept are taken in the order in which they come.
+        # If no tensor identifies the samples, those of a concept are taken in the order of arrival.
         hashes = torch.zeros_like(concepts) if hashes is None else hashes
         found.append(torch.stack([hashes, concepts, targets], dim=1))
 
@@ -91,8 +94,8 @@ def choose_samples(
     size = int(concepts.max()) + 1 if bool(used.any()) else 0
     if size > MAX_CONCEPTS:
         raise ArgumentError(
-            f"Concepts must be numbered from 0 to {MAX_CONCEPTS - 1} at most; got concept {size - 1}. Pass a"
-            " `concept_fn` that returns small numbers."
+            f"Concepts must be integers from 0 to {MAX_CONCEPTS - 1}; got concept {size - 1}. Pass a `concept_fn` that"
+            " returns smaller numbers."
         )
     counts = [torch.bincount(concepts[used & (numbers % 2 == half)], minlength=size).double() for half in (0, 1)]
     begin = sum(len(part) for part in everyone[: trainer.global_rank])
@@ -101,7 +104,7 @@ def choose_samples(
 
 
 class ProbeSamples:
-    """This rank's used samples in one evaluation, on the model's device.
+    """Holds this rank's used samples in one evaluation, on the model's device.
 
     Args:
         gated: The model.
@@ -125,10 +128,10 @@ class ProbeSamples:
     ) -> tuple[Samples, Attribution] | None:
         """Compute the contributions of all units for the used samples of the next batch, and keep the samples.
 
-        A failure is noted and not raised: a model without derivatives must not cost other callbacks this pass.
+        A failure is recorded and not raised, because the pass must go on for other callbacks.
 
         Returns:
-            The samples and what was found, or None after a failure.
+            The samples and the attribution, or None after a failure.
         """
         if self.failure is not None:
             return None
@@ -147,7 +150,7 @@ class ProbeSamples:
         numbers = self.choice.numbers[self._num_seen :][: batch.num_samples].to(concepts.device)
         self._num_seen += batch.num_samples
         rows = (numbers >= 0).nonzero().flatten()
-        rows = rows if len(rows) else rows.new_zeros(1)  # a rank without used samples must have states, too
+        rows = rows if len(rows) else rows.new_zeros(1)  # a rank without used samples needs states, too
         inputs = select_samples(batch.inputs, rows, batch.num_samples)
         targets = targets[rows].clamp(min=0)
         with without_fused_kernels():
@@ -157,7 +160,7 @@ class ProbeSamples:
         return samples, seen
 
     def require_attributed(self) -> bool:
-        """Raise what went wrong in `attribute`, if anything did."""
+        """Raise the error that `attribute` recorded, if any."""
         if self.failure is not None:
             raise self.failure
         return True

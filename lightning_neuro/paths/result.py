@@ -1,4 +1,4 @@
-"""What the paths of all concepts look like in one layer."""
+"""The result of concept paths for one layer."""
 
 import math
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ class PathResult:
     """The paths of K concepts in one layer; all tensors are on the CPU.
 
     Attributes:
-        scores: float64 (2, K, units), each unit's score for each concept, from either half of the samples; NaN where a
+        scores: float64 (2, K, units), each unit's score for each concept, from either half of the samples; NaN if a
             half has no sample of the concept.
         paths: bool (2, K, units), the units that the concept's path keeps, found on either half.
         counts: float64 (2, K), numbers of samples.
         features: float64 (K, units), each concept's mean activation.
-        confusion: float64 (K, K), how often a sample of the row's class was predicted as the column's; empty where
+        confusion: float64 (K, K), how often a sample of the row's class was predicted as the column's; empty if the
             concepts are not classes.
-        kinship: float64 (K, K), the depth at which two classes part in the user's tree, or None.
-        gates: float64 (2, K, units), the learned gate logits where paths are learned: positive inside the path.
-        stability: How much of the paths is left from the previous evaluation; NaN where it is undefined. Only
+        kinship: float64 (K, K), the depth at which two classes separate in the user's tree, or None.
+        gates: float64 (2, K, units), the gate logits if paths are learned, positive for units on the path; or None.
+        stability: Similarity to the paths of the previous evaluation, 0 to 1 (see `stability`); NaN if undefined. Only
             `ConceptPaths` sets it.
         num_nonfinite: Samples left out because an activation, a gradient or a logit was NaN or infinite.
     """
@@ -42,7 +42,7 @@ class PathResult:
 
     @property
     def masks(self) -> Tensor:
-        """Bool (K, units): the paths found on the first half, of which all measures are computed."""
+        """Bool (K, units): the paths found on the first half, from which all measures are computed."""
         return self.paths[0]
 
     @property
@@ -52,17 +52,17 @@ class PathResult:
 
     @property
     def num_units(self) -> int:
-        """Units in the layer."""
+        """Number of units in the layer."""
         return self.paths.shape[2]
 
     @property
     def num_samples(self) -> int:
-        """Samples used, of both halves."""
+        """Number of samples used, in both halves."""
         return int(self.counts.sum())
 
     @cached_property
     def similarity(self) -> Tensor:
-        """float64 (K, K): intersection over union of the paths beyond chance, NaN where one is not defined."""
+        """float64 (K, K): intersection over union of the paths beyond chance, NaN where undefined."""
         return path_similarity(self.masks, self.masks)
 
     @cached_property
@@ -88,7 +88,7 @@ class PathResult:
         return torch.where(self.similarity.isfinite(), cosine(self.features), float("nan"))
 
     def scalars(self) -> dict[str, float]:
-        """The layer in a few numbers; undefined ones are left out, never NaN."""
+        """Measure -> value of the layer; undefined measures are left out, never NaN."""
         paths = self.masks[self.defined]
         if not len(paths):
             return {}
@@ -109,7 +109,7 @@ class PathResult:
         return values
 
     def notes(self) -> dict[str, str]:
-        """Warnings for the user: samples left out, concepts without a path."""
+        """Kind -> a warning for the user: samples left out, concepts without a path."""
         notes = {}
         if self.num_nonfinite:
             notes["nonfinite"] = (

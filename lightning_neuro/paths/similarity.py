@@ -16,7 +16,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
         b: bool (J, units).
 
     Returns:
-        float64 (K, J), NaN where both paths are empty.
+        float64 (K, J), NaN if both paths are empty.
     """
     a, b = a.double(), b.double()
     both = a @ b.T
@@ -36,7 +36,7 @@ def chance_iou(a: Tensor, b: Tensor, num_units: int) -> Tensor:
         num_units: U.
 
     Returns:
-        float64 (K, J), NaN where both sizes are 0.
+        float64 (K, J), NaN if both sizes are 0.
 
     Example:
         >>> round(chance_iou(torch.tensor([1]), torch.tensor([1]), 4).item(), 6)
@@ -45,7 +45,7 @@ def chance_iou(a: Tensor, b: Tensor, num_units: int) -> Tensor:
     sizes_a, where_a = torch.unique(a.long(), return_inverse=True)
     sizes_b, where_b = torch.unique(b.long(), return_inverse=True)
     log_factorial = torch.lgamma(torch.arange(1, num_units + 2, dtype=torch.float64, device=a.device))
-    # Row by row: all sizes at once would need gigabytes where hundreds of paths differ in size.
+    # Row by row, because all sizes at once would need gigabytes if hundreds of paths differ in size.
     expected = torch.stack([_expected(size, sizes_b, log_factorial) for size in sizes_a.tolist()])
     return expected[where_a][:, where_b]
 
@@ -73,8 +73,8 @@ def path_similarity(a: Tensor, b: Tensor) -> Tensor:
         b: bool (J, units).
 
     Returns:
-        float64 (K, J); NaN where a path is empty, and where both keep every unit, because such paths are identical by
-        necessity.
+        float64 (K, J); NaN if a path is empty, or if both keep every unit, because such paths are necessarily
+        identical.
     """
     expected = chance_iou(a.sum(1), b.sum(1), a.shape[1])
     found = (iou(a, b) - expected) / (1 - expected)
@@ -89,18 +89,19 @@ def mean_between(similarity: Tensor) -> float:
 
 
 def stability(now: Tensor, before: Tensor, overlap: float, self_overlap: float) -> float:
-    """How much of what distinguishes a concept's path from the others' is left from the previous evaluation, 0 to 1.
+    """Stability of the paths since the previous evaluation, (s - overlap) / (self_overlap - overlap), from 0 to 1.
+
+    s is the mean similarity of each concept's path with its path at the previous evaluation.
 
     Args:
         now: bool (K, units).
-        before: The same, at the previous evaluation.
-        overlap: Similarity of different concepts' paths: what a path would keep if it became another concept's path.
-        self_overlap: Similarity of one concept's paths from two halves of its samples: what it would keep if only the
+        before: bool (K, units), at the previous evaluation.
+        overlap: Similarity of different concepts' paths; s would be as low if each path became another concept's path.
+        self_overlap: Similarity of one concept's paths from two halves of its samples; s would be as high if only the
             samples had changed.
 
     Returns:
-        A number; NaN where the paths of one concept are no more similar than those of different ones, or no concept has
-        had a path both times.
+        A number from 0 to 1; NaN if `self_overlap` is not above `overlap`, or no concept has a path both times.
     """
     kept = float(path_similarity(now, before).diagonal().nanmean())
     if not self_overlap > overlap or math.isnan(kept):
@@ -124,7 +125,7 @@ def reuse(paths: Tensor) -> dict[str, float]:
 
 
 def cosine(features: Tensor) -> Tensor:
-    """Cosine between the class means of a layer's activations, (K, units) -> (K, K), NaN where one is zero."""
+    """Cosine between the class means of a layer's activations, (K, units) -> (K, K), NaN if one is zero."""
     length = features.double().norm(dim=1, keepdim=True)
     direction = torch.where(length > 0, features.double() / length, float("nan"))
     return torch.mm(direction, direction.T)
@@ -133,14 +134,15 @@ def cosine(features: Tensor) -> Tensor:
 def confusion_top3(confusion: Tensor, similarity: Tensor) -> float:
     """The fraction of wrong predictions whose class is among the three classes most similar to the true one.
 
-    By chance alone it is 3 / (K - 1). Where classes are equally similar, the remaining places are divided among them.
+    By chance alone it is 3 / (K - 1). If classes are equally similar, the remaining places are divided among them.
 
     Args:
         confusion: (K, K), how often a sample of the row's class was predicted as the column's.
         similarity: (K, K), of the classes; those with NaN are left out.
 
     Returns:
-        A number; NaN with fewer than 5 classes, where chance would be enough, or without a wrong prediction.
+        A number from 0 to 1; NaN with fewer than 5 classes (it would be 1 by construction), or without a wrong
+        prediction.
 
     Example:
         >>> closeness = -(torch.arange(6.0)[:, None] - torch.arange(6.0)).abs()
@@ -154,7 +156,7 @@ def confusion_top3(confusion: Tensor, similarity: Tensor) -> float:
     wrong = confusion.clone().fill_diagonal_(0)
     others = similarity.nan_to_num(nan=-2.0).clone().fill_diagonal_(float("-inf"))
     third = others.topk(TOP, dim=1).values[:, -1:]
-    # Paths of few units are often equally similar, and the order of the classes must not decide between them.
+    # Paths of few units are often equally similar, and the order of the classes must not break the tie.
     nearer, level = (others > third).double(), (others == third).double()
     places = nearer + level * (TOP - nearer.sum(1, keepdim=True)) / level.sum(1, keepdim=True)
     total = wrong.sum()

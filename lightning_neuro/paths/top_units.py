@@ -23,13 +23,13 @@ def concept_paths(scores: Scores, density: float | Tensor = DEFAULT_DENSITY) -> 
 
     Args:
         scores: Layer -> (concepts, units), as `attribution_scores` returns them.
-        density: Fraction of the units of each layer, above 0 and at most 1; or (concepts,) of them.
+        density: Fraction of the units of each layer, above 0 and at most 1; or a tensor of them, (concepts,).
 
     Returns:
         Layer -> bool (concepts, units); no unit for a concept whose scores are NaN.
 
     Raises:
-        ArgumentError: For a density outside of this range.
+        ArgumentError: If a density is outside of this range.
 
     Example:
         >>> concept_paths({"fc": torch.tensor([[3.0, 1.0, 2.0, -1.0]])}, density=0.5)["fc"].tolist()

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class RepresentationRefinement(TrainingHooksCallback[Divided]):
     r"""Logs which classes of training samples shaped a layer, exactly, while the network trains.
 
-    The output of a linear or convolution layer on any input is the sum of what its initial weights give and what each
-    training step added. The steps are divided among the classes of the samples in their batches (or among other
+    The output of a linear or convolution layer on any input is the sum of the output of its initial weights and of what
+    each training step added. The steps are divided among the classes of the samples in their batches (or among other
     sources, see `source_fn`), by running the part of the gradient that each class caused through the recursion of the
     optimizer. So, on the probe set,
 
@@ -66,17 +66,18 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         sample_id_fn: Where a batch holds the id of each sample, its index in the training dataset: a key, an index, or
             a function of the batch; see `lightning_neuro.refinement.Indexed`. Default: the ids are found in the data
             loader, which works for map-style datasets under any sampler and number of workers.
-        influence_every_n_steps: Score which training samples moved the output of the last layer for the first 16
-            samples of the probe set; the state of these samples in the network is updated every so many optimizer
-            steps.
-        update_log: Whether to keep the factors of the update by each sample on disk, next to the logs (True) or in this
-            folder, for `lightning_neuro.refinement.load_update_log`. For linear layers only.
-        update_log_limit: What the update log may take on disk: bytes, or a size such as `"500MB"`.
-        memory_limit: What the ledgers, the tables of samples and the records of steps may each take in memory. The fit
+        influence_every_n_steps: If given, score which training samples moved the output of the last layer for the first
+            16 samples of the probe set. The activations of these 16 samples are updated every `influence_every_n_steps`
+            optimizer steps.
+        update_log: Whether to keep the factors of the update by each sample on disk: next to the logs (True), in the
+            given folder, or not at all (False); see `lightning_neuro.refinement.load_update_log`. For linear layers
+            only.
+        update_log_limit: Maximum size of the update log on disk: bytes, or a size such as `"500MB"`.
+        memory_limit: Maximum memory of the ledgers, of the tables of samples and of the records of steps, each. The fit
             does not start if they need more.
-        name: First part of the keys, instead of `refinement`.
+        name: First part of the keys; default: `refinement`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: `"warn"` or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
 
     Keys:
         Each as `refinement/<measure>/<layer>`, and as `refinement/<measure>` for the mean over layers.
@@ -88,7 +89,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         | `untraced_share` | fraction of the gradient that could not be assigned to any sample | 0 .. | 0 |
         | `own_class_share` | share of the class of a sample in its refinement | any | higher |
         | `own_class_share_null` | the same with labels shuffled over the samples | any | (reference) |
-        | `initial_share` | fraction of the output that the initial weights give | any | neither |
+        | `initial_share` | fraction of the output that is due to the initial weights | any | neither |
         | `sample_gini` | how unevenly single training samples refined the layer (Gini) | 0 .. 1 | neither |
 
         The class shares and `sample_gini` are available from the first evaluation after a training step. Also logged: a
@@ -107,8 +108,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         sample_table: The table of the training samples.
 
     Raises:
-        ArgumentError: For a wrong argument, at construction. Before the first step: if a layer cannot be traced, class
-            labels are missing, or there are too many sources or too little memory.
+        ArgumentError: If an argument is invalid, at construction. Before the first step: if a layer cannot be traced,
+            class labels are missing, or there are too many sources or too little memory.
 
     Source:
         L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for refinement and its parts by training step. The exact division
@@ -121,7 +122,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     family = "refinement"
     needs_layers = False
     charts = {  # noqa: RUF012
-        "share of the own class": ("own_class_share", "own_class_share_null"),
+        "share of a sample's own class": ("own_class_share", "own_class_share_null"),
         "norm of the refinement": ("norm",),
         "part of the initial weights": ("initial_share",),
         "errors of the sum": ("completeness_error", "untraced_share"),
@@ -132,7 +133,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         "completeness_error": "error of the sum of all contributions, relative to the output",
         "own_class_share": "share of the class of a sample in its refinement",
         "own_class_share_null": "the same with shuffled labels",
-        "initial_share": "fraction of the output that the initial weights give",
+        "initial_share": "fraction of the output that is due to the initial weights",
     }
 
     def __init__(
@@ -171,7 +172,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         super().__init__(RefinementSummary(), probe, name=name, prog_bar=prog_bar, on_error=on_error)
 
     def start_run(self) -> None:
-        """Forget everything of an earlier run."""
+        """Reset the state of an earlier run."""
         super().start_run()
         self._whole_table: SampleTable | None = None
 
@@ -199,7 +200,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
 
         Args:
             pl_module: The model that was trained.
-            inputs: What it is called with.
+            inputs: The inputs with which it is called.
             layer: Name of the layer; default: the last of the traced layers.
 
         Returns:
@@ -223,7 +224,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             targets: (Q,) classes for "contrast"; default: the predicted classes.
 
         Returns:
-            None without `influence_every_n_steps`, or before it was due.
+            The strongest training samples; None without `influence_every_n_steps`, or before the first update.
         """
         table = None if self.tracking is None else self.tracking.influence_table
         return None if table is None else table.top(top_k, direction, targets=targets)
@@ -231,7 +232,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     # One evaluation
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Record what the layers are given and return in the coming pass."""
+        """Start to record the inputs and outputs of the layers, for the coming pass."""
         if trainer.state.fn == "fit":
             # Here too, because another callback may ask for the first pass before our `on_train_start`.
             self.open_run(trainer, pl_module)
@@ -239,7 +240,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             self.hooks.record(lambda: self.probe_pass.num_forwards)
 
     def observe(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the pass, as inputs and outputs of the layers."""
+        """Process one batch of the pass: the inputs and outputs of the layers."""
         if self.run is None or self.hooks is None:
             return
         for layer, error in self.run.broken.items():
@@ -254,14 +255,14 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         try:
             assert self.run is not None
             rows = self.run.rows(batch.batch, batch.targets)
-            # A function that is made for several views of a training batch does not fit the single view here.
+            # A `source_fn` that is written for several views of a training batch does not fit the single view here.
             targets = rows if len(rows) == batch.num_samples else None
             cast("RefinementSummary", self.metric_at(layer, outputs.device)).update(inputs, outputs, targets)
         except Exception as error:
             self.note_failure(layer, error)
 
     def metric_at(self, layer: str, device: torch.device) -> Metric:
-        """The summary of the ledger of one layer."""
+        """The `RefinementSummary` of one layer."""
         metric = self.layer_metrics.get(layer)
         if not isinstance(metric, RefinementSummary) or metric.ledger is not self.ledger[layer]:
             metric = RefinementSummary(self.ledger[layer], own=self.options.source_fn is None)

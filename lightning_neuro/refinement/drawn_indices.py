@@ -47,7 +47,7 @@ def training_loaders(trainer: "pl.Trainer") -> list[Any]:
 
 
 class DrawnIndices:
-    """Knows the dataset indices of the samples in each training batch.
+    """Finds the dataset indices of the samples in each training batch.
 
     Args:
         trainer: The trainer, before it creates the iterator over its training loader: in `on_fit_start`.
@@ -67,7 +67,7 @@ class DrawnIndices:
         _patch.remove(self)
 
     def why_unknown(self) -> str:
-        """The reason why the indices cannot be known; empty if they can. To be asked once training has started."""
+        """The reason why the indices cannot be known; empty if they can. Call it once training has started."""
         loaders = training_loaders(self._trainer)
         if len(loaders) != 1:
             return f"the training data comes from {len(loaders)} loaders at once"
@@ -137,7 +137,7 @@ class DrawnIndices:
 
 @dataclass(eq=False)
 class _Requests:
-    """What a sampler has returned to one iterator, by the number of the request, until it is asked for."""
+    """What a sampler has returned to one iterator, by the number of the request, until it is taken."""
 
     sampler_iter: Any
     count: int = 0
@@ -149,7 +149,7 @@ class _Requests:
         self.count += 1
 
     def take(self, number: int) -> Any:
-        """What was returned to this request; earlier ones are forgotten."""
+        """What was returned to this request; earlier ones are discarded."""
         for earlier in [key for key in self.kept if key < number]:
             del self.kept[earlier]
         return self.kept.get(number)
@@ -163,9 +163,9 @@ def _private(owner: Any, name: str) -> Any:
 
 
 class _Patch:
-    """Replaces `_BaseDataLoaderIter._next_index` while somebody listens.
+    """Replaces `_BaseDataLoaderIter._next_index` while there are listeners.
 
-    Somebody else may replace the method in turn. Then this patch stays in place below theirs, and is used again.
+    Other code may replace the method in turn. Then this patch stays in place below theirs, and is used again.
     """
 
     def __init__(self) -> None:

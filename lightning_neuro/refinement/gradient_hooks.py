@@ -20,17 +20,17 @@ def _is_zero(gradient: Tensor | None) -> bool:
 
 
 def _no_pass() -> None:
-    """There is no forward pass to record."""
+    """Number of the forward pass while nothing is recorded: None."""
 
 
 class Receiver(Protocol):
     """What the backward passes of the layers are delivered to."""
 
     def see(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
-        """Take in one backward pass through one call of a layer."""
+        """Process one backward pass through one call of a layer."""
 
     def drop(self, layer: str) -> None:
-        """Forget what was seen of a layer: its gradients were reset before the optimizer used them."""
+        """Discard what was seen of a layer, because its gradients were reset before the optimizer used them."""
 
 
 class GradientHooks:
@@ -75,15 +75,15 @@ class GradientHooks:
         """Keep the inputs and outputs of the layers.
 
         Args:
-            pass_number: Returns the number of the forward pass that is running. What belongs to an earlier pass is
-                forgotten, because other callbacks may run the model too. It returns None while nothing is recorded.
+            pass_number: Returns the number of the forward pass that is running, or None while nothing is to be
+                recorded. Records of earlier passes are discarded, because other callbacks may run the model too.
         """
         self._pass_number = pass_number
         self._last_pass = None
         self.recorded = {}
 
     def stop_recording(self) -> None:
-        """Forget the recorded inputs and outputs, and keep no more."""
+        """Discard the recorded inputs and outputs, and stop recording."""
         self.record(_no_pass)
 
     def remove(self) -> None:

@@ -1,12 +1,12 @@
 """Influence: how far each training sample moved the output of a linear layer for an input, along a direction.
 
 Training sample i, met at step t, changed the weights of a linear layer by D_i = -rate d_i a_i^T, where a_i is its input
-of the layer and d_i the gradient of its output. So it changed the output for an input h by c_i = D_i h =
--rate d_i <a_i, h>. Its influence is the component of c_i along a unit direction u: positive if it pushed the output
-that way. Two directions are useful: the refinement p = W_T h - W_0 h, which is all that training changed of this
-output; and a class contrast (e_y - e_k) / sqrt(2) between a class y and its strongest rival k. What momentum and
-adaptive optimizers make of a step in later steps is not included, and influence does not predict what would have
-happened without the sample.
+of the layer and d_i the gradient of its output. So it changed the output for an input h by c_i = D_i h = -rate d_i
+<a_i, h>. Its influence is the component of c_i along a unit direction u: positive if it pushed the output that way. Two
+directions are useful: the refinement p = W_T h - W_0 h, which is all that training changed in this output; and a class
+contrast (e_y - e_k) / sqrt(2) between a class y and its strongest rival k. The effect of a step on later steps, through
+momentum or adaptive learning rates, is not included, and influence does not predict what would have happened without
+the sample.
 
 Source: L. Pfahler, K. Morik, *Explaining Deep Learning Representations by Tracing the Training Process*,
 arXiv 2109.05880 (2021), for c and p. The part of a step that a single sample caused is a contribution of this project.
@@ -56,6 +56,9 @@ class Influence:
 
         Args:
             targets: (Q,) classes of the inputs.
+
+        Returns:
+            A number between 0 and 1.
         """
         return float((self.targets == targets.cpu()[:, None]).double().mean())
 
@@ -158,6 +161,9 @@ def contrast_directions(outputs: Tensor, targets: Tensor | None = None) -> Tenso
         outputs: Logits, (Q, classes).
         targets: (Q,) class of each input; default: the predicted class.
 
+    Returns:
+        (Q, classes), (e_y - e_k) / sqrt(2) for each input.
+
     Raises:
         ArgumentError: If there are not at least two classes, or a target is not one of them.
 
@@ -213,7 +219,7 @@ def check_direction(direction: Any) -> None:
 
 
 def direction_name(direction: str | Tensor) -> str:
-    """What a direction is called in results."""
+    """The name of a direction in results."""
     return direction if isinstance(direction, str) else "given"
 
 

@@ -33,9 +33,9 @@ class InfluenceTable:
     Before the first call nothing is scored.
 
     The table sums the whole c_i, vectors in the output of the layer, and the direction is chosen when scores are
-    requested. Sums along the direction of the moment would be of little use, because this direction changes much during
-    training: on digits, their rank correlation with scores along the final direction is .65 to .74, and that of the
-    vectors .98 to .99.
+    requested. Sums along the current direction of each step would be of little use, because this direction changes much
+    during training: on digits, their rank correlation with scores along the final direction is .65 to .74, and that of
+    the vectors .98 to .99.
 
     Args:
         layer: Name of the layer.
@@ -85,7 +85,7 @@ class InfluenceTable:
         self._pending.append((batch, moved))
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Add what is pending, times `rate`."""
+        """Add the pending scores, times `rate`."""
         if layer != self.layer:
             return
         for batch, moved in self._pending:
@@ -99,7 +99,7 @@ class InfluenceTable:
         self._pending = []
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending."""
+        """Discard the pending scores."""
         self._pending = [] if layer == self.layer else self._pending
 
     def scores(self, direction: Direction | Tensor | None = None, *, targets: Tensor | None = None) -> Tensor:
@@ -133,7 +133,7 @@ class InfluenceTable:
     def top(
         self, top_k: int = 10, direction: Direction | Tensor | None = None, *, targets: Tensor | None = None
     ) -> Influence | None:
-        """The strongest of the samples seen so far; arguments as in `scores`. None before any was seen."""
+        """The strongest of the samples seen so far; arguments as in `scores`. None if no sample has been seen."""
         seen = self._seen[:-1].nonzero().flatten()
         if self._sums is None or not len(seen):
             return None
@@ -168,6 +168,9 @@ class InfluenceTable:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state.
+
+        Args:
+            state: What `state_dict` returned.
 
         Raises:
             ArgumentError: If it belongs to another layer or to another number of samples.

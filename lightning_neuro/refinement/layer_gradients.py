@@ -40,7 +40,7 @@ def parameters_of(module: Operator) -> Mapping[str, nn.Parameter]:
 
 
 def layer_output(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the layer would return with another weight and bias; its hooks do not run."""
+    """The output of the layer with another weight and bias; its hooks do not run."""
     if isinstance(module, nn.Linear):
         return F.linear(inputs, weight, bias)
     output: Tensor = module._conv_forward(inputs, weight, bias)
@@ -70,11 +70,11 @@ def layer_samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num
         return inputs, gradients
     if dim == 1 and isinstance(module, nn.Linear) and inputs.ndim == 3:  # recurrent and attention layers: time first
         return inputs.transpose(0, 1), gradients.transpose(0, 1)
-    # No guess is made: k times as many rows may be k views of the batch, or k positions of each sample.
+    # The layout is not guessed: k times as many rows may be k views of the batch, or k positions of each sample.
     raise ValueError(
         f"its input of shape {tuple(inputs.shape)} does not have the {num_samples} samples of the batch in its first"
-        " dimension, so it is not known to which sample each row belongs. Return the source of each row from"
-        " `source_fn`; for two views of a batch, `source_fn=lambda batch: torch.cat([batch[1], batch[1]])`"
+        " dimension, so it is not known to which sample each row belongs. Pass a `source_fn` that returns the source of"
+        " each row; for two views of a batch, `source_fn=lambda batch: torch.cat([batch[1], batch[1]])`"
     )
 
 

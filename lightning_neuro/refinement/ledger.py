@@ -21,8 +21,8 @@ from lightning_neuro.refinement.result import RefinementExplanation
 from lightning_neuro.refinement.sources import Sources, ledger_dtype
 
 Parts = dict[str, Tensor]
-# In units of the rounding error: a gradient smaller than this, relative to the absolute values of its parts, is what
-# rounding left of parts that cancel, for example at a bias before BatchNorm.
+# In units of the rounding error: a gradient smaller than this, relative to the absolute values of its parts, is the
+# rounding error of parts that cancel, for example at a bias before BatchNorm.
 _CANCELLED = 64
 # Attributes that are saved, without their leading underscore.
 _STATE = ("parts", "means", "snapshots", "rest", "used")
@@ -41,7 +41,7 @@ class RefinementLedger:
     the sum of the parts and the real output (`RefinementExplanation.residual`) therefore verifies the sum.
 
     Rows of the parts: the sources 0 .. num_sources - 1; then "other", for samples without one of these sources and for
-    gradients that no sample is known of; then the initial weights.
+    gradients that could not be assigned to a sample; then the initial weights.
 
     Other optimizers than SGD, Adam and AdamW use an approximation: the change of the weights in each step is credited
     to the sources in proportion to the projection of their gradients. Then the sum is exact by construction, and its
@@ -133,9 +133,13 @@ class RefinementLedger:
             self._pending_rows(mean_over_ranks)
 
     def see(self, module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources) -> None:
-        """Take in one backward pass: the input of the layer, and the gradient of the loss with respect to its output.
+        """Process one backward pass: split the gradient of the weights by source, one row per source.
 
-        This is where a gradient becomes a row: the gradient of the weights is split by source, a row for each.
+        Args:
+            module: The module that was called.
+            inputs: Its input, (B, ..., features) or (B, channels, ...).
+            gradients: Gradient of the loss with respect to its output, in the same layout.
+            sources: The sources of the B samples, num_sources + 1 of them with "other".
         """
         split = source_gradients(module, inputs, gradients, sources)
         for name, value in parameters_of(self.module).items():
@@ -146,7 +150,7 @@ class RefinementLedger:
         self._counts = self._counts + sources.counts
 
     def drop(self) -> None:
-        """Forget what was seen since the last step, because the gradients were reset or the step was skipped."""
+        """Discard what was seen since the last step, because the gradients were reset or the step was skipped."""
         self._pending = {}
         self._counts = torch.zeros_like(self._counts)
 
@@ -186,7 +190,7 @@ class RefinementLedger:
             rest = used - split.sum(0)
             self._rest = self._rest + rest.square().sum()
             self._used = self._used + used.square().sum()
-            # Makes the rows add up to the used gradient: Adam amplifies rounding errors where it divides by almost 0.
+            # Make the rows add up to the used gradient: Adam amplifies rounding errors where it divides by almost 0.
             split[:-1] += counts.view(-1, *[1] * rest.ndim) * rest
             if self.inexact:
                 self._credit(name, parameter, split)
@@ -199,7 +203,7 @@ class RefinementLedger:
         return weight_scale
 
     def start(self, optimizer: Optimizer) -> None:
-        """Before the first step: credit the running mean that the optimizer already holds to the initial weights."""
+        """Credit the running mean that the optimizer holds before the first step to the initial weights."""
         for name, parameter, _ in self._moved_by(optimizer, frozen=True):
             mean = momentum_before(optimizer.state.get(parameter, {}))
             if mean is None:
@@ -312,6 +316,9 @@ class RefinementLedger:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of another ledger of the same layer.
 
+        Args:
+            state: What `state_dict` returned.
+
         Raises:
             ArgumentError: If the state has another shape, another number of sources, or too many finished phases.
         """
@@ -341,7 +348,7 @@ class RefinementLedger:
 
 
 def _used_over_raw(used: Tensor, split: Tensor, elementwise: bool, rounding: float) -> tuple[Tensor, Tensor]:
-    """The factor by which the raw gradient was multiplied: as factors of the parts, and as one number (by projection).
+    """The factor by which the raw gradient was multiplied: elementwise, and as one number (by projection).
 
     It is 0 for elements whose parts cancel. Adam makes steps of full size from their rounding errors, so each part
     would become many orders of magnitude larger than the sum.

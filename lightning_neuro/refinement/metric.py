@@ -21,9 +21,9 @@ class RefinementSummary(ResultMetric):
 
     The share of source s is sum <A_s h, p> / sum |p|^2, where h is the input of the layer, A_s the part of source s of
     its weights, and p the refinement. All shares are computed in one pass: the sum over samples is the inner product of
-    A_s with one matrix, the sum of p h^T. So the state is one such matrix per class, whatever the number of samples,
-    sources and phases. The sums are divided instead of averaging the ratios of single samples, which have no bound
-    where p passes through 0, as a single logit does.
+    A_s with one matrix, the sum of p h^T. So the state is one such matrix per class, independent of the number of
+    samples, sources and phases. The share is a ratio of sums and not a mean of ratios, because the ratio of a single
+    sample is unbounded where p passes through 0, as a single logit does.
 
     Args:
         ledger: The ledger of the layer.
@@ -85,7 +85,7 @@ class RefinementSummary(ResultMetric):
 
         Args:
             inputs: Input of the layer, (N, ...), a tensor or NumPy array in the dtype of the layer.
-            outputs: Its output.
+            outputs: Its output, (N, ...).
             targets: (N,) integer classes, numbered like the sources of the ledger. Samples with other numbers, or
                 without targets, have no class.
 
@@ -136,7 +136,7 @@ class RefinementSummary(ResultMetric):
         self.squares = self.squares.index_add(0, rows, refined.square().sum(1))
 
     def compute(self) -> RefinementResult:
-        """The means over all samples that were seen."""
+        """The result for all samples since the last reset."""
         ledger = self._opened()
         weights, phases = ledger.weights(), ledger.by_phase()
         classes, sources = len(self.counts), ledger.num_sources + 1
@@ -177,11 +177,11 @@ class RefinementSummary(ResultMetric):
         """Draw which classes of training samples shaped the output for which classes, and in which phase.
 
         Args:
-            result: What to draw; default: the current result.
+            result: The result to draw; default: that of `compute()`.
             layer: Name of the layer, for the titles.
 
         Returns:
-            A matplotlib figure that pyplot does not know.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.refinement.plot import plot_refinement
 

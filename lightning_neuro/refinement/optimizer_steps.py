@@ -1,8 +1,8 @@
 """The update rules of SGD, Adam and AdamW as recursions that are linear in the gradient, so that they can be split.
 
-Once its preconditioner (the denominator of Adam) is given, an update is linear in the gradients of all steps so far. So
-the gradient can be split into parts, each part can be run through the same rule, and the weights of the parts add up to
-the real weights.
+For a given preconditioner (the denominator of Adam), an update is linear in the gradients of all steps so far. So the
+gradient can be split into parts, each part can be run through the same rule, and the weights of the parts add up to the
+real weights.
 """
 
 from typing import Any

@@ -21,10 +21,10 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @dataclass(frozen=True, eq=False)
 class RunOptions:
-    """The options of `RepresentationRefinement`, where they are documented; checked at construction.
+    """Holds the options of `RepresentationRefinement` (documented there) and checks them at construction.
 
     Raises:
-        ArgumentError: If one of them is wrong.
+        ArgumentError: If an option is invalid.
     """
 
     layers: str | Sequence[str] | None
@@ -47,7 +47,7 @@ class RunOptions:
         if self.num_sources is not None:
             check_int("num_sources", self.num_sources, minimum=1)
         elif self.source_fn is not None:
-            raise ArgumentError("`num_sources` must be given together with `source_fn`: how many there are; got None.")
+            raise ArgumentError("`num_sources`, the number of sources, must be given with `source_fn`; got None.")
         if not isinstance(self.track_samples, bool):
             layers = check_patterns("track_samples", self.track_samples)
             require(layers is not None, "track_samples", "be True, False, or names or globs of layers", layers)
@@ -61,7 +61,7 @@ class RunOptions:
 
     @property
     def memory_bytes(self) -> int:
-        """What the ledgers, the tables of samples and the records of steps may each take in memory."""
+        """Maximum memory of the ledgers, of the tables of samples and of the records of steps, each, in bytes."""
         return parse_bytes("memory_limit", self.memory_limit)
 
     @property
@@ -71,7 +71,7 @@ class RunOptions:
 
     @property
     def needs_sample_ids(self) -> bool:
-        """Whether anything is recorded of single samples."""
+        """Whether anything is recorded for single samples."""
         return bool(self.track_samples or self.tracks_influence or self.update_log or self.mode == "pfahler2021")
 
 
@@ -95,12 +95,12 @@ def parse_bytes(name: str, limit: Any) -> int:
 
 
 def megabytes(size: float) -> str:
-    """A number of bytes in words."""
+    """Format a number of bytes, such as "12.3 MB"."""
     return f"{size / 1e6:,.1f} MB"
 
 
 def check_memory(sizes: dict[str, int], limit: float) -> str:
-    """Require ledgers to fit into `memory_limit`; returns their sizes in words.
+    """Require ledgers to fit into `memory_limit`; returns a description of their sizes.
 
     Args:
         sizes: Layer -> bytes of its ledger.

@@ -2,10 +2,10 @@
 
 For an input h of the layer in the final network, the change of the weights in step t, D_t = W_t - W_{t-1}, contributes
 c_t = D_t h, and the contributions of all steps sum to the refinement p = W_T h - W_0 h, under any optimizer. The score
-of a step is its cosine with p, cos_t = <c_t, p> / (|p| |c_t|), or its part of the length of p, |c_t| cos_t. It is given
-to all training samples, or to the class, of the batch. So it is a score of single samples only if a batch holds one
-sample, and of classes only if a batch holds one class: `ClassBatchSampler` makes such batches. Every D_t is kept, so
-this mode is for small runs; ledgers and per-sample tables need no D_t.
+of a step is its cosine with p, cos_t = <c_t, p> / (|p| |c_t|), or its part of the length of p, |c_t| cos_t. It is
+assigned to all training samples of the batch, or to its class. So it is a score of single samples only if a batch holds
+one sample, and of classes only if a batch holds one class: `ClassBatchSampler` makes such batches. Every D_t is kept,
+so this mode is for small runs; ledgers and per-sample tables need no D_t.
 
 Source: L. Pfahler, K. Morik, *Explaining Deep Learning Representations by Tracing the Training Process*,
 arXiv 2109.05880 (2021). `form="projection"` is the form that the authors used in 2022. In contrast to the paper, the
@@ -125,7 +125,7 @@ class StepScores:
         return len(self._changes)
 
     def record(self, ids: Tensor, classes: Tensor) -> None:
-        """Take in one optimizer step that has just been made.
+        """Record the optimizer step that has just been made.
 
         Args:
             ids: (B,) ids of the samples of the batch, without ghosts.
@@ -135,7 +135,7 @@ class StepScores:
             ArgumentError: If there are more steps than `num_steps`.
         """
         if len(self) >= self.num_steps:
-            raise ArgumentError(f"`num_steps` must be at least the number of steps; got {self.num_steps} at one more.")
+            raise ArgumentError(f"`num_steps` must be at least the number of steps; got {self.num_steps} and one more.")
         after = weights_on_cpu(self.module)
         self._changes.append([new - old for new, old in zip(after, self._before, strict=True)])
         self._before = after
@@ -143,7 +143,7 @@ class StepScores:
         self._classes.append(classes.to("cpu", torch.int64, copy=True))
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Note the samples of the coming step."""
+        """Remember the samples of the coming step."""
         if layer == self.layer and batch not in self._pending:
             self._pending.append(batch)
 
@@ -159,7 +159,7 @@ class StepScores:
             self.record(torch.cat(ids), torch.cat(classes))
 
     def drop(self, layer: str) -> None:
-        """Forget the samples that were noted."""
+        """Discard the samples of the coming step."""
         if layer == self.layer:
             self._pending = []
 
@@ -175,6 +175,9 @@ class StepScores:
             top_k: Number of samples for each input.
             form: "cosine": sums of max(cos_t, 0) (2021), or "projection": sums of |c_t| cos_t (2022).
 
+        Returns:
+            The strongest samples, their scores and classes.
+
         Raises:
             ArgumentError: If the form is unknown, or no step is recorded.
         """
@@ -188,7 +191,13 @@ class StepScores:
         return strongest(summed, members, classes, top_k=top_k, direction="refinement")
 
     def by_class(self, inputs: Tensor) -> list[dict[int, Tensor]]:
-        """The data of the ridge plot in the paper, for each of Q inputs: class -> (steps, 2) pairs (cosine, norm).
+        """The data of the ridge plot in the paper.
+
+        Args:
+            inputs: As in `scores`.
+
+        Returns:
+            For each of Q inputs: class -> (steps, 2), the cosine and norm of each step.
 
         Raises:
             ArgumentError: If a batch held more than one class.
@@ -209,7 +218,7 @@ class StepScores:
     def _outputs(self, inputs: Tensor) -> Tensor:
         """c_t of each step, (T, Q, ...)."""
         if not self._changes:
-            raise ArgumentError("`inputs` must be scored after at least one step was recorded; got no step.")
+            raise ArgumentError("`inputs` can only be scored once at least one step is recorded; got no step.")
         inputs = inputs.detach().cpu().double()
         names = list(parameters_of(self.module))
         outputs = []
@@ -231,7 +240,7 @@ class StepScores:
 
 
 def _known_or(values: Tensor | None, other: Tensor | None) -> Tensor:
-    """The values, or -1 for each of the others if they are not known."""
+    """The values; if they are not known, -1 for each element of `other`."""
     if values is not None:
         return values
     assert other is not None
@@ -254,7 +263,7 @@ class ClassBatchSampler(Sampler[list[int]]):
         drop_last: Whether to leave out batches that are not full.
 
     Raises:
-        ArgumentError: If the labels are not integers, or a number is not possible.
+        ArgumentError: If the labels are not integers, or an option is out of range.
 
     Example:
         >>> list(ClassBatchSampler([0, 1, 0, 1, 1], batch_size=2, seed=1))

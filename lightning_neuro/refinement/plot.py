@@ -39,14 +39,14 @@ Tile = tuple[Any, str, str]
 
 
 def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequence[str] | None = None) -> "Figure":
-    """Draw two heat maps per layer: shares by class of the explained sample, and shares by phase of training.
+    """Draw two heat maps per layer: the shares by class of the explained samples, and by phase of training.
 
     Args:
         results: Layer -> result.
         class_names: Names of the classes, if the sources are the classes; default: the names in the results.
 
     Returns:
-        A matplotlib figure that pyplot does not know.
+        A matplotlib figure that is not registered with pyplot.
     """
     panels, rows, _ = first_panels(results, max_columns=1)
     height = 3.7 * rows
@@ -62,7 +62,7 @@ def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequen
         shown = slice(None, len(names))
         phases = [str(phase + 1) for phase in range(result.phase_shares.shape[1])]
         where = f"{layer}: " if layer else ""
-        title = f"{where}share in the refinement, mean over {int(result.counts.sum())} samples"
+        title = f"{where}share of the refinement, mean over {int(result.counts.sum())} samples"
         _heat_map(left, result.shares[:-1][shown, shown], title, names, names)
         left.set_xlabel(f"class of the training samples (null, shuffled labels: {result.own_class_share_null:.2f})")
         left.set_ylabel("class of the explained sample")
@@ -75,7 +75,7 @@ def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequen
 
 def _heat_map(axes: Any, values: Tensor, title: str, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Shares as colours. The scale is in the title, because a colour bar would double the time to draw."""
-    # Ticks take most of the time to draw a figure: few, and set by hand.
+    # Ticks take most of the time of drawing a figure, so there are few, set by hand.
     for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
         every = -(-len(names) // 10)
         axis.set_ticks(range(0, len(names), every), names[::every], fontsize=8)
@@ -108,7 +108,7 @@ def plot_explanation(
         class_names: Names of the sources without "other", if they are classes; default: the names in the explanation.
 
     Returns:
-        A matplotlib figure that pyplot does not know.
+        A matplotlib figure that is not registered with pyplot.
     """
     cosines = explanation.cosines()[:, :, sample].double().cpu().numpy()
     norms = explanation.norms()[:, :, sample].double().cpu().numpy()
@@ -164,7 +164,7 @@ def plot_top_samples(
         class_names: Names of the classes.
 
     Returns:
-        A matplotlib figure that pyplot does not know. Samples that are not images are grey tiles.
+        A matplotlib figure that is not registered with pyplot. Samples that are not images are grey tiles.
 
     Raises:
         ArgumentError: If the table is empty.
@@ -214,7 +214,7 @@ def plot_influence(
         class_names: Names of the classes.
 
     Returns:
-        A matplotlib figure that pyplot does not know. Samples that are not images are grey tiles.
+        A matplotlib figure that is not registered with pyplot. Samples that are not images are grey tiles.
 
     Raises:
         ArgumentError: If there is no input.

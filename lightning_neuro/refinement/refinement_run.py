@@ -1,4 +1,4 @@
-"""One fit: what is traced in it, from the hooks on the layers to the ledgers, tables and files that they fill."""
+"""The tracing of one fit: ledgers, tables and files, filled through the hooks on the layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,7 +28,7 @@ from lightning_neuro.refinement.update_log import UpdateLogWriter
 
 
 def changes_elements(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-    """Whether a gradient may be changed by other means than one factor before the optimizer uses it."""
+    """Whether a gradient may be changed other than by one common factor before the optimizer uses it."""
     if not pl_module.automatic_optimization:
         return True
     hook = type(pl_module).configure_gradient_clipping.__qualname__
@@ -47,7 +47,7 @@ def plan_phases(trainer: "pl.Trainer", phases: int | Sequence[int]) -> tuple[int
         return len(phases) + 1, list(phases)
     planned = float(trainer.estimated_stepping_batches)
     if planned == float("inf"):
-        rank_zero_info("The number of training steps is not known, so their refinement has one phase.")
+        rank_zero_info("The number of training steps is not known, so there is a single phase of training.")
         return 1, []
     if not trainer.lightning_module.automatic_optimization:
         planned *= max(1, len(trainer.optimizers))  # the trainer counts the steps of each optimizer
@@ -55,7 +55,7 @@ def plan_phases(trainer: "pl.Trainer", phases: int | Sequence[int]) -> tuple[int
 
 
 class RefinementRun:
-    """The ledgers of one fit, and everything else that is recorded of its training steps.
+    """Holds the ledgers of one fit, and everything else that is recorded about its training steps.
 
     Args:
         trainer: The trainer, in `on_train_start`.
@@ -65,7 +65,7 @@ class RefinementRun:
         num_sources: Number of sources.
         class_names: Names of the classes, if known.
         saved: The state of an earlier part of the run; empty at its beginning.
-        report: Is given the layer and the error if something fails in a training step.
+        report: Called with the layer and the error if something fails in a training step.
 
     Attributes:
         ledgers: Layer -> ledger.
@@ -137,7 +137,7 @@ class RefinementRun:
                     ) from error
                 num_ended = max(num_ended, len(state["snapshots"]))
         if saved.get("ledgers"):
-            # Phases that have ended stay as they were; of those that are planned now, the ones ahead count.
+            # Phases that have ended stay as they were; of those planned now, only the future ones count.
             ahead = [end for end in self._phase_ends if end > global_step]
             self._phase_ends = ahead[: max(0, len(self._phase_ends) - num_ended)]
 
@@ -160,7 +160,7 @@ class RefinementRun:
         head = (
             (last, require_linear(last, layers[last], "influence_every_n_steps")) if options.tracks_influence else None
         )
-        # The tables in a checkpoint are those of all ranks, so only one rank continues them.
+        # The tables in a checkpoint are sums over all ranks, so only one rank continues them.
         mine = saved.get("of_this_rank") or trainer.global_rank == 0
         return SampleTracking(
             attachment.tracked,
@@ -218,7 +218,7 @@ class RefinementRun:
         return source_rows(batch, targets, self.source_fn, self.num_sources)
 
     def begin_batch(self, batch: Any, targets: Tensor | None, device: torch.device) -> None:
-        """A training micro-batch is about to run, on this device."""
+        """Start a training micro-batch, which is about to run on this device."""
         if self._steps is None:
             return
         rows = self.rows(batch, targets).to(device)
@@ -228,7 +228,7 @@ class RefinementRun:
         self._steps.begin(TrainBatch(ids, targets), Sources(rows, self.num_sources + 1))
 
     def end_batch(self, global_step: int) -> None:
-        """The training micro-batch is over; after so many optimizer steps, a phase may end."""
+        """Finish the training micro-batch, and end the phase if `global_step` is its last step."""
         if self._steps is not None:
             self._steps.end()
         while self._phase_ends and global_step >= self._phase_ends[0]:
@@ -257,12 +257,12 @@ class RefinementRun:
         finally:
             hook.remove()
         if not seen:
-            raise ArgumentError(f"`layer` must be called in the forward pass; got {layer!r}, which is not.")
+            raise ArgumentError(f"`layer` must be called in the forward pass; got {layer!r}, which was not called.")
         return self.ledgers[layer].explain(seen[0])
 
     def finish(self, trainer: "pl.Trainer", device: torch.device, class_names: Sequence[str] | None) -> None:
-        """Write what is to be kept, because training ended as planned. Call it on every rank."""
-        # First what the ranks do together, because the disk may fail on one of them.
+        """Write the tables and the log, because training ended as planned. Call it on every rank."""
+        # Collective operations come first, because the disk may fail on one of the ranks.
         if self.tracking is not None:
             self.tracking.write_samples(trainer, self.name, device, class_names)
         if self._log is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Rounding cannot explain a larger completeness error.
+# A larger completeness error cannot be explained by rounding.
 TOLERANCE = 1e-3
 UNTRACED = 0.05
 
@@ -20,18 +20,18 @@ UNTRACED = 0.05
 class RefinementResult:
     """How the output of one layer divides among the sources of the training samples: means over the probe set.
 
-    The refinement p of a sample is the output of the layer on it, less the part of the initial weights. The share of a
+    The refinement p of a sample is the output of the layer on it, minus the part of the initial weights. The share of a
     source is sum <c, p> / sum |p|^2 over the samples, where c is the contribution of the source; the shares of all
     sources sum to 1.
 
     Attributes:
         num_units: Number of output units (channels) of the layer.
-        num_samples: Number of samples that the means are over.
+        num_samples: Number of samples over which the means are taken.
         num_nonfinite: Number of samples left out because the input or output of the layer was NaN or infinite.
         norm: Mean |p|.
         completeness_error: max |initial part + sum of contributions - output| / max |output|. It verifies the sum.
-        initial_share: Fraction of the output z that the initial weights give, sum <z_initial, z> / sum |z|^2; 1 before
-            training.
+        initial_share: Fraction of the output z that is due to the initial weights, sum <z_initial, z> / sum |z|^2; 1
+            before training.
         shares: (classes + 1, sources) share of each source in the refinement of the samples of each class; the last row
             is for samples without a class. NaN for a class without a refinement.
         phase_shares: (sources, phases) share of each source and phase of training, over all samples.
@@ -62,7 +62,7 @@ class RefinementResult:
 
     @property
     def own_class_share(self) -> float:
-        """Share of the own class in the refinement, over samples with a class; NaN if there is no refinement."""
+        """Share of a sample's own class in its refinement, over samples with a class; NaN without a refinement."""
         if not self.own or not self._any():
             return float("nan")
         return float((self.shares.diagonal() * self._of_labelled(self.squares)).nansum())
@@ -100,7 +100,7 @@ class RefinementResult:
         return {measure: value for measure, value in found.items() if isfinite(value)}
 
     def notes(self) -> Mapping[str, str]:
-        """What a reader of the numbers must know: kind -> a sentence to be shown once."""
+        """Kind -> a warning for the user, shown once."""
         notes = {}
         if self.num_nonfinite:
             notes["nonfinite"] = (
@@ -109,8 +109,8 @@ class RefinementResult:
         if self.inexact:
             notes["inexact"] = (
                 f"{self.inexact}. So the change of the weights in each step is credited to the sources of its samples"
-                " in proportion to the projection of their gradients. No completeness error is logged, because it would"
-                " be 0 whatever the shares are."
+                " in proportion to the projection of their gradients. No completeness error is logged, because it is 0"
+                " by construction."
             )
         if self.completeness_error > TOLERANCE:
             notes["incomplete"] = (
@@ -140,7 +140,7 @@ class RefinementResult:
 
 @dataclass(frozen=True, eq=False)
 class SampleSpread:
-    """What is known of a layer whose samples are tracked, but whose weights are not divided by a ledger.
+    """The result for a layer whose samples are tracked, but whose weights are not divided by a ledger.
 
     Attributes:
         sample_gini: Gini coefficient of the refinement of the layer by single training samples.
@@ -153,16 +153,16 @@ class SampleSpread:
         return {"sample_gini": self.sample_gini}
 
     def notes(self) -> Mapping[str, str]:
-        """Nothing is left out."""
+        """No notes."""
         return {}
 
     def histogram(self) -> Tensor:
-        """No distribution is logged."""
+        """An empty tensor: no distribution is logged."""
         return torch.zeros(0)
 
 
 Divided = RefinementResult | SampleSpread
-"""What is known of one layer after an evaluation."""
+"""The result for one layer."""
 
 
 def with_sample_gini(results: Mapping[str, Divided], ginis: Mapping[str, float]) -> dict[str, Divided]:
@@ -213,10 +213,13 @@ class RefinementExplanation:
         return norms
 
     def shares(self) -> Tensor:
-        """Share of each contribution in the refinement, <c, p> / |p|^2: (sources, phases, samples).
+        """Share of each contribution in the refinement, <c, p> / |p|^2.
 
         Shares sum to 1 over sources and phases. They are negative for contributions that point away from p, and NaN for
         a sample without a refinement.
+
+        Returns:
+            (sources, phases, samples).
         """
         refinement: Tensor = self.refinement.flatten(1)
         shares: Tensor = (self.contributions.flatten(3) * refinement).sum(-1) / refinement.square().sum(-1)
@@ -237,7 +240,7 @@ class RefinementExplanation:
             predicted: The source to highlight; default: the largest output, if the layer has one output per source.
 
         Returns:
-            A matplotlib figure that pyplot does not know.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.refinement.plot import plot_explanation
 

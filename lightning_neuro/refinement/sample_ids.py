@@ -60,14 +60,14 @@ class Indexed(Dataset[Any]):
 
 
 class SampleIds:
-    """Tells the id of each sample in the training batches of one fit.
+    """Finds the id of each sample in the training batches of one fit.
 
-    The plain way is a field of the batch, such as the one that `Indexed` adds. Without a field, the ids are found in
-    the data loader: they are indices into the training dataset (for a `Subset`, into the subset). This works for
+    The simplest source is a field of the batch, such as the one that `Indexed` adds. Without a field, the ids are found
+    in the data loader: they are indices into the training dataset (for a `Subset`, into the subset). This works for
     map-style datasets under any sampler, batch sampler, number of workers and distributed strategy. It does not work
     for an `IterableDataset`, a loader with `in_order=False`, several loaders at once, a training step that takes the
     `dataloader_iter`, batches that do not hold as many samples as were drawn, and versions of torch or Lightning whose
-    internals have changed; a warning then says so.
+    internals have changed; a warning then gives the reason.
 
     Args:
         trainer: The trainer, in `on_fit_start`: before it creates the iterator over its training loader.
@@ -103,7 +103,7 @@ class SampleIds:
         return len(dataset) if isinstance(dataset, Sized) else 0
 
     def why_unknown(self) -> str:
-        """The reason why the ids cannot be known; empty if they can. To be asked once training has started."""
+        """The reason why the ids cannot be known; empty if they can. Call it once training has started."""
         if self.field is not None or self._unavailable:
             return self._unavailable
         assert self._drawn is not None
@@ -116,7 +116,7 @@ class SampleIds:
             batch: The batch, in `on_train_batch_start` or later in the step.
 
         Returns:
-            (B,) int64, on the CPU or on the device of the field; None if the ids are not known. A warning says so once.
+            (B,) int64, on the CPU or on the device of the field; None, with one warning, if the ids are not known.
 
         Raises:
             ArgumentError: If the first batch does not have the field, or does not hold integers there.
@@ -147,7 +147,7 @@ class SampleIds:
         try:
             found = read_field("sample_id_fn", self.field, batch)
             ids = as_ids(found)
-            require(ids is not None, "sample_id_fn", "give one integer per sample, its index in the dataset", found)
+            require(ids is not None, "sample_id_fn", "return one integer per sample, its index in the dataset", found)
         except ArgumentError:
             # Only the first batch may stop the fit.
             if self._field_was_found:
@@ -158,7 +158,7 @@ class SampleIds:
 
 
 def as_ids(found: Any) -> Tensor | None:
-    """Integers as an int64 (B,) tensor; None if they are something else."""
+    """Integers as an int64 (B,) tensor; None if the values are not integers."""
     if isinstance(found, (list, tuple, np.ndarray)):
         try:
             found = torch.as_tensor(found)

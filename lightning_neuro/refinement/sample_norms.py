@@ -1,4 +1,4 @@
-"""The norm of the weight gradient of each sample, from inputs and output gradients of a layer, without a backward pass.
+"""Norms of per-sample weight gradients, from the inputs and output gradients of a layer, without a backward pass.
 
 The weight gradient of one sample is the sum over positions p (pixels, tokens) of d_p a_p^T, where a_p is the input of
 the layer at this position (for a convolution: the patch under the kernel) and d_p the output gradient. A bias counts as
@@ -14,13 +14,13 @@ from torch.nn.functional import pad
 from lightning_neuro.checks import ArgumentError, describe, require
 from lightning_neuro.refinement.layer_gradients import CONVOLUTIONS, OPERATORS, Convolution
 
-# One chunk should fit into the cache of a CPU; a GPU needs work for all of its cores.
+# One chunk should fit into the cache of a CPU; a GPU needs enough work for all of its cores.
 _CPU_CHUNK_BYTES = 4 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
 
 
 def gradient_norms(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
-    """The norm |G| of the gradient of weight and bias that each sample causes.
+    """The norm |G| of each sample's gradient with respect to weight and bias.
 
     For a linear layer with one position per sample, |G| = |d| |a|. Otherwise the cheaper of two forms is used,
     depending on the size of the layer: |G|^2 = sum_pq <a_p, a_q> <d_p, d_q> (Gram form), or G itself, for a few samples
@@ -99,7 +99,7 @@ def _gram_is_cheaper(features: int, out: int, positions: int) -> bool:
 
 
 def _cost(features: int, out: int, positions: int) -> int:
-    """How many numbers the products of one sample hold."""
+    """Number of elements in the products of one sample."""
     return 2 * positions**2 if _gram_is_cheaper(features, out, positions) else features * out
 
 

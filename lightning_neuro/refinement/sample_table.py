@@ -2,8 +2,8 @@
 
 A step changes the weights of a layer; the part of the change that sample i caused is -rate G_i, where G_i is its weight
 gradient and rate = learning rate x (gradient that the optimizer used / raw gradient). Its refinement of the layer is
-the length of this part, r_i = rate |G_i|, summed over the steps. What momentum and adaptive optimizers make of this
-part in later steps is not included: the table ranks samples, and the exact account is that of the ledgers.
+the length of this part, r_i = rate |G_i|, summed over the steps. The effect of this part on later steps, through
+momentum or adaptive learning rates, is not included: the table ranks samples; exact contributions are in the ledgers.
 """
 
 import csv
@@ -61,7 +61,7 @@ class SampleTable:
         require(len(layers) > 0, "layers", "hold at least one name", layers)
         check_int("num_samples", num_samples, minimum=1)
         self.num_samples = num_samples
-        # One more row than samples, for ids that have no row: so the host never has to read the ids.
+        # One more row than samples, for ids that have no row, so that the host never has to read the ids.
         self._refinement = {layer: torch.zeros(num_samples + 1, dtype=torch.float64) for layer in layers}
         self._visits = torch.zeros(num_samples + 1, dtype=torch.int64)
         self._targets = torch.full((num_samples + 1,), -1, dtype=torch.int64)
@@ -84,14 +84,14 @@ class SampleTable:
         """Keep the gradient norms of the samples until the optimizer makes its step."""
         if layer not in self._refinement:
             return
-        # For example, a layer that folds tokens into the batch dimension does not tell to which sample each belongs.
+        # For example, if tokens are folded into the batch dimension, it is not known to which sample each belongs.
         if batch.ids is None or len(batch.ids) != len(inputs):
             self._num_without_id += len(inputs)
         else:
             self._pending.setdefault(layer, []).append((batch, gradient_norms(module, inputs, gradients)))
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Add what is pending, times `rate`."""
+        """Add the pending norms, times `rate`."""
         for batch, norms in self._pending.pop(layer, ()):
             self._move(norms.device)
             rows = batch.rows(self.num_samples, norms.device)
@@ -106,7 +106,7 @@ class SampleTable:
                     self._targets.index_copy_(0, rows, batch.targets)
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending."""
+        """Discard the pending norms."""
         self._pending.pop(layer, None)
 
     def values(self, layer: str) -> Tensor:
@@ -117,7 +117,7 @@ class SampleTable:
         """The table of the visited samples.
 
         Returns:
-            1-D arrays of one length: `sample_id` (int64), `target` (int64, -1 where unknown), `visits` (int64) and
+            1-D arrays of the same length: `sample_id` (int64), `target` (int64, -1 where unknown), `visits` (int64) and
             `refinement/<layer>` (float64) for each layer, in the order of the ids.
         """
         visited = (self._visits[:-1] > 0).nonzero().flatten()
@@ -126,7 +126,7 @@ class SampleTable:
         return {name: column.cpu().numpy() for name, column in columns.items()}
 
     def notes(self) -> dict[str, str]:
-        """What was left out of the table: kind -> a sentence to be shown once."""
+        """Kind -> a warning about what was left out of the table, shown once."""
         notes = {}
         if outside := int(self._visits[-1]):
             notes["ids"] = (
@@ -141,7 +141,7 @@ class SampleTable:
         return notes
 
     def over_ranks(self, trainer: "pl.Trainer") -> "SampleTable":
-        """The table of all ranks, the same on each of them: sums, and the larger target. Call it on every rank."""
+        """The table of all ranks (sums, and the larger target), the same on each of them. Call it on every rank."""
         if trainer.world_size == 1:
             return self
         whole = SampleTable(self.layers, self.num_samples)
@@ -153,7 +153,7 @@ class SampleTable:
         return whole
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, on the CPU, without what is pending."""
+        """What a resumed run needs, on the CPU, without the pending norms."""
         return {
             "refinement": {layer: values.to("cpu", copy=True) for layer, values in self._refinement.items()},
             "visits": self._visits.to("cpu", copy=True),
@@ -165,14 +165,17 @@ class SampleTable:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state.
 
+        Args:
+            state: What `state_dict` returned.
+
         Raises:
             ArgumentError: If it belongs to other layers or to another number of samples.
         """
         saved = list(state["refinement"]), len(state["visits"]) - 1
         if saved != (self.layers, self.num_samples):
             raise ArgumentError(
-                f"The saved table must be one of the layers {self.layers} and {self.num_samples} samples; got"
-                f" {saved[0]} and {saved[1]}."
+                f"The saved table must have the layers {self.layers} and {self.num_samples} samples; got {saved[0]} and"
+                f" {saved[1]} samples."
             )
         self._refinement = {layer: values.clone() for layer, values in state["refinement"].items()}
         self._visits = state["visits"].clone()

@@ -1,4 +1,4 @@
-"""What is tracked of single training samples in a fit: their table, their influence on a few inputs, and the files."""
+"""Tracking of single training samples in a fit: their table, their influence on a few inputs, and the files."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOP = 20
-# Inputs of the influence table, each of which takes a vector per training sample.
+# Number of inputs in the influence table, which holds a vector per training sample for each of them.
 NUM_INPUTS = 16
 
 
@@ -86,7 +86,7 @@ class SampleTracking:
                     table.load_state_dict(saved[name])
         except ValueError as error:
             rank_zero_warn(
-                f"Per-sample tracking begins again at this step, because the saved state does not fit: {error}"
+                f"Per-sample tracking starts anew at this step, because the saved state does not fit: {error}"
             )
 
     def _tables(self) -> dict[str, Any]:
@@ -94,17 +94,17 @@ class SampleTracking:
         return {name: table for name, table in tables.items() if table is not None}
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Show a backward pass to both tables."""
+        """Pass a backward pass on to both tables."""
         for table in self._tables().values():
             table.see(layer, module, inputs, gradients, batch)
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Count what is pending in both tables."""
+        """Add the pending values of both tables."""
         for table in self._tables().values():
             table.commit(layer, rate)
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending in both tables."""
+        """Discard the pending values of both tables."""
         for table in self._tables().values():
             table.drop(layer)
 
@@ -152,7 +152,7 @@ class SampleTracking:
     def draw_influence(
         self, trainer: "pl.Trainer", top: Influence | None, class_names: Sequence[str] | None
     ) -> dict[str, "Figure"]:
-        """The inputs, with the training samples that moved them most next to them."""
+        """Draw the inputs, with the training samples that moved them most next to them."""
         if top is None or self.inputs is None or self.influence_table is None:
             return {}
         layer = self.influence_table.layer

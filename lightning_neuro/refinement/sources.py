@@ -46,7 +46,7 @@ def ledger_dtype(device: torch.device) -> torch.dtype:
 
 
 def check_num_sources(num_sources: int) -> None:
-    """Require that there are sources, and not too many of them.
+    """Require between 1 and 100 sources.
 
     Raises:
         ArgumentError: If the probe set has no class labels (0 sources), or there are more than 100.
@@ -65,7 +65,7 @@ def check_num_sources(num_sources: int) -> None:
 
 
 def source_rows(batch: Any, targets: Tensor | None, source_fn: BatchField | None, num_sources: int) -> Tensor:
-    """The ledger row of each sample; the last row, "other", for samples without a source of their own.
+    """The ledger row of each sample; the last row, "other", is for samples without a valid source.
 
     Args:
         batch: The batch.

@@ -56,7 +56,7 @@ def require_linear(layer: str, module: nn.Module, argument: str) -> nn.Linear:
     """
     if not isinstance(module, nn.Linear):
         raise ArgumentError(
-            f"`{argument}` must be used with linear layers only, such as the classifier head; got '{layer}', a"
+            f"`{argument}` can only be used with linear layers, such as the classifier head; got '{layer}', a"
             f" {type(module).__name__}."
         )
     return module

@@ -1,4 +1,4 @@
-"""Follows the training steps of a fit: the half of `RepresentationRefinement` that knows Lightning's training hooks."""
+"""Follows the training steps of a fit: the part of `RepresentationRefinement` that uses Lightning's training hooks."""
 
 from functools import partial
 from typing import Any, TypeVar
@@ -19,8 +19,13 @@ from lightning_neuro.refinement.traced_layers import find_layers
 R = TypeVar("R")
 
 
+<<<<<<< HEAD:lightning_neuro/refinement/training_hooks.py
 class TrainingHooksCallback(MetricCallback[R]):
     """Places the hooks before the first forward pass, opens a run at the initial weights, and follows it step by step.
+=======
+class TracingCallback(MetricCallback[R]):
+    """Attaches hooks before the first forward pass, opens a run at the initial weights, and follows it step by step.
+>>>>>>> english:lightning_neuro/refinement/tracing.py
 
     Attributes:
         options: What to trace.
@@ -34,7 +39,7 @@ class TrainingHooksCallback(MetricCallback[R]):
     run_state = ("last_influence_step",)
 
     def start_run(self) -> None:
-        """Forget everything of an earlier run."""
+        """Reset the state of an earlier run."""
         super().start_run()
         self.last_influence_step = 0
         self.attachment: Attachment | None = None
@@ -54,7 +59,7 @@ class TrainingHooksCallback(MetricCallback[R]):
         super().on_fit_start(trainer, pl_module)
         if not why_off(trainer):
             if not self.saved_run and self.run is not None:
-                # Without a checkpoint, each rank continues with what it has itself.
+                # Without a checkpoint, each rank continues with its own state.
                 self.saved_run = self.run.state_dict() | {"of_this_rank": True}
             self.run = None
             self.attachment = attach(trainer, pl_module, self.options)
@@ -86,13 +91,14 @@ class TrainingHooksCallback(MetricCallback[R]):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Say to which sources the samples of the coming backward passes belong."""
+        """Set the sources of the samples for the coming backward passes."""
         if self.run is None or why_off(trainer):
             return
         try:
             targets = class_labels(self.probe_pass.target(batch))
             if targets is None and self.needs_labels:
-                self.warn_once("unlabelled", f"{self.name}: a training batch has no class labels, so it is 'other'.")
+                message = f"{self.name}: a training batch has no class labels, so it is credited to 'other'."
+                self.warn_once("unlabelled", message)
             self.run.begin_batch(batch, targets, pl_module.device)
         except Exception as error:
             self.report("a training batch", error)
@@ -123,7 +129,7 @@ class TrainingHooksCallback(MetricCallback[R]):
             self.hooks = GradientHooks(find_layers(pl_module, self.options.layers))
 
     def release(self) -> None:
-        """Let go of hooks, data loaders and files; the ledgers and tables stay."""
+        """Release hooks, data loaders and files; the ledgers and tables stay."""
         super().release()
         if self.run is not None:
             self.run.close()
@@ -135,7 +141,7 @@ class TrainingHooksCallback(MetricCallback[R]):
         self.hooks = None
 
     def _update_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Score from now on against the current state of the first samples of the probe set in the network."""
+        """From now on, score against the current layer inputs of the first samples of the probe set."""
         hooks, tracking = self.hooks, self.tracking
         if hooks is not None and tracking is not None:
             what = "the influence of training samples"

@@ -17,11 +17,11 @@ from lightning_neuro.refinement.sources import Sources
 
 @dataclass(frozen=True, eq=False)
 class TrainBatch:
-    """The samples of a training micro-batch: one object per micro-batch, the same for all layers.
+    """The samples of a training micro-batch: one object per micro-batch, shared by all layers.
 
     Attributes:
         ids: (B,) int64 index of each sample in the dataset, on the device of the model; None if it is not known.
-        targets: (B,) int64 class labels on the same device; None if the targets are something else.
+        targets: (B,) int64 class labels on the same device; None if the targets are not class labels.
     """
 
     ids: Tensor | None = None
@@ -45,7 +45,7 @@ class StepListener(Protocol):
     """
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Take in one backward pass through a layer.
+        """Process one backward pass through a layer.
 
         Args:
             layer: Name of the layer.
@@ -56,7 +56,7 @@ class StepListener(Protocol):
         """
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Count what is pending, times `rate`, because the weights of the layer were changed.
+        """Add the pending data, times `rate`, because the weights of the layer were changed.
 
         Args:
             layer: Name of the layer.
@@ -64,7 +64,7 @@ class StepListener(Protocol):
         """
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending, because its gradients were reset."""
+        """Discard the pending data, because its gradients were reset."""
 
 
 class TrainingSteps:
@@ -76,8 +76,8 @@ class TrainingSteps:
         listeners: Are shown the backward passes of all layers.
         optimizers: Their steps are followed from now on. What they hold of earlier training is credited to the initial
             weights.
-        report: Is given the layer and the error if something fails; no error may reach the training step.
-        elementwise: Whether gradients may be changed by other means than one factor before the optimizer uses them.
+        report: Called with the layer and the error if something fails; no error may reach the training step.
+        elementwise: Whether gradients may be changed other than by one common factor before the optimizer uses them.
         world_size: Number of processes that train together.
         mean_over_ranks: Averages a tensor over these processes.
 
@@ -119,13 +119,13 @@ class TrainingSteps:
         hooks.deliver_to(self)
 
     def begin(self, batch: TrainBatch | None, sources: Sources) -> None:
-        """A training micro-batch is about to run."""
+        """Start a training micro-batch, which is about to run."""
         self._batch = batch or TrainBatch()
         self._sources = sources
         self.hooks.tracing = True
 
     def end(self) -> None:
-        """The training micro-batch is over."""
+        """Finish the training micro-batch."""
         self._batch = self._sources = None
         self.hooks.tracing = False
 
@@ -151,7 +151,7 @@ class TrainingSteps:
             self.report(layer, error)
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending of a layer, because its gradients did not reach the optimizer."""
+        """Discard the pending data of a layer, because its gradients did not reach the optimizer."""
         if layer in self.ledgers:
             self.ledgers[layer].drop()
         for listener in self.listeners:
@@ -162,8 +162,8 @@ class TrainingSteps:
             mine = {id(parameter) for parameter in parameters_of(ledger.module).values()}
             if sum(bool(mine & _learning_rates(optimizer).keys()) for optimizer in optimizers) > 1:
                 raise ArgumentError(
-                    f"`layers` must not contain a layer that two optimizers move, because their steps cannot be told"
-                    f" apart; got '{layer}'. Leave this layer out."
+                    f"`layers` must not contain a layer that two optimizers update, because their steps cannot be"
+                    f" distinguished; got '{layer}'. Leave this layer out."
                 )
 
     @torch.no_grad()
@@ -178,9 +178,9 @@ class TrainingSteps:
         for layer, owners in self.hooks.layers.items():
             weight = owners[0].weight
             if id(weight) in rates and weight.grad is not None:
-                # Clipping and unscaling are the same for all layers, so a layer with a ledger tells them for the rest.
+                # Clipping and unscaling are the same for all layers, so the factor of one ledger holds for all of them.
                 factor = torch.ones((), device=weight.device) if scale is None else scale
-                # The gradient of a sample holds the mean over its rank; the optimizer used the mean over all ranks.
+                # The gradient of a sample is for the mean over its rank; the optimizer used the mean over all ranks.
                 self._commit(layer, rates[id(weight)] * (factor / self.world_size))
 
     def _step_ledgers(self, optimizer: Optimizer) -> Tensor | None:
@@ -199,7 +199,7 @@ class TrainingSteps:
                 self.broken[layer] = error
                 self.report(layer, error)
                 continue
-            if own is not None:  # it is 0 if the gradient was 0, and then tells nothing
+            if own is not None:  # it is 0 if the gradient was 0, and then carries no information
                 scale = torch.where(own != 0, own, torch.ones_like(own) if scale is None else scale)
         return scale
 

@@ -1,4 +1,4 @@
-"""The update log: what every training sample did to a few small linear layers, kept on disk to be queried later.
+"""The update log: how every training sample changed a few small linear layers, kept on disk to be queried later.
 
 A step of a linear layer is stored as its factors: the input a and the output gradient d of each sample, in half
 precision, each vector with its own scale so that small gradients do not vanish. They are written in shards,
@@ -48,8 +48,8 @@ class UpdateLogWriter:
     Args:
         folder: The folder of the log, one for each run; created if necessary. All ranks use the same folder.
         layers: Name -> `nn.Linear`, with its weights before training.
-        size_limit: How much this process may write: bytes, or a size such as "500MB".
-        shard_bytes: Bytes of updates in a shard.
+        size_limit: Maximum that this process may write: bytes, or a size such as "500MB".
+        shard_bytes: Size of a shard, in bytes of updates.
         rank: Rank of this process.
 
     Raises:
@@ -95,7 +95,7 @@ class UpdateLogWriter:
         self._pending.setdefault(layer, []).append(rows)
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Add what is pending to the next shard, times `rate`; write the shard if it is full."""
+        """Add the pending updates to the next shard, times `rate`; write the shard if it is full."""
         for rows in self._pending.pop(layer, ()):
             rows["d_scale"] = rows["d_scale"] * rate
             rows["step"] = torch.full_like(rows["id"], self._step[layer])
@@ -107,11 +107,11 @@ class UpdateLogWriter:
             self.flush()
 
     def drop(self, layer: str) -> None:
-        """Forget what is pending."""
+        """Discard the pending updates."""
         self._pending.pop(layer, None)
 
     def flush(self) -> None:
-        """Write what is collected as a shard."""
+        """Write the collected updates as a shard."""
         if self.closed or not self._buffer:
             return
         layers = {
@@ -133,7 +133,7 @@ class UpdateLogWriter:
             self._close(f"it could not be written ({error})")
 
     def close(self) -> None:
-        """Write what is left, and the current weights."""
+        """Write the remaining updates, and the current weights."""
         self.flush()
         self._pending = {}
         self._buffer = {}
@@ -145,7 +145,7 @@ class UpdateLogWriter:
                 self._warn(f"the final weights could not be written ({error})")
 
     def state_dict(self) -> dict[str, Any]:
-        """How much is written, and what is not in a shard yet, on the CPU."""
+        """How much has been written, and the updates that are not in a shard yet, on the CPU."""
         buffer = {
             layer: [{name: tensor.to("cpu", copy=True) for name, tensor in rows.items()} for rows in parts]
             for layer, parts in self._buffer.items()
@@ -157,7 +157,10 @@ class UpdateLogWriter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state. Shards that the interrupted run wrote after it are replaced.
 
-        If the earlier shards are not in the folder, a warning says so, and the log holds what follows.
+        If the earlier shards are not in the folder, a warning says so, and the log holds only later updates.
+
+        Args:
+            state: What `state_dict` returned.
         """
         self.num_shards = state["num_shards"]
         self._written = state["written"]
@@ -173,7 +176,7 @@ class UpdateLogWriter:
             for rows in parts:
                 rows.update({name: tensor.to(devices[layer]) for name, tensor in rows.items()})
         if missing := self._forget_from(self.num_shards):
-            self._warn(f"{len(missing)} shards of the resumed run are not in {self.folder}; the log holds what follows")
+            self._warn(f"{len(missing)} shards of the resumed run are not in {self.folder}; later updates are logged")
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +232,7 @@ class UpdateLogWriter:
 
 @dataclass(frozen=True, eq=False)
 class UpdateLog:
-    """The updates that an `UpdateLogWriter` left on disk. Shards are read one at a time.
+    """Reads the updates that an `UpdateLogWriter` wrote to disk, one shard at a time.
 
     Attributes:
         folder: The folder of the log.
@@ -242,10 +245,13 @@ class UpdateLog:
     final: Weights
 
     def shards(self) -> Iterator[dict[str, Rows]]:
-        """Yields for each shard: layer -> columns `id`, `target`, `step`, `a`, `d`.
+        """Iterate over the shards.
 
         A row is a sample (for tokens: a position) in a step. `d` includes the rate: -d a^T is how this sample changed
         the weight.
+
+        Yields:
+            Layer -> columns `id`, `target`, `step`, `a`, `d`.
         """
         for path in sorted(self.folder.glob("shard-*.pt")):
             layers = torch.load(path, weights_only=True)["layers"]
@@ -317,6 +323,9 @@ def load_update_log(path: Path | str) -> UpdateLog:
 
     Args:
         path: The folder of the log.
+
+    Returns:
+        The log, for `UpdateLog.influence`.
 
     Raises:
         FileNotFoundError: If there is no update log in the folder.

@@ -33,8 +33,8 @@ _GRAPH_CHARTS = {
     "fraction of the samples in clusters": ("coverage",),
 }
 _HOMOLOGY_CHARTS = {
-    "loops' total length, in a Gaussian cloud": ("h1_total", "h1_total_null"),
-    "components' total length, in a Gaussian cloud": ("h0_total", "h0_total_null"),
+    "loops' total lifetime, in a Gaussian cloud": ("h1_total", "h1_total_null"),
+    "components' total lifetime, in a Gaussian cloud": ("h0_total", "h0_total_null"),
     "drift since the previous and the first evaluation": ("drift", "drift_from_initial"),
 }
 
@@ -44,18 +44,18 @@ class ActivationTopology(MetricCallback[TopologyResult]):
 
     Each sample is a point in the space of a layer's units. A Mapper graph shows which samples lie together and how
     groups are connected; persistent homology counts the connected components and loops of the points over all
-    distances. The samples are the same all run. Purity far above its null means that the layer separates classes.
-    Whether topology should become simpler or richer in training is open: published reports disagree, so neither
-    direction is better. Loops and branches are meaningful only above their null.
+    distances. The samples are the same throughout the run. Purity far above its null means that the layer separates
+    classes. Whether topology should become simpler or richer during training is an open question: published reports
+    disagree, so neither direction is better. Loops and branches are meaningful only above their null.
 
     Args:
-        probe: Which samples, which layers, when; see `Probe`. For the points of the paper, one random position of each
-            image, use `Probe(reduction="random")`.
+        probe: Selects the samples, the layers and the schedule; see `Probe`. For the points of the paper, one random
+            position of each image, use `Probe(reduction="random")`.
         projector: Whether to write the activations to TensorBoard's projector at the end of the run (on rank 0, that
             rank's samples).
-        name: First part of the keys, instead of `topology`.
+        name: First part of the keys; default: `topology`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: What to do if an analysis fails: `"warn"` once and go on training, or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         options: See `TopologyOptions`.
 
     Keys:
@@ -64,7 +64,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
 
         | measure | meaning | range | better when |
         |---|---|---|---|
-        | `num_nodes`, `num_edges` | clusters; pairs of clusters that share samples | 0 .. | neither |
+        | `num_nodes`, `num_edges` | number of clusters; of pairs that share samples | 0 .. | neither |
         | `num_components` | connected components of the graph | 0 .. | neither |
         | `num_loops`, `_null` | cycles through nodes of 10 or more samples; mean of 3 Gaussian clouds | 0 .. | > null |
         | `num_branches`, `_null` | such nodes with 3 or more edges; mean of 3 Gaussian clouds | 0 .. | > null |
@@ -87,9 +87,9 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         | `drift` | RTD-Lite to the previous evaluation, on at most 256 samples | 0 .. | low: stable |
         | `drift_from_initial` | RTD-Lite to the first evaluation | 0 .. | neither |
 
-        Also figures (`topology/graphs`, `topology/homology` and, for image inputs, `topology/members`: samples of the
-        largest nodes), a histogram of the merging distances (`topology/merge_distances/<layer>`) and, at the end of
-        the run, `lightning_neuro/topology/<layer>.graphml` and `.json` in the log directory.
+        Also logged: figures (`topology/graphs`, `topology/homology` and, for image inputs, `topology/members`: samples
+        of the largest nodes), a histogram of the merging distances (`topology/merge_distances/<layer>`) and, at the end
+        of the run, `lightning_neuro/topology/<layer>.graphml` and `.json` in the log directory.
 
     Raises:
         ArgumentError: If an option is invalid, at construction.
@@ -108,7 +108,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
     histogram_name = "merge_distances"
     run_state: ClassVar[tuple[str, ...]] = ("places", "refreeze_requested")
     meanings = {  # noqa: RUF012
-        "purity": "clusters hold few classes: mean of 1 / classes in a cluster",
+        "purity": "mean of 1 / (number of classes in a cluster)",
         "purity_null": "the same with permuted labels: no structure",
         "coverage": "fraction of the samples that are in a cluster",
         "h1_total": "sum of the lifetimes of the loops in activation space",
@@ -134,13 +134,13 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         self.charts = (_GRAPH_CHARTS if metric.mapper else {}) | (_HOMOLOGY_CHARTS if metric.homology else {})
 
     def start_run(self) -> None:
-        """Forget everything of an earlier run."""
+        """Reset the state of an earlier run."""
         super().start_run()
         self.places: dict[str, Tensor] = {}
         self.refreeze_requested = False
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Forget the images of earlier samples."""
+        """Release the images of earlier samples."""
         super().setup(trainer, pl_module, stage)
         self.images = SampleImages()
 
@@ -158,7 +158,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         self.refreeze_requested = False
 
     def observe(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the pass; in the first pass, small images of its samples too."""
+        """Process one batch of the pass; in the first pass, also keep small images of its samples."""
         with self.guarded("the images of the samples"):
             self.images.add(batch)
         super().observe(batch)
@@ -181,14 +181,14 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         return {"first": kept.get("first", now), "previous": now}
 
     def draw(self, results: Mapping[str, TopologyResult]) -> dict[str, "Figure"]:
-        """Each layer's graph, members of its largest nodes, and its persistence diagrams."""
+        """Draw each layer's graph, members of its largest nodes, and its persistence diagrams."""
         figures: dict[str, Figure] = {}
         if self.metric.mapper:
             positions = {}
             for layer, result in results.items():
                 assert result.graph is not None
                 positions[layer] = place_nodes(result.graph, self.places.get(layer))
-                # The next figure starts from these places, so that it changes little.
+                # The next figure starts from these positions, so that it changes little.
                 self.places[layer] = point_positions(result.graph, positions[layer])
             figures["graphs"] = plot_graphs(results, positions, class_names=self.class_names)
             if len(self.images):
@@ -203,7 +203,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         if why_off(trainer) or not self.result:
             return
         folder = loggers.artefact_folder(trainer, self.name)
-        with self.guarded("the graphs, at writing them"):
+        with self.guarded("the files of the graphs"):
             if folder is not None and trainer.is_global_zero:
                 write_graphs(folder, self.result)
         if self.projector:

@@ -1,8 +1,8 @@
 """DBSCAN on blocks of a matrix product.
 
-scikit-learn's DBSCAN gives the same labels. On the many small intervals of a Mapper graph it takes 1.6 times as long at
-512 points, 1.8 times at 10,000 points of 64 units and 2.2 to 2.5 times at 10,000 to 30,000 points of 512 units (one
-core), and it does not run on a GPU.
+scikit-learn's DBSCAN gives the same labels. On the many small intervals of a Mapper graph it takes 1.6 times as long
+for 512 points, 1.8 times for 10,000 points of 64 units and 2.2 to 2.5 times for 10,000 to 30,000 points of 512 units
+(one core), and it does not run on a GPU.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lightning_neuro.topology.options import Distance
 
-_ROWS = 192  # at a time, where one half of a symmetric matrix is computed
+_ROWS = 192  # rows at a time, if one half of a symmetric matrix is computed
 _BLOCK = 2**24  # distances at a time
-_KEPT = 2**30  # pairs that are kept, as one byte each
-_PAIRS = 2**22  # numbers at a time where pairs are compared one by one
+_KEPT = 2**30  # maximum number of pairs that are kept, as one byte each
+_PAIRS = 2**22  # numbers at a time, if pairs are compared one by one
 
 Labels = npt.NDArray[np.int64]
 Near = npt.NDArray[np.bool_]
@@ -66,7 +66,7 @@ def dbscan(points: Tensor, *, eps: float, min_samples: int, distance: Distance =
 
 
 def _spread(near: Callable[[Labels], Near], core: Near) -> Labels:
-    """The cluster of each core point, -1 for other points: all core points in reach of the first one, and so on.
+    """The cluster of each core point, -1 for other points: all core points reachable from the first one, and so on.
 
     Each row of the matrix is read once, in as many steps as a cluster is wide; no list of pairs is built.
     """
@@ -93,7 +93,7 @@ def _split(rows: Labels, m: int) -> list[Labels]:
 
 
 def _all_pairs(within: Callable[[Tensor, int], Tensor], m: int, device: torch.device) -> Near:
-    """The whole symmetric matrix, of which one half is computed."""
+    """The whole symmetric matrix, of which only one half is computed."""
     near = torch.empty(m, m, dtype=torch.bool, device=device)
     for start in range(0, m, _ROWS):
         rows = torch.arange(start, min(start + _ROWS, m), device=device)
@@ -107,12 +107,12 @@ def _all_pairs(within: Callable[[Tensor, int], Tensor], m: int, device: torch.de
 def _neighbourhoods(points: Tensor, eps: float, distance: Distance) -> Callable[[Tensor, int], Tensor]:
     """A function (rows, start) -> bool (rows, m - start): which of the points from `start` on are within the radius.
 
-    The rounding error of the matrix product is bounded; the few pairs that this leaves undecided are measured one by
-    one, in float64. So float32 points give the clusters of their float64 copies.
+    The rounding error of the matrix product is bounded; the few pairs that are within this bound of the radius are
+    measured one by one, in float64. So float32 points give the clusters of their float64 copies.
     """
     x = _conditioned(points, distance)
     euclidean = distance == "euclidean"
-    # For cosine distances 1 in sum, so that the product of two rows is compared with 1 - eps.
+    # For cosine distances they sum to 1, so that the product of two rows is compared with 1 - eps.
     norms = x.square().sum(dim=1) if euclidean else x.new_full((len(x),), 0.5)
     factor, limit = (-2, eps * eps) if euclidean else (-1, eps)
     slack = 4 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps * max(float(norms.max()), 0.0 if euclidean else 1.0)
@@ -133,7 +133,7 @@ def _neighbourhoods(points: Tensor, eps: float, distance: Distance) -> Callable[
 
 
 def _conditioned(points: Tensor, distance: Distance) -> Tensor:
-    """Points whose products give distances with few digits lost: centred, or of length 1 (0 for a zero vector)."""
+    """Points whose products give accurate distances: centred, or scaled to length 1 (0 for a zero vector)."""
     if not _products_are_exact():
         points = points.double()
     if distance == "cosine":
@@ -144,10 +144,10 @@ def _conditioned(points: Tensor, distance: Distance) -> Tensor:
 
 
 def _products_are_exact() -> bool:
-    """Whether float32 products keep their digits; the user may have allowed torch to round them to far fewer."""
+    """Whether float32 products have full precision; the user may have allowed torch to use less."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # torch raises where some `torch.backends...fp32_precision` was set
+    except RuntimeError:  # torch raises if some `torch.backends...fp32_precision` was set
         return False
 
 

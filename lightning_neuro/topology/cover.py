@@ -1,4 +1,4 @@
-"""The lens, one number for each point, and the overlapping intervals that cover its values."""
+"""The lens, which maps each point to a number, and the overlapping intervals that cover its values."""
 
 import math
 
@@ -17,10 +17,17 @@ Values = npt.NDArray[np.float64]
 
 
 def lens_values(points: Tensor, lens: Lens) -> Values:
-    """One number for each of the finite (N, units) points, as float64 (N,).
+    """The value of the lens for each point.
 
-    `"l2"` and `"l1"` are norms. `"knn"` is the distance to the fifth nearest other point, large where points are
-    sparse. `"pc1"` is the first principal component, with the sign that makes its largest loading positive.
+    `"l2"` and `"l1"` are norms. `"knn"` is the distance to the fifth nearest other point, which is large where points
+    are sparse. `"pc1"` is the first principal component, with the sign that makes its largest loading positive.
+
+    Args:
+        points: (N, units), finite.
+        lens: Name of the lens, or a function of the points.
+
+    Returns:
+        float64 (N,).
 
     Raises:
         ArgumentError: If a custom lens does not return one finite number for each point.
@@ -29,7 +36,7 @@ def lens_values(points: Tensor, lens: Lens) -> Values:
         values = torch.as_tensor(lens(points)).detach().cpu().double().numpy()
         if values.shape != (len(points),) or not np.isfinite(values).all():
             raise ArgumentError(
-                f"`lens` must return a finite number for each of the {len(points)} points; got shape {values.shape}"
+                f"`lens` must return one finite number for each of the {len(points)} points; got shape {values.shape}"
                 f" with {int((~np.isfinite(values)).sum())} values that are not finite."
             )
         return values
@@ -68,12 +75,21 @@ def _first_component(x: Tensor) -> Tensor:
 def cover_intervals(
     values: Values, *, num_intervals: int, overlap_fraction: float, cover: Cover
 ) -> tuple[Values, Values]:
-    """Lower and upper ends of the intervals, both included in them.
+    """Lower and upper ends of the intervals, both inclusive.
 
-    `"uniform"` is KeplerMapper's geometry: centres at equal distances over the range R of the values and half-width
-    R / (2 n (1 - overlap_fraction)), so that neighbours share that fraction of their width. `"quantile"` is the same
-    over the ranks of the values, so that each interval holds equally many points. Intervals that coincide are merged;
-    values that differ by rounding alone have a single interval.
+    `"uniform"` is KeplerMapper's geometry: centres at equal distances over the range R of the values and half-width R /
+    (2 n (1 - overlap_fraction)), so that neighbours share that fraction of their width. `"quantile"` is the same over
+    the ranks of the values, so that each interval holds equally many points. Intervals that coincide are merged; values
+    that differ only by rounding have a single interval.
+
+    Args:
+        values: float64 (N,), the values of the lens.
+        num_intervals: n.
+        overlap_fraction: Fraction of its width that an interval shares with the next one.
+        cover: `"uniform"` or `"quantile"`.
+
+    Returns:
+        Two float64 (intervals,) arrays; at most n intervals.
     """
     if len(values) == 0:
         return np.zeros(0), np.zeros(0)
@@ -92,6 +108,6 @@ def cover_intervals(
 
 
 def default_num_intervals(num_points: int) -> int:
-    """The cube root of the number of points, rounded up: 8 for 512, 67 for 300,000 (the paper's figures have 70)."""
+    """The cube root of the number of points, rounded up: 8 for 512, 67 for 300,000 (the paper's figures use 70)."""
     root: float = num_points ** (1 / 3)
     return max(1, math.ceil(round(root, 9)))

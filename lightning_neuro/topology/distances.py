@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SCALE_QUANTILE = 0.9
-_ROWS = 512  # at a time: one half of the matrix is computed
+_ROWS = 512  # rows at a time; one half of the matrix is computed
 
 Matrix = npt.NDArray[np.float64]
 Pairs = npt.NDArray[np.float64]
@@ -22,7 +22,7 @@ def distance_matrix(points: Tensor) -> Matrix:
         rows = slice(start, start + _ROWS)
         sums = norms[rows, None] + norms[start:]
         squared = torch.addmm(sums, x[rows], x[start:].T, alpha=-2)
-        # Rounding leaves 1e-8 of their norm between coinciding points, which would become bars of that length.
+        # Rounding leaves distances of 1e-8 of their norm between coinciding points, which would become bars.
         part = squared.masked_fill_(squared <= 1e-14 * sums, 0).sqrt_()
         corner = part[:, : len(part)]
         corner.copy_(corner.triu(1) + corner.triu(1).T)  # the product is not symmetric to the last digit
@@ -39,9 +39,9 @@ def pairs_of(distances: Matrix) -> Pairs:
 
 
 def scale_of(pairs: Pairs) -> float:
-    """The .9 quantile of condensed distances; 1 where it is 0 (nearly all points coincide).
+    """The .9 quantile of condensed distances; 1 if it is 0 (nearly all points coincide).
 
-    Lengths are divided by it, so that a cloud that only grows keeps its shape.
+    Lengths are divided by it, so that rescaling a cloud does not change its measures.
     """
     scale = float(np.quantile(pairs, SCALE_QUANTILE)) if len(pairs) else 0.0
     return scale if scale > 0 else 1.0

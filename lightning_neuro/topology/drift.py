@@ -8,19 +8,20 @@ from lightning_neuro.topology.distances import Pairs, distance_matrix, pairs_of,
 
 
 def topological_drift(a: ArrayLike, b: ArrayLike) -> float:
-    """How much two clouds of the same points differ in the way their points are connected (RTD-Lite).
+    """Measure how much two clouds of the same points differ in the way their points are connected (RTD-Lite).
 
-    Distances are first divided by their .9 quantile. The minimum spanning tree of the smaller of both distances is no
-    longer than that of either cloud: the drift is how much longer those are, on average. It is 0 if the distances
-    differ by a common factor only, and grows with the number of points, at most to their number times the scale.
+    Distances are first divided by their .9 quantile. The minimum spanning tree of the elementwise minimum of both
+    distance matrices is no longer than that of either cloud; the drift is how much longer the two trees are, on
+    average. It is 0 if the distances differ only by a common factor, and grows with the number of points N, to at most
+    N (in units of the scale).
 
     Args:
         a: (N, units) NumPy array or tensor.
         b: (N, other units), the same points in another layer or at another time.
 
     Returns:
-        The mean of (tree of a) - (tree of both) and (tree of b) - (tree of both). Points that are not finite in one of
-        the clouds are left out of both.
+        The mean of (tree length of a) - (tree length of both) and (tree length of b) - (tree length of both). Points
+        that are not finite in one of the clouds are left out of both.
 
     Raises:
         ArgumentError: If the clouds do not have the same number of points, or fewer than 2 finite ones in common.
@@ -57,5 +58,5 @@ def drift_of_pairs(a: Pairs, b: Pairs) -> float:
 
 
 def drift_between(a: Tensor, b: Tensor) -> float:
-    """The same for float32 vectors as `TopologyResult.drift_distances` holds them."""
+    """The drift between two float32 vectors from `TopologyResult.drift_distances`."""
     return drift_of_pairs(a.double().numpy(), b.double().numpy())

@@ -15,7 +15,7 @@ def write_graphs(folder: Path, results: Mapping[str, TopologyResult]) -> None:
         if result.graph is None:
             continue
         name = file_name(layer)
-        while name in taken:  # names of two layers may differ only in characters that a file name cannot have
+        while name in taken:  # names of two layers may differ only in characters that file names cannot contain
             name += "_"
         taken.add(name)
         (folder / f"{name}.json").write_text(result.graph.to_json(), encoding="utf-8")

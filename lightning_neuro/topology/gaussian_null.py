@@ -1,4 +1,4 @@
-"""The null model of loops, branches and bars: a Gaussian cloud with the same mean and covariance."""
+"""The null model for loops, branches and bars: a Gaussian cloud with the same mean and covariance."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,16 +8,19 @@ from torch import Tensor
 
 
 def gaussian_like(points: Tensor, generator: torch.Generator) -> Tensor:
-    """As many points as given, drawn from the Gaussian with their mean and covariance.
+    """Sample as many points as given from the Gaussian with their mean and covariance.
 
     Args:
         points: (N, units), finite, at least 2.
-        generator: Draws on the CPU, in float64.
+        generator: Random generator on the CPU.
+
+    Returns:
+        (N, units), in the dtype and on the device of the points.
     """
     x = points.detach().cpu().double()
     centred = x - x.mean(dim=0)
     if len(x) <= x.shape[1]:
-        # Random combinations of the points themselves have their covariance, and need no matrix of units x units.
+        # Random combinations of the centred points have their covariance, and need no (units x units) matrix.
         root = centred
     else:
         values, vectors = torch.linalg.eigh(centred.T @ centred)
@@ -30,7 +33,7 @@ def gaussian_like(points: Tensor, generator: torch.Generator) -> Tensor:
 def null_measures(
     points: Tensor, measure: Callable[[Tensor], Mapping[str, float]], *, num_null_samples: int, seed: int = 0
 ) -> dict[str, float]:
-    """Measures of Gaussian clouds like the points, as measure + `_null` -> mean; nothing for fewer than 2 points."""
+    """Mean measures of Gaussian clouds like the points: measure + `_null` -> value; empty for fewer than 2 points."""
     if len(points) < 2:
         return {}
     generator = torch.Generator().manual_seed(seed)

@@ -26,7 +26,7 @@ def compute_mapper(
     A lens maps each point to a number. Overlapping intervals cover these numbers. Inside each interval the points are
     clustered by DBSCAN; a cluster is a node, and nodes that share points are joined by an edge. Read it as a map: which
     samples lie together, and how groups are connected as the lens value grows. Do not interpret small features: a loop
-    or a branch of few points comes and goes with the options, and by chance.
+    or a branch of few points depends on the options and on chance.
 
     With the same options, nodes and edges are those of KeplerMapper with scikit-learn's DBSCAN, except that a lens that
     is constant over the points has a single interval here.
@@ -34,7 +34,7 @@ def compute_mapper(
     Args:
         points: (N, units) NumPy array or tensor; on a CUDA tensor the distances are computed on the GPU. Rows with NaN
             or infinite values are counted and left out.
-        targets: (N,) integer class labels, negative where there is none.
+        targets: (N,) integer class labels, negative if unlabelled.
         options: The options from `lens` on in `TopologyOptions`.
 
     Returns:
@@ -60,7 +60,7 @@ def compute_mapper(
 
 
 def mapper_of(points: ArrayLike, targets: ArrayLike | None, settings: MapperSettings) -> MapperGraph:
-    """Compute the Mapper graph of some settings; see `compute_mapper`."""
+    """Compute the Mapper graph with checked settings; see `compute_mapper`."""
     points = as_activations(points, name="points")
     labels = as_labels(targets, len(points))
     finite = torch.nonzero(finite_rows(points)).flatten()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_neuro.topology.purity import Purity, compute_purity
 
 MIN_NODE = 10
-"""Number of points that a node needs to count in a loop or as a branch: smaller nodes form both by noise alone."""
+"""Number of points that a node needs to count in a loop or as a branch, because smaller nodes form both by noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class MapperGraph:
         num_intervals: Number of intervals of the cover.
         eps: Radius of the clusters.
         min_samples: Number of points that make a neighbourhood dense.
-        targets: int64 (num_points,) class labels, negative where there is none; None without labels.
+        targets: int64 (num_points,) class labels, negative if unlabelled; None without labels.
     """
 
     members: tuple[Tensor, ...]
@@ -109,7 +109,7 @@ class MapperGraph:
         """int64 (nodes, classes), number of points of each of the `classes` in each node; None without labels."""
         if self.targets is None or len(self.classes) == 0:
             return None
-        # Not a column for every number up to the largest label: labels may be identities with millions of values.
+        # Only labels that occur have a column: labels may be identities with millions of values.
         labels = [self.targets[own] for own in self.members]
         columns = [torch.searchsorted(self.classes, own[own >= 0]) for own in labels]
         counts = [own.bincount(minlength=len(self.classes)) for own in columns]
@@ -170,8 +170,9 @@ class MapperGraph:
     def to_json(self) -> str:
         """The graph as JSON text.
 
-        It has `nodes` (id, interval, size, lens_mean, members, mean_activation, with labels also classes and purity),
-        `edges` (source, target, weight) and the counts and options of the whole graph.
+        Returns:
+            A JSON object with `nodes` (id, interval, size, lens_mean, members, mean_activation, with labels also
+            classes and purity), `edges` (source, target, weight) and the counts and options of the whole graph.
         """
         edges = zip(self.edges.tolist(), self.weights.tolist(), strict=True)
         facts = ("num_points", "num_nonfinite", "num_noise", "num_intervals", "eps", "min_samples")

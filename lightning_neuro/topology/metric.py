@@ -40,11 +40,12 @@ _SPREAD = ("h0_total", "h0_longest", "h0_entropy", "h1_total", "h1_longest", "h1
 class ActivationShape(ResultMetric):
     """Computes the Mapper graph and the persistent homology of a layer's activations, one point per sample.
 
-    The points are stored, because both need all of them at once; of more than `max_points`, a fixed random choice. The
-    result does not depend on the order in which, or the rank on which, they came. The radius of the clusters is
-    estimated in the first `warm_up` computations and then frozen, because graphs with different radii cannot be
-    compared; it is part of the `state_dict`. It is frozen relative to the .9 quantile of the distances: a cloud that
-    only grows keeps its graph. The options of torchmetrics are attributes: `metric.sync_on_compute = False`.
+    The points are stored, because both need all of them at once; if there are more than `max_points`, a fixed random
+    choice is used. The result does not depend on the order of the points or on how they are distributed over ranks. The
+    first `warm_up` computations each estimate a radius of the clusters; that of the next one is frozen, because graphs
+    with different radii cannot be compared, and saved in the `state_dict`. It is frozen relative to the .9 quantile of
+    the distances, so that rescaling a cloud does not change its graph. The options of torchmetrics are attributes:
+    `metric.sync_on_compute = False`.
 
     Args:
         mapper: See `TopologyOptions`, as for the next four.
@@ -52,7 +53,7 @@ class ActivationShape(ResultMetric):
         num_subsamples: See `TopologyOptions`.
         warm_up: See `TopologyOptions`.
         max_points: See `TopologyOptions`.
-        options: Options of the Mapper graph; see `TopologyOptions` too.
+        options: Options of the Mapper graph; see `TopologyOptions`.
 
     Raises:
         ArgumentError: If an option is invalid; the message names it.
@@ -86,7 +87,7 @@ class ActivationShape(ResultMetric):
     ) -> None:
         check_bool("mapper", mapper)
         check_bool("homology", homology)
-        require(mapper or homology, "homology", "be True where `mapper` is False", homology)
+        require(mapper or homology, "homology", "be True if `mapper` is False", homology)
         check_int("num_subsamples", num_subsamples, minimum=0)
         require(num_subsamples != 1, "num_subsamples", "be 0, or at least 2 for a standard deviation", num_subsamples)
         check_int("warm_up", warm_up, minimum=0)
@@ -102,15 +103,15 @@ class ActivationShape(ResultMetric):
         self.evaluations = 0
         self.add_state("width", torch.tensor(0), dist_reduce_fx="max")
         self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
-        # Flat vectors of (sample number, class, activations) rows: a rank without samples can then still gather.
+        # Flat vectors of (sample number, class, activations) rows, so that a rank without samples can still gather.
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, activations: ArrayLike, targets: ArrayLike | None = None) -> None:
         """Add a batch.
 
         Args:
-            activations: (N, units) of any real dtype, stored in float32 (float64 stays).
-            targets: (N,) integer classes, negative where there is none.
+            activations: (N, units) of any real dtype, stored in float32 (float64 stays float64).
+            targets: (N,) integer class labels, negative if unlabelled.
 
         Raises:
             ArgumentError: If a shape or dtype is wrong, or the number of units differs from that of earlier batches.
@@ -118,7 +119,7 @@ class ActivationShape(ResultMetric):
         points = as_activations(activations, num_units=int(self.width))
         labels = as_labels(targets, len(points))
         self.width = torch.full_like(self.width, points.shape[1])
-        # A sample has the same number however the samples are assigned to ranks, one at a time to each.
+        # Samples are assigned to ranks in turn, so a sample has the same number for any number of ranks.
         rank, world = rank_and_world()
         number = (torch.arange(len(points)) + int(self.seen)) * world + rank
         self.seen = self.seen + len(points)
@@ -128,7 +129,7 @@ class ActivationShape(ResultMetric):
             self.rows = [self._kept(self._table()).flatten()]
 
     def compute(self) -> TopologyResult:
-        """The shape of all samples so far; undefined measures are left out and explained, never an error."""
+        """The shape of all samples so far; undefined measures are left out and explained in the notes."""
         table = self._kept(self._table())
         samples, labels, points = table[:, 0].long().cpu(), table[:, 1].long().cpu(), table[:, 2:]
         targets = labels if (labels >= 0).any() else None
@@ -159,11 +160,11 @@ class ActivationShape(ResultMetric):
         """Draw the Mapper graph, or the persistence diagrams if there is none.
 
         Args:
-            result: What to draw, by default what `compute` returns.
+            result: The result to draw; default: that of `compute()`.
             layer: Name of the layer, for the title.
 
         Returns:
-            A matplotlib figure that pyplot does not know.
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.topology.plot import plot_graphs
         from lightning_neuro.topology.plot_diagrams import plot_homology
@@ -172,32 +173,32 @@ class ActivationShape(ResultMetric):
         return plot_graphs({layer: found}) if found.graph is not None else plot_homology({layer: found})
 
     def refreeze(self) -> None:
-        """Estimate the radius anew in the next computation, and freeze that one."""
+        """Estimate the radius again in the next computation, and freeze it."""
         self.frozen_eps = None
         self.evaluations = max(self.evaluations, self.warm_up)
 
     def _graph(self, points: Tensor, targets: Tensor | None, scale: float) -> MapperGraph:
-        # In an order that depends on the content alone: a point between two clusters goes to the first.
+        # In an order that depends only on the content, because a point between two clusters joins the first.
         order = content_order(points)
         settings = self.settings
         if settings.eps is None and self.frozen_eps is not None:
             settings = replace(settings, eps=self.frozen_eps * scale)
         graph = mapper_of(points[order.to(points.device)], None if targets is None else targets[order], settings)
         self.evaluations += 1
-        # A radius of 0, of points that coincide (a dead layer), would leave every point alone once they differ.
+        # A radius of 0, from coinciding points (a dead layer), would make all points noise once they differ.
         if self.frozen_eps is None and self.evaluations > self.warm_up and graph.num_nodes and graph.eps > 0:
             self.frozen_eps = graph.eps / scale
         return replace(graph, members=tuple(order[own].sort().values for own in graph.members), targets=targets)
 
     def _measures_without_structure(self, points: Tensor) -> dict[str, float]:
-        # With a radius of its own: within that of the data most of these points would be noise.
+        # With a separate radius: within that of the data most of these points would be noise.
         scalars = mapper_of(points, None, replace(self.settings, eps=None)).scalars()
         return {name: scalars[name] for name in ("num_loops", "num_branches")}
 
     def _with_homology(
         self, result: TopologyResult, points: Tensor, distances: Matrix, chosen: Tensor, labels: Tensor, num_asked: int
     ) -> TopologyResult:
-        """The result with its homology, of the points chosen, whose distances are given."""
+        """Add the homology of the chosen points, whose distances are given, to the result."""
         null = null_measures(points[chosen], _homology_without_structure, num_null_samples=1)
         used = chosen.cpu()
         samples = result.samples[used]
@@ -226,7 +227,7 @@ class ActivationShape(ResultMetric):
         return (flat if isinstance(flat, Tensor) else torch.zeros(0)).reshape(-1, 2 + max(1, int(self.width)))
 
     def _kept(self, table: Tensor) -> Tensor:
-        """The rows by sample number, at most `max_points` of them, in whatever order they came."""
+        """The rows by sample number, at most `max_points` of them, independent of the order of arrival."""
         order = torch.argsort(table[:, 0], stable=True)
         if len(order) > self.max_points:
             lowest = torch.argsort(number_hashes(table[order, 0].long().cpu()))[: self.max_points]
@@ -234,11 +235,11 @@ class ActivationShape(ResultMetric):
         return table[order]
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        # The samples of this metric come after the incoming ones, so their numbers go on from there.
+        # The samples of this metric come after the incoming ones, so their numbers continue from there.
         theirs = int(incoming_state["width"])
         if self.width and theirs and theirs != int(self.width):
             raise ArgumentError(
-                f"The metrics to merge must have equally many units; got {int(self.width)} and {theirs}."
+                f"The metrics to merge must have the same number of units; got {int(self.width)} and {theirs}."
             )
         if self.rows and int(incoming_state["seen"]):
             table = self._table().clone()
@@ -247,7 +248,7 @@ class ActivationShape(ResultMetric):
         super()._reduce_states(incoming_state)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the states: the frozen radius relative to the scale, and the evaluations."""
+        """What is saved in addition to the states: the frozen relative radius, and the number of evaluations."""
         return {"eps": self.frozen_eps, "evaluations": self.evaluations}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:

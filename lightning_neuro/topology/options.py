@@ -15,7 +15,7 @@ Distance = Literal["euclidean", "cosine"]
 
 
 class MapperOptions(TypedDict, total=False):
-    """Options of a Mapper graph; `TopologyOptions` explains them, `MapperSettings` has their defaults and checks."""
+    """Options of a Mapper graph; see `TopologyOptions` for their meaning, `MapperSettings` for defaults and checks."""
 
     lens: Lens
     num_intervals: int | None
@@ -58,7 +58,7 @@ class MapperSettings:
 
 
 class TopologyOptions(MapperOptions, total=False):
-    """Options that `ActivationTopology` passes on to `ActivationShape`; those from `lens` on are `MapperOptions` too.
+    """Options that `ActivationTopology` passes on to `ActivationShape`; those from `lens` on are also `MapperOptions`.
 
     Defaults and checks are those of `ActivationShape` and `MapperSettings`.
 
@@ -66,12 +66,12 @@ class TopologyOptions(MapperOptions, total=False):
         mapper: Whether to compute Mapper graphs.
         homology: Whether to compute persistent homology, on at most 1,000 of the samples.
         num_subsamples: Number of random halves of the samples, stratified by class, whose standard deviation is the
-            error bar of the homology's measures; 0 for no error bars, otherwise at least 2.
-        warm_up: Number of evaluations that estimate a radius of their own, the one before training included. The
+            error bar of the measures of homology; 0 for no error bars, otherwise at least 2.
+        warm_up: Number of evaluations, including the one before training, that each estimate their own radius. The
             radius of the next evaluation is frozen, because graphs with different radii cannot be compared. It is
             frozen relative to the .9 quantile of the distances, because activations can grow a hundredfold in the first
             epochs. If `coverage` falls nevertheless, call `refreeze`.
-        max_points: Maximum number of points (samples or tokens); of more, a fixed random choice is used.
+        max_points: Maximum number of points (samples or tokens); if there are more, a fixed random choice is used.
         lens: The function that orders the points: `"l2"` norm, `"l1"` norm, `"knn"` distance to the fifth nearest other
             point, `"pc1"` first principal component, or a function of the (N, units) points that returns one number for
             each of them.
@@ -79,9 +79,9 @@ class TopologyOptions(MapperOptions, total=False):
             rounded up.
         overlap_fraction: Fraction of its width that an interval shares with the next one, at least 0 and below 1.
         cover: `"uniform"` for intervals of equal width, `"quantile"` for intervals with equally many points.
-        distance: Distance of the clustering: `"euclidean"` or `"cosine"`.
+        distance: Distance for the clustering: `"euclidean"` or `"cosine"`.
         eps: Radius of DBSCAN; default: estimated from the points by `adaptive_eps`. A given radius is used as it is,
-            however much the activations grow.
+            not relative to the scale of the activations.
         min_samples: Number of points within `eps`, itself included, that make a point a core point of DBSCAN.
     """
 

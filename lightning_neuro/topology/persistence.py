@@ -19,12 +19,13 @@ class Persistence:
 
     A bar is a connected component (dimension 0) or a loop (dimension 1) that exists from one distance, its birth, to
     another, its death, as points closer than the distance are joined. Measures divide lengths by `scale`. A loop that
-    was not followed to its death has an infinite one; measures count it up to `threshold`, so they are lower bounds.
+    was not followed to its death has an infinite death; in the measures its bar ends at `threshold`, so they are lower
+    bounds.
 
     Attributes:
         diagrams: Dimension -> (bars, 2), birth and death as distances; the death of an unfinished loop is infinite.
             The component that never dies is left out.
-        scale: The .9 quantile of the pairwise distances, 1 where that is 0.
+        scale: The .9 quantile of the pairwise distances, 1 if it is 0.
         threshold: The distance up to which loops were followed; infinite if there was nothing to follow.
         num_points: Number of finite points, on which dimension 0 is computed.
         num_points_loops: Number of points on which dimension 1 is computed.
@@ -60,7 +61,11 @@ class Persistence:
     def entropy(self, dimension: int) -> float:
         """Persistent entropy divided by log2 of the number of bars: 1 for equal lengths, near 0 if one bar dominates.
 
-        It is 0 with fewer than two bars.
+        Args:
+            dimension: 0 or 1.
+
+        Returns:
+            A number from 0 to 1; 0 with fewer than two bars.
         """
         lengths = self.lengths(dimension)
         if len(lengths) < 2:
@@ -72,6 +77,13 @@ class Persistence:
         """Number of bars alive (birth <= distance < death) at each of some unscaled distances.
 
         In dimension 0 the component that never dies is counted.
+
+        Args:
+            dimension: 0 or 1.
+            distances: (n,) numbers.
+
+        Returns:
+            float64 (n,).
         """
         bars = self.diagrams[dimension]
         births, deaths = np.sort(bars[:, 0]), np.sort(bars[:, 1])
@@ -112,12 +124,12 @@ def compute_persistence(
 
     Components are exact for all points: they are the edges of a minimum spanning tree of the dense (N, N) distance
     matrix. Loops are found by ripser, in at most `max_points` points and up to a threshold that leaves few bars
-    unfinished. A loop as large as the whole cloud is one of these: the length of its bar is a lower bound.
+    unfinished. A loop as large as the whole cloud is usually unfinished, so the length of its bar is a lower bound.
 
     Args:
         points: (N, units) NumPy array or tensor. Rows with NaN or infinite values are counted and left out.
         max_dim: 1, or 0 for components alone.
-        max_points: Number of points in which loops are searched; of more, a fixed random choice is used.
+        max_points: Maximum number of points for loops; if there are more, a fixed random choice is used.
         quantile: Loops are followed up to this quantile of the pairwise distances; 1 for all distances.
 
     Returns:
@@ -150,7 +162,7 @@ def compute_persistence(
 def persistence_of_distances(
     distances: Matrix, max_dim: int = 1, max_points: int = 1000, quantile: float = 0.25, *, num_nonfinite: int = 0
 ) -> Persistence:
-    """The same for a symmetric distance matrix with zero diagonal, as `distance_matrix` returns it."""
+    """The persistent homology of a symmetric distance matrix with zero diagonal; see `compute_persistence`."""
     n = len(distances)
     pairs = pairs_of(distances)
     lengths = tree_lengths(pairs)

@@ -33,19 +33,19 @@ def plot_graphs(
 ) -> "Figure":
     """Draw each layer's Mapper graph, one panel per layer (the first 8).
 
-    A node is a cluster of samples: its area shows how many, its pie which classes. A line joins clusters that share
-    samples; its width is their Jaccard index. Neighbouring pies of a single colour mean that the layer separates
-    these classes; the title gives the purity, and the purity with permuted labels. Nodes at opposite ends of a chain
-    differ in the lens value (in the first figure small norms are on the left). Letters mark the largest nodes. Loops
-    and branches are meaningful only where there are more of them than in Gaussian clouds without structure.
+    A node is a cluster of samples: its area is proportional to their number, its pie shows their classes. A line joins
+    clusters that share samples; its width is their Jaccard index. Neighbouring pies of a single colour mean that the
+    layer separates these classes; the title gives the purity, and the purity with permuted labels. Nodes at opposite
+    ends of a chain differ in the lens value (in the first figure small norms are on the left). Letters mark the largest
+    nodes. Loops and branches are meaningful only if there are more of them than in Gaussian clouds without structure.
 
     Args:
-        results: Layer name -> result with a graph; an empty name is not written.
-        positions: Layer name -> (nodes, 2), where to draw the nodes; default: `place_nodes`.
+        results: Layer name -> result with a graph; an empty name is not shown.
+        positions: Layer name -> (nodes, 2), the positions of the nodes; default: `place_nodes`.
         class_names: Names of the classes.
 
     Returns:
-        A matplotlib figure that pyplot does not know, so there is nothing to close.
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
 
     Raises:
         ValueError: If no result holds a graph.
@@ -81,7 +81,7 @@ def lettered(graph: MapperGraph) -> list[int]:
 
 
 def _colors(graphs: Sequence[MapperGraph]) -> Colors:
-    """The colours of up to ten classes; if more occur, the first nine have one, and the others share grey."""
+    """The colours of up to ten classes; if there are more, the first nine have a colour, and the others share grey."""
     present: set[int] = set()
     for graph in graphs:
         if graph.class_counts is not None:
@@ -89,7 +89,7 @@ def _colors(graphs: Sequence[MapperGraph]) -> Colors:
     shown = sorted(present)
     shown = shown if len(shown) <= MAX_CLASSES else shown[: MAX_CLASSES - 1]
     colors = {label: figures.class_color(label) for label in shown}
-    # Labels such as 0 and 10 have the same colour: then colours go by position.
+    # Labels such as 0 and 10 would have the same colour; in that case colours are assigned by position.
     return (
         colors if len(set(colors.values())) == len(shown) else {c: figures.class_color(i) for i, c in enumerate(shown)}
     )
@@ -167,7 +167,7 @@ def _title(name: str, result: TopologyResult, graph: MapperGraph) -> list[str]:
 
 
 def _legend(axes: "Axes", width: float, colors: Colors, class_names: Sequence[str] | None, left_out: str) -> None:
-    """Coloured words: a tenth of the time of a matplotlib legend."""
+    """A legend of coloured words, in a tenth of the time of a matplotlib legend."""
     entries = [
         (figures.short_name(figures.class_name(label, class_names), 16), color) for label, color in colors.items()
     ]

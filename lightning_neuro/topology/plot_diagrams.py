@@ -29,10 +29,10 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
     the blue one falls late, there are groups far apart from each other.
 
     Args:
-        results: Layer name -> result with homology; an empty name is not written.
+        results: Layer name -> result with homology; an empty name is not shown.
 
     Returns:
-        A matplotlib figure that pyplot does not know, so there is nothing to close.
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
 
     Raises:
         ValueError: If no result holds homology.
@@ -61,7 +61,7 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
 
 
 def _draw_diagram(axes: "Axes", corner: tuple[float, float], homology: Persistence, longest: float | None) -> None:
-    """One diagram; `longest` is the longest life of a loop in a Gaussian cloud."""
+    """Draw one diagram; `longest` is the longest lifetime of a loop in a Gaussian cloud."""
     left, bottom = corner
     _box(axes, corner)
     if why := homology.why_undefined():
@@ -97,7 +97,7 @@ def _draw_curves(axes: "Axes", corner: tuple[float, float], homology: Persistenc
         if dimension in homology.diagrams:
             seen = at[at * homology.scale <= homology.threshold] if dimension else at
             alive = homology.betti_curve(dimension, seen * homology.scale)
-            # The logarithm of 0 is not defined: where no bar is alive the curve has a gap.
+            # The logarithm of 0 is undefined, so the curve has a gap where no bar is alive.
             height = np.where(alive > 0, _logarithmic(np.maximum(alive, 1), most), np.nan)
             axes.plot(left + (0.04 + seen * 0.92) * _PANEL, bottom + height, color=colour, lw=1.2)
 
@@ -125,7 +125,7 @@ def _label(axes: "Axes", most: int, left_out: str) -> None:
         axes.text(_LEFT - 0.06, height, f"{10**power:,}", fontsize=7, ha="right", va="center")
     middle = _PANEL / 2
     axes.text(0.12, above + middle, "death (distance / scale)", fontsize=8, rotation=90, ha="center", va="center")
-    axes.text(0.12, _BOTTOM + middle, "alive at that distance", fontsize=8, rotation=90, ha="center", va="center")
+    axes.text(0.12, _BOTTOM + middle, "alive at this distance", fontsize=8, rotation=90, ha="center", va="center")
     axes.text(_LEFT, above - 0.3, "birth (distance / scale)", fontsize=8, va="center")
     axes.text(_LEFT, _BOTTOM - 0.3, "distance / scale", fontsize=8, va="center")
     axes.text(_LEFT, 0.12, "● loops", color=figures.OTHER, fontsize=8)

@@ -28,17 +28,17 @@ def plot_members(
 ) -> "Figure":
     """Show samples in the largest nodes of each layer's Mapper graph, one panel per layer (the first 8).
 
-    A row is a node, by its letter in the figure of the graphs, with its size and its largest class; the images are the
+    A row is a node, with its letter in the figure of the graphs, its size and its largest class; the images are the
     first of its members in the probe set. They show what the samples of a node have in common.
 
     Args:
         results: Layer name -> result with a graph.
-        images: Layer name -> position in the graph's points -> (height, width, 3) uint8 image; points without an image
-            are skipped.
+        images: Layer name -> index of the graph's point -> (height, width, 3) uint8 image; points without an image are
+            skipped.
         class_names: Names of the classes.
 
     Returns:
-        A matplotlib figure that pyplot does not know, so there is nothing to close.
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
 
     Raises:
         ValueError: If no result holds a graph.

@@ -1,4 +1,4 @@
-"""Purity of clusters: do they hold one class each, more so than with permuted labels?"""
+"""Purity of clusters, compared with its value for permuted labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,16 +40,16 @@ def compute_purity(
 ) -> Purity | None:
     """Measure how pure nodes are, and how pure the same nodes are with permuted labels.
 
-    Large nodes are impure by chance alone, and small ones pure: compare each measure with its null.
+    By chance alone, large nodes are impure and small ones pure, so compare each measure with its null.
 
     Args:
-        members: The points of each node.
-        labels: int64 (N,), the class of each point; negative where there is none.
+        members: The points of each node, as indices.
+        labels: int64 (N,), the class of each point; negative if unlabelled.
         num_null_samples: Number of permutations for the null.
-        seed: Seed of the permutations, which are drawn by a generator of their own.
+        seed: Seed of the private generator of the permutations.
 
     Returns:
-        None if no node holds a labelled point.
+        The measures and their nulls; None if no node holds a labelled point.
 
     Source:
         E. Purvine et al., "Experimental Observations of the Topology of Convolutional Neural Network Activations",

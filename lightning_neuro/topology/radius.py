@@ -1,4 +1,4 @@
-"""The radius of the clusters where none is given: a knee in the points' distances to their neighbours."""
+"""The default radius of the clusters: a knee in the points' distances to their neighbours."""
 
 from collections.abc import Sequence
 
@@ -24,10 +24,9 @@ def adaptive_eps(
 ) -> float:
     """Estimate a radius that leaves few points as noise: the knee of the radii at which points become core points.
 
-    For each point (5,000 random ones of more) it takes the radius within which it has `min_samples` points, itself
-    included, in the interval where this radius is smallest. The knee of the sorted radii, beyond which they rise
-    steeply, is the result; but where the curve bends early, it is the radius at which nine tenths of the points are
-    core points.
+    For each point (of more than 5,000, a random choice) the radius is computed within which it has `min_samples`
+    points, itself included, in the interval in which this radius is smallest. The result is the knee of the sorted
+    radii, beyond which they rise steeply, but at least the radius at which nine tenths of the points are core points.
 
     Args:
         points: (N, units), finite.
@@ -36,13 +35,13 @@ def adaptive_eps(
         distance: `"euclidean"` or `"cosine"`.
 
     Returns:
-        The radius; 0 where no interval has `min_samples` points, or points coincide.
+        The radius; 0 if no interval has `min_samples` points, or points coincide.
     """
     radii = core_radii(points, groups, min_samples=min_samples, distance=distance)
     if len(radii) == 0:
         return 0.0
     at = max(knee(radii), int(np.ceil(LEAST_CORE * len(radii))) - 1)
-    # Not exactly the radius of a point: whether that point is inside would depend on the last digit.
+    # Not exactly the radius of a point, because whether this point is inside would depend on the last digit.
     return float(radii[at]) * (1 + MARGIN)
 
 
@@ -68,7 +67,7 @@ def _kth_distances(points: Tensor, queries: Group, group: Group, k: int, distanc
     if not euclidean:
         x, q = unit_length(x), unit_length(q)
     found = []
-    # What rounding leaves between coinciding points is not a radius; see `distance_matrix`.
+    # Distances between coinciding points are rounding errors; see `distance_matrix`.
     least = 1e-7 * q.norm(dim=1) if euclidean else torch.full_like(q[:, 0], 1e-14)
     for rows in torch.split(q, max(1, _BLOCK // len(x))):
         distances = torch.cdist(rows, x) if euclidean else 1 - rows @ x.T

@@ -16,8 +16,8 @@ class TopologyResult:
     """The shape of a layer's activations as a cloud of points, one point per sample.
 
     Attributes:
-        samples: int64 (N,), the number of each sample in the probe set, by which the graph's members are found in it.
-        graph: The Mapper graph, its members being positions in `samples`; None if it was not requested.
+        samples: int64 (N,), the number of each point's sample in the probe set.
+        graph: The Mapper graph, whose members are indices into `samples`; None if it was not requested.
         homology: Connected components and loops; None if they were not requested.
         scale: The .9 quantile of the distances, by which lengths are divided; 1 for cosine distances.
         null: Measure + `_null` -> its value in Gaussian clouds of the same mean and covariance: for loops and branches
@@ -52,7 +52,7 @@ class TopologyResult:
         return values | dict(self.null) | dict(self.spread)
 
     def notes(self) -> dict[str, str]:
-        """Kind -> a sentence that the user must be told once: samples left out, why something is undefined."""
+        """Kind -> a warning for the user, shown once: samples left out, why something is undefined."""
         notes: dict[str, str] = {}
         if self.num_nonfinite:
             notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)

@@ -1,4 +1,4 @@
-"""Which samples are used, and in which order: the same ones all run, on any number of ranks."""
+"""The choice and order of the samples, the same throughout the run and on any number of ranks."""
 
 import numpy as np
 import torch
@@ -15,18 +15,18 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def number_hashes(numbers: Tensor, draw: int = 0) -> Tensor:
-    """A pseudo-random number for each sample number, always the same; another one for each draw."""
+    """A reproducible pseudo-random number for each sample number; a different one for each value of `draw`."""
     return content_hash(torch.stack([numbers, torch.full_like(numbers, draw)], dim=1))
 
 
 def random_order(samples: Tensor, labels: Tensor, draw: int = 0) -> Tensor:
-    """A permutation of the samples, the same all run, in which every prefix is as class-balanced as possible."""
+    """A reproducible permutation of the samples in which every prefix is as class-balanced as possible."""
     order = torch.argsort(number_hashes(samples, draw), stable=True)
     return order[torch.argsort(number_in_group(labels[order]), stable=True)] if len(order) else order
 
 
 def content_order(points: Tensor) -> Tensor:
-    """A permutation of the rows that depends on their content alone: the order of their bytes."""
+    """A permutation of the rows that depends only on their content: the order of their bytes."""
     rows = np.ascontiguousarray(points.cpu().numpy())
     if len(rows) == 0:
         return torch.zeros(0, dtype=torch.int64)

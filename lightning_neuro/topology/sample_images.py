@@ -1,4 +1,4 @@
-"""Small images of the probe set's samples, and which of them belongs to which point of a layer."""
+"""Small images of the probe set's samples, and their assignment to the points of a layer."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ MAX_IMAGES = 2048
 
 
 class SampleImages:
-    """Small images of this rank's samples, taken in the first pass of a run; empty if the inputs are not images.
+    """Holds small images of this rank's samples, from the first pass of a run; empty if the inputs are not images.
 
     Attributes:
         world_size: Number of processes in the run.
@@ -28,12 +28,12 @@ class SampleImages:
         return sum(map(len, self._images))
 
     def start_pass(self, world_size: int) -> None:
-        """Get ready for a pass over the probe set."""
+        """Prepare for a pass over the probe set."""
         self.world_size = world_size
         self._num_seen = 0
 
     def add(self, batch: ProbeBatch) -> None:
-        """Take in a batch of the pass."""
+        """Process one batch of the pass."""
         if len(self) == self._num_seen < MAX_IMAGES and (images := thumbnails(batch.inputs)) is not None:
             self._images.append(images)
         self._num_seen += batch.num_samples
@@ -41,11 +41,11 @@ class SampleImages:
             self.rows_per_sample[layer] = max(1, len(activations) // max(1, batch.num_samples))
 
     def of_points(self, layer: str, result: TopologyResult) -> dict[int, Tensor]:
-        """Position among the layer's points -> image, for the samples of rank 0, which draws."""
+        """Index of the layer's point -> image, for the samples of rank 0, which draws the figures."""
         images = [image for batch in self._images for image in batch]
         found = {}
         for position, number in enumerate(result.samples.tolist()):
-            # The points are numbered over all ranks in turn.
+            # The points are numbered in turn over all ranks.
             local = number // self.world_size // self.rows_per_sample.get(layer, 1)
             if number % self.world_size == 0 and local < len(images):
                 found[position] = images[local]

@@ -85,7 +85,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(make: Make) -> None:
 
 
 def test_a_prog_bar_pattern_that_matches_nothing_names_the_nearest(make: Make, keys: tuple[str, ...]) -> None:
-    with pytest.warns(UserWarning, match=rf"`prog_bar` has .*x.*Near: .*{make().name}/"):
+    with pytest.warns(UserWarning, match=rf"`prog_bar` has .*x.*{make().name}/"):
         fit(mlp(), make(prog_bar=keys[0] + "x"))
 
 

@@ -23,7 +23,7 @@ from tests.models import MemoryLogger, Module, fit, loader, mlp
 
 
 class Manual(Module):
-    """Manual optimisation with two optimisers, one for each half."""
+    """Manual optimization with two optimizers, one for each half."""
 
     def __init__(self) -> None:
         super().__init__(mlp().net)
@@ -90,7 +90,7 @@ def test_every_n_steps_counts_optimiser_steps(make: Make, options: dict[str, Any
         assert [step for step, _ in logger.curves[key]] == steps
 
 
-def test_manual_optimisation_counts_the_steps_of_both_optimisers(make: Make) -> None:
+def test_manual_optimisation_counts_the_steps_of_both_optimizers(make: Make) -> None:
     logger = MemoryLogger()
     callback = make(listed_probe(every_n_steps=4))
     trainer = fit(Manual(), callback, logger=logger)

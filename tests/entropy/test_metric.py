@@ -74,7 +74,7 @@ def test_merging_needs_one_range_one_mode_and_one_layer():
     one, two, other = NeuronEntropy(), NeuronEntropy(), NeuronEntropy(upper=torch.ones(3))
     one.update(batch(seed=0)[0])
     two.update(batch(seed=1)[0])
-    with pytest.raises(ArgumentError, match="one range"):
+    with pytest.raises(ArgumentError, match="`upper`"):
         one.merge_state(two)
     with pytest.raises(ArgumentError, match="10 bins"):
         one.merge_state(NeuronEntropy(num_bins=5))
@@ -377,7 +377,7 @@ def rank_main(rank, file):
         assert one_sided.compute().num_samples == 399
     apart = NeuronEntropy()
     apart.update(activations[own])
-    with pytest.raises(ArgumentError, match="one range"):
+    with pytest.raises(ArgumentError, match="`upper`"):
         apart.compute()
     torch.distributed.destroy_process_group()
 

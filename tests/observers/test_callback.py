@@ -122,8 +122,8 @@ def test_keys_of_a_dict_batch_and_missing_values():
 
 
 WRONG = {
-    "no such key": ({"mark": "mark"}, "does not have"),
-    "no such index": ({"mark": 7}, "does not have"),
+    "no such key": ({"mark": "mark"}, "field of the batch"),
+    "no such index": ({"mark": 7}, "field of the batch"),
     "length": ({"mark": lambda batch: batch[1][:3]}, "16 samples"),
     "values": ({"mark": lambda batch: batch[1]}, "0, 1 or NaN"),
     "function": ({"mark": lambda batch: batch[7]}, "IndexError"),
@@ -290,7 +290,7 @@ def test_references_outlive_a_resume(tmp_path):
     assert (resumed.from_input, resumed.before) == (callback.from_input, callback.before)
 
 
-def test_adding_or_removing_observers_on_resume_keeps_the_optimiser(tmp_path):
+def test_adding_or_removing_observers_on_resume_keeps_the_optimizer(tmp_path):
     """A run with observers, continued without, and the other way round, is the run that never had any."""
 
     def weights(*callbacks, **options):
