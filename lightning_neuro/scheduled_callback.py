@@ -58,14 +58,10 @@ class ScheduledCallback(Callback):
         self.start_run()
 
     def start_run(self) -> None:
-<<<<<<< HEAD:lightning_neuro/scheduled_callback.py
-        """Called at construction and before a fit from step 0: forget everything of an earlier run.
+        """Called at construction and before a fit from step 0: reset the state of an earlier run.
 
         At construction it runs inside the constructor of the base class, before a subclass has set its own attributes.
         """
-=======
-        """Called at construction and before a fit from step 0: reset the state of an earlier run."""
->>>>>>> english:lightning_neuro/scheduling.py
         self.scalars: dict[str, float] = {}
         self.initial: dict[str, float] = {}
         self.event: Event | None = None

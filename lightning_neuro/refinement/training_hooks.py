@@ -19,13 +19,8 @@ from lightning_neuro.refinement.traced_layers import find_layers
 R = TypeVar("R")
 
 
-<<<<<<< HEAD:lightning_neuro/refinement/training_hooks.py
 class TrainingHooksCallback(MetricCallback[R]):
     """Places the hooks before the first forward pass, opens a run at the initial weights, and follows it step by step.
-=======
-class TracingCallback(MetricCallback[R]):
-    """Attaches hooks before the first forward pass, opens a run at the initial weights, and follows it step by step.
->>>>>>> english:lightning_neuro/refinement/tracing.py
 
     Attributes:
         options: What to trace.
