@@ -303,7 +303,7 @@ def test_a_field_of_a_mapping_and_what_it_must_hold():
     for bad in ({"x": torch.zeros(2)}, {"index": torch.zeros(2)}, {"index": ["a"]}, [torch.zeros(2)], torch.zeros(3)):
         with pytest.raises(ArgumentError, match="`sample_id_fn`"):
             SampleIds(None, "index").of_batch(bad)
-    with pytest.raises(ArgumentError, match="`sample_id_fn`.*got 3"):
+    with pytest.raises(ArgumentError, match=r"`sample_id_fn`.*got 3"):
         SampleIds(None, 3).of_batch([torch.zeros(2)])
 
 
