@@ -85,6 +85,13 @@ def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(value, b[name]), name
 
 
+def test_a_plain_run_warns_of_nothing(make: Make) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(mlp(), make(), train=loader())
+    assert [str(warning.message) for warning in caught if "lightning_neuro" in str(warning.filename)] == []
+
+
 @over_activations
 @pytest.mark.parametrize("where", BREAKS)
 def test_a_failing_layer_warns_once_and_training_goes_on(
