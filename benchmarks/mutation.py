@@ -4,8 +4,8 @@
     python benchmarks/mutation.py --methods paths --number 40 --seed 1
 
 Each mutation is made in a copy of the repository, and the tests of the method's folder run there until the first one
-fails. A mutation that no test notices is printed with its file and line: either a test is missing, or the mutation is
-equivalent (it does not change any result).
+fails. A mutation with which no test fails is printed with its file and line: either a test is missing, or the mutation
+is equivalent (it does not change any result).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("communities", "entropy", "observers", "topology", "paths", "refinement")
-# Pictures are judged by eye, and a package's `__init__` computes nothing.
+# Figures are inspected by eye, and a package's `__init__` computes nothing.
 SKIPPED = ("__init__", "plot", "maps", "thumbnails", "sample_plot", "callback", "export")
 TIMEOUT_S = 240
 
@@ -48,7 +48,7 @@ class Mutation:
 
 
 def mutations_of(path: Path) -> Iterator[Mutation]:
-    """All mutations of a file that the tool knows."""
+    """All mutations of a file."""
     source = path.read_text()
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -117,7 +117,7 @@ def survives(mutation: Mutation, method: str, copy: Path, python: str) -> bool:
         done = subprocess.run(command, cwd=copy, capture_output=True, timeout=TIMEOUT_S, check=False)
         return done.returncode == 0
     except subprocess.TimeoutExpired:
-        return False  # an endless loop is noticed too
+        return False  # an endless loop counts as a failed test
     finally:
         target.write_bytes(original)
 

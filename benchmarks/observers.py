@@ -1,12 +1,12 @@
-"""What observers cost, compared with logistic regression and with probes trained by SGD; and what they show.
+"""The cost of observers, compared with logistic regression and with probes trained by SGD; and their results.
 
     python benchmarks/observers.py [fit] [slope] [sgd] [nlvr] [--out docs/images]
 
-fit:   40 attributes, 512 units, 10,000 samples against 40 fits of scikit-learn's LogisticRegression, turn by turn.
-slope: the cost of an evaluation against the number of attributes and of units.
-sgd:   one Fashion-MNIST run with ObserverProbes, one with a linear probe per class trained by SGD beside the network.
-nlvr:  a CNN learns to predict the number of objects in a picture; what does it know about their shapes and colours?
-The data are found through LIGHTNING_NEURO_DATA; sgd uses scikit-learn's digits if it is not set, nlvr needs it.
+fit:   40 attributes, 512 units, 10,000 samples against 40 fits of scikit-learn's LogisticRegression, interleaved.
+slope: the cost of an evaluation over the number of attributes and of units.
+sgd:   one Fashion-MNIST run with ObserverProbes, one with a linear probe per class trained along with the network.
+nlvr:  a CNN learns to predict the number of objects in a picture; what does it encode about their shapes and colours?
+The data are read from LIGHTNING_NEURO_DATA; sgd uses scikit-learn's digits if it is not set, nlvr needs it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def factors(samples: int, units: int, attributes: int, seed: int = 0) -> tuple[T
 
 
 def fit(rounds: int = 3) -> None:
-    """All observers in closed form against a logistic regression for each attribute."""
+    """Compare all observers in closed form with a logistic regression for each attribute."""
     from sklearn.linear_model import LogisticRegression
 
     x, y = factors(10_000, 512, 40)
@@ -119,7 +119,7 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
     layers = {"net.1": 32, "net.4": 64, "net.8": 128}
 
     class Online(Classifier):
-        """A linear probe of each class at each layer, trained on the training batches beside the network."""
+        """Trains a linear probe of each class at each layer on the training batches, along with the network."""
 
         def __init__(self, net: nn.Module) -> None:
             super().__init__(net)
@@ -147,7 +147,7 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
                 truth = (batch[1] == number % 10).float()
                 error = nn.functional.binary_cross_entropy_with_logits(probe(self.seen[layer])[:, 0], truth)
                 optimizer.zero_grad(), self.manual_backward(error), optimizer.step()
-                error.item()  # as peers do to log it
+                error.item()  # as comparable tools do to log it
 
         def configure_optimizers(self) -> Any:
             own = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
@@ -166,7 +166,7 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
     samples = min(128 * steps, len(train))
     held_out = Subset(test, range(min(2000, len(test))))
     rows: dict[str, tuple[float, list[float], float]] = {}
-    # The scores of both are of held-out images: those of the observers are cross-validated on the same ones.
+    # Both are scored on held-out images; the observers are cross-validated on the same ones.
     for kind in ("plain", "sgd", "ours"):
         pl.seed_everything(0, verbose=False)
         net = small_cnn(train.tensors[0].shape[-1])
@@ -223,7 +223,7 @@ def time_inside(callback: Any, inside: list[float]) -> None:
 
 
 def online_scores(model: Any, layers: dict[str, int], data: Any) -> list[float]:
-    """Balanced accuracy of the SGD probes; their threshold is the midpoint of the classes' mean scores, as ours is."""
+    """Balanced accuracy of the SGD probes; as in observers, their threshold is the midpoint of the mean scores."""
     model.eval()
     with torch.no_grad():
         images, labels = (torch.stack([torch.as_tensor(item[i]) for item in data]) for i in (0, 1))
@@ -247,13 +247,13 @@ def nlvr_boxes(folder: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         rows = list(csv.DictReader(file))
     contains = {f"contains {kind}": torch.tensor([float(int(row[f"n_{kind}"]) > 0) for row in rows]) for kind in NLVR}
     contains["touches wall"] = torch.tensor([float(row["touches_wall"]) for row in rows])
-    # Classes with enough boxes to be learnt: 1, ..., 7, 8 and more.
+    # Classes with enough boxes to be learned: 1, ..., 7, 8 or more.
     counts = torch.tensor([min(int(row["n_objects"]), 8) for row in rows])
     return torch.from_numpy(images).permute(0, 3, 1, 2), counts, contains
 
 
 def nlvr(out: Path | None, epochs: int = 30) -> None:
-    """Train on the number of objects and read what else can be predicted from the layers."""
+    """Train on the number of objects, and measure what else can be predicted from the layers."""
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -318,7 +318,7 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
     accuracy = float(trainer.callback_metrics["accuracy"])
     print(f"nlvr: {len(train)} boxes for training, {len(held_out)} held out; accuracy of the count {accuracy:.3f}")
     layers = list(observers.result)
-    print(f"| attribute | share | raw input | {' | '.join(f'{layer}: start, end' for layer in layers)} |")
+    print(f"| attribute | fraction | raw input | {' | '.join(f'{layer}: before, after' for layer in layers)} |")
     print("|---" * (3 + len(layers)) + "|")
     share = facts[held_out].mean(0)
     for a, name in enumerate(names):
@@ -345,7 +345,7 @@ def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], 
 
     figure = Figure(figsize=(7, 4), dpi=100)
     panel = figure.add_axes((0.1, 0.13, 0.68, 0.75))
-    place: dict[str, float] = {}  # of the names at the ends of the curves, not on top of each other
+    place: dict[str, float] = {}  # of the names at the ends of the curves, without overlaps
     last = history[max(history)]
     for layer in sorted(layers, key=lambda layer: last[layer][0]):
         place[layer] = max(last[layer][0], max(place.values(), default=0.0) + 0.013)

@@ -1,9 +1,9 @@
-"""Concept paths: what an evaluation costs, how reliable the scores are, and what holds on Fashion-MNIST.
+"""Concept paths: the cost of an evaluation, the reliability of the scores, and findings on Fashion-MNIST.
 
     python benchmarks/paths.py              # trains a plain and a residual network first, a few minutes
     python benchmarks/paths.py --epochs 1   # quicker
 
-Times are ratios within one run: what is compared runs alternately, and the median ratio is printed.
+Times are ratios within one run: the compared computations alternate, and the median ratio is printed.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def train(net: nn.Module, data: TensorDataset, epochs: int) -> nn.Module:
 
 
 def epoch(net: nn.Module, data: TensorDataset, optimizer: torch.optim.Optimizer, batches: int | None = None) -> None:
-    """One epoch, or its beginning."""
+    """Train for one epoch, or for its first batches."""
     images, labels = data.tensors
     for rows in torch.randperm(len(images)).split(128)[:batches]:
         optimizer.zero_grad()
@@ -79,7 +79,7 @@ def some(data: TensorDataset, each: int, first: int = 0) -> Batch:
 
 
 def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action, taken turn by turn after one turn that does not count."""
+    """Seconds of each action, in alternating runs after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
@@ -91,7 +91,7 @@ def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def ratio(seconds: dict[str, list[float]], above: str, below: str, factor: float = 1.0) -> str:
-    """Median and range of the ratios of neighbours."""
+    """Median and range of the ratios of consecutive runs."""
     found = [factor * a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
     return f"{statistics.median(found):.4g} ({min(found):.4g} to {max(found):.4g})"
 
@@ -108,7 +108,7 @@ class AtValidationEnd(pl.Callback):
 
 
 def costs(net: nn.Module, train_data: TensorDataset, test_data: TensorDataset) -> None:
-    """An evaluation against an epoch, and against mode "nad" on the same samples."""
+    """Compare the time of an evaluation with an epoch, and with mode "nad" on the same samples."""
     warnings.filterwarnings("ignore")
     callback = ConceptPaths(Probe(source=test_data, num_samples=320), on_error="raise")
     other = copy.deepcopy(net).train()
@@ -133,7 +133,7 @@ def costs(net: nn.Module, train_data: TensorDataset, test_data: TensorDataset) -
         }
         seconds = interleaved(actions, rounds=9)
         whole = step * 128 / len(train_data)
-        print("\nCost, 10 classes x 32 samples; median (range) of ratios of neighbours")
+        print("\nCost, 10 classes x 32 samples; median (range) of ratios of consecutive runs")
         lines = {"an evaluation (probe pass, scores, masked passes, measures)": "evaluation"}
         for text, action in (lines | {"the scores alone": "scores", "drawing the four figures": "figures"}).items():
             print(f"{text + ' / an epoch:':<72}{ratio(seconds, action, 'epoch', whole)}")
@@ -167,7 +167,7 @@ def loop(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def exact_ablation(net: nn.Module, images: Tensor, labels: Tensor, layers: list[str] | None) -> dict[str, float]:
-    """Layer -> Spearman's correlation, mean over classes, of the scores with the exact fall of the logit."""
+    """Layer -> Spearman's correlation, mean over classes, of the scores with the exact decrease of the logit."""
     scores = attribution_scores(net, images, labels, layers)
     found = {}
     with torch.no_grad(), evaluation_mode(net):
@@ -191,7 +191,7 @@ def exact_ablation(net: nn.Module, images: Tensor, labels: Tensor, layers: list[
 
 
 def rescaled(net: nn.Module) -> nn.Module:
-    """The same function with other scales: channels of the plain network, each times its own factor."""
+    """The same function with other scales: each channel of the plain network is multiplied by its own factor."""
     net = copy.deepcopy(net)
     generator = torch.Generator().manual_seed(0)
     for layer, following in ((net[0], net[3]), (net[3], net[7]), (net[7], net[10])):
@@ -226,7 +226,7 @@ def rescaling(net: nn.Module, samples: Batch) -> None:
 
 
 def compare(net: nn.Module, data: TensorDataset, layers: list[str] | None) -> None:
-    """Compare the methods: noise floor, overlap, and what the paths can do on other samples."""
+    """Compare the methods: noise floor, overlap, and the rates of the paths on other samples."""
     first, second, judged = some(data, 16), some(data, 16, 16), some(data, 100, 100)
     scores = [attribution_scores(net, *half, layers) for half in (first, second)]
     generator = torch.Generator().manual_seed(0)
@@ -264,7 +264,7 @@ def findings(name: str, net: nn.Module, data: TensorDataset, layers: list[str] |
     paths = concept_paths(scores)
     evaluation = evaluate_paths(net, *judged, paths)
     print(f"\n{name}: necessity per class (100 samples per class to find paths, 200 others to evaluate them)")
-    print(f"{'class':<12}{'necessity':>10}{'own fall':>10}{'others fall':>12}{'retention':>11}{'fpr':>7}{'auroc':>7}")
+    print(f"{'class':<12}{'necessity':>10}{'own loss':>10}{'others loss':>12}{'retention':>11}{'fpr':>7}{'auroc':>7}")
     for label, word in enumerate(CLASSES):
         own = float(evaluation.drops[label, label])
         values = (float(evaluation.necessity[label]), own, own - float(evaluation.necessity[label]))

@@ -30,7 +30,7 @@ from lightning_neuro.refinement.traced_layers import find_layers
 from lightning_neuro.refinement.training_steps import TrainBatch, TrainingSteps
 
 CLASSES, BATCH, DATASET = 10, 128, 60_000
-# Network, and what to trace: layers with a ledger, layers whose samples are followed.
+# Variant -> layers with a ledger, layers whose samples are tracked.
 VARIANTS: dict[str, tuple[str | None, str | None]] = {
     "plain": (None, None),
     "default: ledger and samples of the head": ("head", "head"),
@@ -48,7 +48,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def stepper(name: str, variant: str) -> Callable[[], None]:
-    """One training step of a variant, as the callback would have it."""
+    """A function that makes one training step of a variant, as with the callback."""
     model, images = network(name)
     model.train()
     labels = torch.arange(BATCH) % CLASSES
@@ -84,7 +84,7 @@ def record(model: nn.Module, optimizer: Any, ledgers: str | None, samples: str |
 
 
 def vmap_step(name: str) -> Callable[[], None]:
-    """Every sample's gradient the usual way."""
+    """A function that computes every sample's gradient with `vmap(grad)`."""
     from torch.func import functional_call, grad, vmap
 
     model, images = network(name)
@@ -99,7 +99,7 @@ def vmap_step(name: str) -> Callable[[], None]:
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
 
     def step() -> None:
-        for first in range(0, BATCH, 16):  # in parts: whole, it does not fit into memory
+        for first in range(0, BATCH, 16):  # in parts, because the whole batch does not fit into memory
             part = slice(first, first + 16)
             for gradient in per_sample(parameters, images[part], labels[part]).values():
                 gradient.flatten(1).norm(dim=1)
@@ -120,7 +120,7 @@ def peak(name: str, variant: str, threads: int) -> float:
     step = stepper(name, variant)
     for _ in range(3):
         step()
-    # Not `resource.getrusage`: a process takes its parent's peak over.
+    # Not `resource.getrusage`, in which a process inherits the peak of its parent.
     found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) / 1024 if found else float("nan")
 

@@ -83,7 +83,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 class Run:
-    """One way to train, and what is needed to look at it."""
+    """One training setup: network, data and length."""
 
     def __init__(
         self, make: Callable[[], nn.Module], train: TensorDataset, test: TensorDataset, *, epochs: int, batch: int
@@ -269,7 +269,7 @@ def timed(way: Callable[[], object]) -> float:
 
 
 def same_class(found: Tensor, own: Tensor) -> float:
-    """The share of (Q, k) classes that are the inputs' own."""
+    """The fraction of (Q, k) classes that are those of the inputs."""
     return float((found == own[:, None]).float().mean())
 
 
@@ -293,7 +293,7 @@ def losses(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(net: nn.Module, test: TensorDataset) -> float:
-    """On the test set."""
+    """Accuracy on the test set."""
     head = list(net)[-1]
     with torch.no_grad():
         return float((head(features(net, test.tensors[0])).argmax(1) == test.tensors[1]).float().mean())

@@ -1,14 +1,14 @@
-"""What Mapper graphs and homology cost compared with KeplerMapper and ripser, and what they show.
+"""The cost of Mapper graphs and homology compared with KeplerMapper and ripser, and their results.
 
     python benchmarks/topology.py [--parts 123456] [--repeats 3]
 
-(1) 10,000 x 512 points, 70 intervals, 30 % overlap: against KeplerMapper 2.1 with scikit-learn's DBSCAN, turn by turn,
+(1) 10,000 x 512 points, 70 intervals, 30 % overlap: against KeplerMapper 2.1 with scikit-learn's DBSCAN, interleaved,
     and whether the graphs are identical.
-(2) Time and peak memory over the number of points, each size in a process of its own.
-(3) Homology: components of 5,000 points against ripser, turn by turn; components and loops of 1,000 points.
+(2) Time and peak memory over the number of points, each size in a separate process.
+(3) Homology: components of 5,000 points against ripser, interleaved; components and loops of 1,000 points.
 (4) A default evaluation: 512 samples of 4 layers, with nulls, error bars and drift; and its figures.
-(5) What the published graphs show, on a CNN with ReLU trained on Fashion-MNIST: the table of docs/topology.md.
-(6) Our DBSCAN against scikit-learn's on the intervals of a Mapper graph: why we have our own.
+(5) The published graphs, on a CNN with ReLU trained on Fashion-MNIST: the table of docs/topology.md.
+(6) This package's DBSCAN against scikit-learn's on the intervals of a Mapper graph: the reason for having one.
 
 The points of (1) to (3) and (6) are ReLU of 24 factors around 10 centres, plus noise, in float32.
 """
@@ -79,7 +79,7 @@ def compare_mapper(repeats: int) -> None:
 
 
 def compare_on(x: Tensor, repeats: int) -> None:
-    """One cloud, turn by turn, on the same radius."""
+    """Compare on one cloud with the same radius, interleaved."""
     lens, array = lens_values(x, "l2"), x.numpy()
     eps = compute_mapper(x, num_intervals=70).eps
     ratios = []
@@ -280,7 +280,7 @@ def compare_dbscan(repeats: int) -> None:
 
 
 def radius_of(cloud: Tensor) -> tuple[float, float]:
-    """The adaptive radius, and that of the knee alone, without the floor of nine tenths."""
+    """The adaptive radius, and that of the knee alone, without the lower limit of nine tenths."""
     values = lens_values(cloud, "l2")
     groups = groups_of(values, default_num_intervals(len(values)))
     radii = core_radii(cloud, groups, min_samples=5, distance="euclidean")
@@ -288,7 +288,7 @@ def radius_of(cloud: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Run the parts asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="123456")
     parser.add_argument("--repeats", type=int, default=3)
@@ -303,7 +303,7 @@ def main() -> None:
         "3": ("homology", lambda: compare_homology(options.repeats)),
         "4": ("a default evaluation", lambda: evaluate(options.repeats)),
         "6": ("DBSCAN against scikit-learn's on the intervals of a cover", lambda: compare_dbscan(options.repeats)),
-        "5": ("what the published graphs show", lambda: published(options.epochs)),
+        "5": ("the published graphs", lambda: published(options.epochs)),
     }
     for part in options.parts:
         title, run = parts[part]

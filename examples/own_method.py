@@ -1,4 +1,4 @@
-"""A method of one's own, from public names only: the effective dimension of each layer's activations.
+"""Your own method, with public names only: the effective dimension of each layer's activations.
 
     python examples/own_method.py
 
@@ -44,7 +44,7 @@ class EffectiveDimension(Metric):
         self.products = self.products + x.T @ x
 
     def compute(self) -> dict[str, Tensor]:
-        """The effective dimension, undefined (NaN) for constant units."""
+        """The effective dimension; NaN if all units are constant."""
         mean = self.total / self.count
         covariance = self.products / self.count - torch.outer(mean, mean)
         # Constant units leave rounding errors of this size.
@@ -63,12 +63,12 @@ class ActivationDimension(MetricCallback[dict[str, Tensor]]):
         super().__init__(EffectiveDimension(), probe, **options)
 
     def network_measures(self, results: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
-        """Last layer relative to the first: below 1, the network compresses."""
+        """The dimension of the last layer relative to the first; below 1, the network compresses."""
         dimensions = [float(result["dimension"]) for result in results.values()]
         return {"compression": dimensions[-1] / dimensions[0]} if len(dimensions) > 1 else {}
 
     def draw(self, results: Mapping[str, dict[str, Tensor]]) -> dict[str, "Figure"]:
-        """The effective dimension over depth, now and before training."""
+        """Draw the effective dimension over depth, now and before training."""
         figure = new_figure(4, 3)
         axes = figure.add_axes((0.15, 0.25, 0.8, 0.65), ylabel="effective dimension", title="Layers over depth")
         before = [self.initial.get(f"{self.name}/dimension/{layer}", float("nan")) for layer in results]

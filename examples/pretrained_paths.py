@@ -2,11 +2,11 @@
 
     python examples/pretrained_paths.py
 
-Trains a small network on scikit-learn's digits for a few seconds, then asks: which units does each digit need, what can
-they do alone, what is lost without them, and do two halves of the data give the same answer? It works the same way for
-any torch model that returns logits. Paths run through the activation modules unless `layers` says otherwise; in a
-residual network name the blocks, such as `attribution_scores(net, images, labels, layers="layer?.?")` for torchvision's
-ResNets.
+Trains a small network on scikit-learn's digits for a few seconds, finds the units on which each digit depends,
+evaluates the network with only these units and without them, and compares the paths from two halves of the data. It
+works in the same way for any torch model that returns logits. Paths run through the activation modules unless `layers`
+selects others; in a residual network name the blocks, such as `attribution_scores(net, images, labels,
+layers="layer?.?")` for torchvision's ResNets.
 """
 
 import torch
@@ -27,7 +27,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def trained_network(epochs: int = 15) -> tuple[nn.Module, Batch, Batch]:
-    """A network for digits, and its training and validation images with their labels."""
+    """Train a network for digits; returns it, and its training and validation images with their labels."""
     torch.manual_seed(0)
     net = DigitsNet()
     train, val = (loader.dataset.tensors for loader in digits_loaders())
@@ -47,7 +47,7 @@ def main() -> dict[str, float]:
     paths = concept_paths(scores, density=0.3)
     found = evaluate_paths(net, *unseen, paths)
     print("Paths of 30 % of the units, on unseen images. A path that predicts its digit for any image has a retention")
-    print("and a false positive rate of 1; whether its margin still separates the digits is the AUROC.\n")
+    print("and a false positive rate of 1; the AUROC measures whether its margin still separates the digits.\n")
     print("digit  necessity  retention  false positives  AUROC")
     for digit in range(10):
         rates = f"{found.retention[digit]:>9.2f}  {found.fpr[digit]:>15.2f}  {found.auroc[digit]:>5.2f}"

@@ -1,11 +1,11 @@
-"""Stop training when a network picks up a shortcut, and read out what it was never trained on.
+"""Stop training when a network learns a shortcut, and predict an attribute that it was not trained on.
 
     python examples/shortcut.py
 
-In the training pictures of handwritten digits, a faint mark in a corner nearly always goes with the digits below 5: a
+In the training pictures of handwritten digits, a faint mark in a corner nearly always occurs with the digits below 5: a
 shortcut. At each epoch a linear classifier (an observer) predicts the mark from the last hidden layer, on pictures in
-which mark and digit are independent. As the network finds the shortcut, the mark becomes predictable, and training
-stops. A second observer predicts whether a digit has a hole (0, 6, 8, 9), for which the network never had a label.
+which mark and digit are independent. As the network learns the shortcut, the mark becomes predictable, and training
+stops. A second observer predicts whether a digit has a hole (0, 6, 8, 9), which is not part of the labels.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HOLES = torch.tensor([0, 6, 8, 9])
 
 
 def marked(images: Tensor, digits: Tensor, agreement: float, seed: int) -> TensorDataset:
-    """Noisy pictures, whether the digit is below 5, the digit, and the mark; `agreement`: how often both are equal."""
+    """Noisy pictures, whether the digit is below 5, the digit, and the mark, which equals the label for `agreement`."""
     generator = torch.Generator().manual_seed(seed)
     small = (digits < 5).long()
     agrees = torch.rand(len(digits), generator=generator) < agreement
@@ -35,7 +35,7 @@ def marked(images: Tensor, digits: Tensor, agreement: float, seed: int) -> Tenso
 
 
 class SmallOrLarge(DigitsNet):
-    """Is the digit below 5?"""
+    """Predicts whether a digit is below 5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class SmallOrLarge(DigitsNet):
 
 
 def main(max_epochs: int = 30) -> pl.Trainer:
-    """Train until the mark can be read from the network."""
+    """Train until the mark can be predicted from the last hidden layer."""
     pl.seed_everything(0, verbose=False)
     loaders = digits_loaders()
     train, val = (

@@ -1,4 +1,4 @@
-"""What a text classifier knows about the slots of its tokens, for which it never had a label.
+"""What a text classifier encodes about slots that are not part of its labels.
 
     python examples/text_observers.py
 
@@ -26,7 +26,7 @@ Sample = dict[str, Any]
 
 
 def load(max_train: int) -> tuple[list[Sample], list[Sample]]:
-    """Commands for training and held out: token numbers, the intent, and for each slot whether it occurs."""
+    """Training and held-out commands: token numbers, the intent, and for each slot whether it occurs."""
     folder = os.environ.get("LIGHTNING_NEURO_DATA")
     if folder:
         parts = [read(Path(folder) / "snips" / f"{name}.jsonl") for name in ("train", "validate")]
@@ -71,7 +71,7 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
 
 
 class IntentNet(pl.LightningModule):
-    """Embedding, two convolutions over the words, the largest value of each channel."""
+    """Embedding, two convolutions over the words, maximum of each channel over the words."""
 
     def __init__(self, words: int, width: int = 64) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class IntentNet(pl.LightningModule):
         self.fc2 = nn.Linear(width, 7)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Scores of the seven intents, (N, 7), of token numbers, (N, words)."""
+        """Logits of the seven intents, (N, 7), of token numbers, (N, words)."""
         there = (tokens != 0)[:, None]
         # Padding is kept at 0 everywhere, so that the length of a batch does not matter.
         x = self.relu1(self.conv1(self.embedding(tokens).transpose(1, 2)) * there)
@@ -105,7 +105,7 @@ class IntentNet(pl.LightningModule):
 
 
 def main(max_epochs: int = 5, max_train: int = 3000) -> pl.Trainer:
-    """Train, and print how well the slots can be read from each layer."""
+    """Train, and print how well the slots can be predicted from each layer."""
     pl.seed_everything(0, verbose=False)
     train, held_out = load(max_train)
     words = 1 + max(int(sample["input_ids"].max()) for sample in train)
@@ -125,12 +125,12 @@ def main(max_epochs: int = 5, max_train: int = 3000) -> pl.Trainer:
     )
     trainer.fit(IntentNet(words), *loaders)
     print(f"{len(train)} commands; accuracy of the intent {float(trainer.callback_metrics['val/accuracy']):.3f}")
-    print(f"\n{'balanced accuracy of':<22}" + "".join(f"{layer + ': start, end':>20}" for layer in observers.result))
+    print(f"\n{'balanced accuracy of':<22}" + "".join(f"{layer + ': before, after':>22}" for layer in observers.result))
     for a, slot in enumerate(SLOTS):
         cells = (
             f"{observers.before[k][a]:.3f}, {float(r.balanced_accuracy[a]):.3f}" for k, r in observers.result.items()
         )
-        print(f"{slot:<22}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{slot:<22}" + "".join(f"{cell:>22}" for cell in cells))
     return trainer
 
 
