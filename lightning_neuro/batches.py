@@ -1,6 +1,7 @@
 """The contents of a batch: input, target, number of samples, and the dimension of the samples in its tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -76,7 +77,13 @@ def read_field(name: str, field: BatchField, batch: Any) -> Any:
                 f"`{name}` must be a function that accepts a batch; it failed on {describe(batch)}:"
                 f" {type(error).__name__}: {error}."
             ) from error
+    # Objects such as dataclasses have fields as attributes; a tensor has no named fields.
+    if isinstance(field, str) and not isinstance(batch, Mapping) and not isinstance(batch, Tensor):
+        with suppress(AttributeError):
+            return getattr(batch, field)
     try:
+        if isinstance(field, str) and isinstance(batch, Tensor):
+            raise KeyError(field)
         return batch[field]
     except (KeyError, IndexError, TypeError) as error:
         raise ArgumentError(

@@ -103,6 +103,8 @@ def test_a_field_is_a_key_an_index_or_a_function() -> None:
     assert read_field("target_fn", "y", {"x": X, "y": Y}) is Y
     assert read_field("target_fn", 1, [X, Y]) is Y
     assert read_field("target_fn", lambda batch: batch.x, Batch(X, "a")) is X
+    assert read_field("target_fn", "x", Batch(X, "a")) is X
+    assert read_field("target_fn", "values", {"values": Y}) is Y  # the key, not the method of the dictionary
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,8 @@ def test_a_field_is_a_key_an_index_or_a_function() -> None:
     [
         ("z", {"x": X}, "'x'"),
         (2, [X, Y], "a list of 2"),
-        ("x", Batch(X, "a"), "a Batch"),
+        ("q", Batch(X, "a"), "a Batch"),
+        ("x", X, "a float32 tensor"),
         (lambda batch: batch["q"], {"x": X}, "KeyError"),
     ],
 )

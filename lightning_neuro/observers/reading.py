@@ -94,7 +94,8 @@ def _read(
     """The result of samples in canonical order: finite float64 (N, units), (N, A), (N,) and (N,)."""
     num_folds, number = settings.num_folds, attributes.shape[1]
     fold = stratified_folds(groups, num_folds)
-    mean, std = x.mean(0), x.std(0, correction=0)
+    # Without samples both are NaN, about which torch would warn.
+    mean, std = (x.mean(0), x.std(0, correction=0)) if len(x) else (x.sum(0) / 0, x.sum(0) / 0)
     live = std > 1e-7 * x.abs().amax(0).clamp(min=1e-30) if len(x) else torch.zeros_like(std, dtype=torch.bool)
     standard = (x[:, live] - mean[live]) / std[live]
     controls = control_attributes(attributes, labels, settings.num_controls)
