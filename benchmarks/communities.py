@@ -1,14 +1,14 @@
-"""How long neuron communities take, and how good the communities are.
+"""The cost of neuron communities, and their quality.
 
     python benchmarks/communities.py [--units 1024] [--samples 10000] [--batch 512] [--repeats 5]
 
-(1) One evaluation of a layer: update over all batches, then compute (graph, five runs, ten null draws).
+(1) One evaluation of a layer: update over all batches, then compute (graph, five runs, ten null samples).
 (2) One detection on the same graph against cdlib's and scikit-network's Louvain and igraph's Leiden run to convergence.
 
 The activations are ReLU of low-rank factors plus noise, max(0, z W + e): 24 normal factors z per sample, normal weights
 W / sqrt(24), unit noise e. So every unit shares signal with many others, half of all pairs have an edge, and there is
 structure without clean blocks, as in a hidden layer. (3) repeats (2) on the same activations shuffled unit by unit.
-(4) is the table of docs/benchmarks.md on what chance alone gives.
+(4) is the table of docs/benchmarks.md on modularity by chance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lightning_neuro.communities import ActivationGraph, NeuronModularity, activation_graph, modularity
-from lightning_neuro.communities.louvain import louvain
+from lightning_neuro.communities.dense_louvain import louvain
 
 Labels = torch.Tensor
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def chance_levels(units: int, seed: int) -> None:
-    """What units that have nothing to do with each other give, and what the null says of them."""
+    """Modularity of independent units, and its null."""
     print(f"  {'active':>7}{'samples':>9}{'modularity':>12}{'null':>8}{'z':>7}")
     for active in (0.5, 0.1, 0.01):
         threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - active))
@@ -75,8 +75,8 @@ def factor_activations(samples: int, units: int, seed: int, factors: int = 24) -
 
 
 def time_evaluation(activations: torch.Tensor, batch: int, repeat: int) -> None:
-    """Time update and compute, and compute without the null to tell the parts apart."""
-    full, bare = NeuronModularity(), NeuronModularity(null_draws=0)
+    """Time update and compute, and compute without the null to separate the parts."""
+    full, bare = NeuronModularity(), NeuronModularity(num_null_samples=0)
     start = time.perf_counter()
     for part in activations.split(batch):
         full.update(part)
@@ -90,13 +90,13 @@ def time_evaluation(activations: torch.Tensor, batch: int, repeat: int) -> None:
     without_null = time.perf_counter() - before_bare
     print(
         f"  run {repeat}: total {computed - start:.2f} = update {updated - start:.2f} + graph and five runs "
-        f"{without_null:.2f} + ten null draws {computed - updated - without_null:.2f}   "
+        f"{without_null:.2f} + ten null samples {computed - updated - without_null:.2f}   "
         f"(Q {result.modularity:.4f}, by chance {result.modularity_null:.4f}, z {result.modularity_z:.0f})"
     )
 
 
 def compare_detectors(graph: ActivationGraph, repeats: int) -> None:
-    """Interleaved runs of all detectors on one graph; the others get their graph object ready-made."""
+    """Interleaved runs of all detectors on one graph; graph objects for other libraries are built beforehand."""
     detectors = make_detectors(graph)
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
     quality: dict[str, list[float]] = {name: [] for name in detectors}

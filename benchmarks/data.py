@@ -1,4 +1,4 @@
-"""Real data for the benchmarks: Fashion-MNIST where LIGHTNING_NEURO_DATA says it is, else scikit-learn's digits."""
+"""Real data for the benchmarks: Fashion-MNIST from LIGHTNING_NEURO_DATA if it is set, else scikit-learn's digits."""
 
 import gzip
 import os

@@ -1,12 +1,12 @@
-"""What observers cost, against logistic regression and against probes that are trained by SGD; and what they show.
+"""The cost of observers, compared with logistic regression and with probes trained by SGD; and their results.
 
     python benchmarks/observers.py [fit] [slope] [sgd] [nlvr] [--out docs/images]
 
-fit:   40 attributes, 512 units, 10,000 samples against 40 fits of scikit-learn's LogisticRegression, turn by turn.
-slope: the cost of an evaluation against the number of attributes and of units.
-sgd:   one Fashion-MNIST run with ObserverProbes, one with a linear probe per class trained by SGD beside the network.
-nlvr:  a CNN learns to tell the number of objects in a picture; what does it know about their shapes and colours?
-The data are found through LIGHTNING_NEURO_DATA; sgd uses scikit-learn's digits where it is not set, nlvr needs it.
+fit:   40 attributes, 512 units, 10,000 samples against 40 fits of scikit-learn's LogisticRegression, interleaved.
+slope: the cost of an evaluation over the number of attributes and of units.
+sgd:   one Fashion-MNIST run with ObserverProbes, one with a linear probe per class trained along with the network.
+nlvr:  a CNN learns to predict the number of objects in a picture; what does it encode about their shapes and colours?
+The data are read from LIGHTNING_NEURO_DATA; sgd uses scikit-learn's digits if it is not set, nlvr needs it.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro import LinearObserver
-from lightning_neuro.observers.measures import balanced_accuracy, confusion
+from lightning_neuro.observers import LinearObserver
 from lightning_neuro.observers.ridge import cross_fit
+from lightning_neuro.stats import balanced_accuracy, confusion
 
 
 def factors(samples: int, units: int, attributes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def factors(samples: int, units: int, attributes: int, seed: int = 0) -> tuple[T
 
 
 def fit(rounds: int = 3) -> None:
-    """All observers in closed form against a logistic regression for each attribute."""
+    """Compare all observers in closed form with a logistic regression for each attribute."""
     from sklearn.linear_model import LogisticRegression
 
     x, y = factors(10_000, 512, 40)
@@ -54,14 +54,14 @@ def fit(rounds: int = 3) -> None:
         found = cross_fit(standard, y.double(), fold, 5)
         ours = time.perf_counter() - start
         start = time.perf_counter()
-        told = []
+        predicted = []
         inputs = ((x - x[train].mean(0)) / x[train].std(0)).numpy()
         for a in range(40):
             model = LogisticRegression(class_weight="balanced", C=0.01, max_iter=1000)
             model.fit(inputs[train.numpy()], y[train, a].numpy())
-            told.append(model.decision_function(inputs[test.numpy()]))
+            predicted.append(model.decision_function(inputs[test.numpy()]))
         theirs = time.perf_counter() - start
-        scores = torch.as_tensor(np.stack(told, 1)).double()
+        scores = torch.as_tensor(np.stack(predicted, 1)).double()
         own = balanced_accuracy(*confusion(found.scores[test], y[test].double())).mean().item()
         other = balanced_accuracy(*confusion(scores, y[test].double())).mean().item()
         ratios.append(theirs / ours)
@@ -107,7 +107,7 @@ def slope() -> None:
 
 
 def sgd(epochs: int = 2, steps: int = 300) -> None:
-    """Read classes from each layer while a network trains: ours, and a probe per layer and class trained by SGD."""
+    """Predict classes from each layer while a network trains: ours, and a probe per layer and class trained by SGD."""
     import pytorch_lightning as pl
     from data import load_images
     from networks import Classifier, small_cnn
@@ -119,7 +119,7 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
     layers = {"net.1": 32, "net.4": 64, "net.8": 128}
 
     class Online(Classifier):
-        """A linear probe of each class at each layer, trained on the training batches beside the network."""
+        """Trains a linear probe of each class at each layer on the training batches, along with the network."""
 
         def __init__(self, net: nn.Module) -> None:
             super().__init__(net)
@@ -147,7 +147,7 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
                 truth = (batch[1] == number % 10).float()
                 error = nn.functional.binary_cross_entropy_with_logits(probe(self.seen[layer])[:, 0], truth)
                 optimizer.zero_grad(), self.manual_backward(error), optimizer.step()
-                error.item()  # as peers do to log it
+                error.item()  # as comparable tools do to log it
 
         def configure_optimizers(self) -> Any:
             own = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
@@ -166,7 +166,7 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
     samples = min(128 * steps, len(train))
     held_out = Subset(test, range(min(2000, len(test))))
     rows: dict[str, tuple[float, list[float], float]] = {}
-    # One fold of plenty of samples, so that both are told on held-out images; the observers' own come from the same.
+    # Both are scored on held-out images; the observers are cross-validated on the same ones.
     for kind in ("plain", "sgd", "ours"):
         pl.seed_everything(0, verbose=False)
         net = small_cnn(train.tensors[0].shape[-1])
@@ -201,25 +201,29 @@ def sgd(epochs: int = 2, steps: int = 300) -> None:
     plain = rows["plain"][0]
     for kind in ("sgd", "ours"):
         step, scores, own = rows[kind]
-        told = "  ".join(f"{layer} {score:.3f}" for layer, score in zip(layers, scores, strict=True))
+        found = "  ".join(f"{layer} {score:.3f}" for layer, score in zip(layers, scores, strict=True))
         cost = f"step x{step / plain:.2f} of a plain one ({1000 * plain:.0f} ms), and {own:.2f} s an epoch"
-        print(f"  {kind:<5} {cost};  {told}")
+        print(f"  {kind:<5} {cost};  {found}")
 
 
 def time_inside(callback: Any, inside: list[float]) -> None:
     """Add up the seconds of a callback's evaluations after the one before training."""
-    evaluate = callback._evaluate
+    begin, end = callback.begin_evaluation, callback.end_evaluation
+    start = [0.0]
 
-    def timed(trainer: Any, pl_module: Any, kind: str, **options: Any) -> None:
-        begin = time.perf_counter()
-        evaluate(trainer, pl_module, kind, **options)
-        inside[0] += time.perf_counter() - begin if kind != "start" else 0.0
+    def timed_begin(*arguments: Any) -> None:
+        start[0] = time.perf_counter()
+        begin(*arguments)
 
-    callback._evaluate = timed
+    def timed_end(*arguments: Any, **options: Any) -> None:
+        end(*arguments, **options)
+        inside[0] += time.perf_counter() - start[0] if callback.event.kind != "start" else 0.0
+
+    callback.begin_evaluation, callback.end_evaluation = timed_begin, timed_end
 
 
 def online_scores(model: Any, layers: dict[str, int], data: Any) -> list[float]:
-    """Balanced accuracy of the SGD probes; their threshold is the middle of the classes' mean scores, as ours is."""
+    """Balanced accuracy of the SGD probes; as in observers, their threshold is the midpoint of the mean scores."""
     model.eval()
     with torch.no_grad():
         images, labels = (torch.stack([torch.as_tensor(item[i]) for item in data]) for i in (0, 1))
@@ -243,13 +247,13 @@ def nlvr_boxes(folder: Path) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         rows = list(csv.DictReader(file))
     contains = {f"contains {kind}": torch.tensor([float(int(row[f"n_{kind}"]) > 0) for row in rows]) for kind in NLVR}
     contains["touches wall"] = torch.tensor([float(row["touches_wall"]) for row in rows])
-    # So many of both that a class of its own can be learnt: 1, ..., 7, 8 and more.
+    # Classes with enough boxes to be learned: 1, ..., 7, 8 or more.
     counts = torch.tensor([min(int(row["n_objects"]), 8) for row in rows])
     return torch.from_numpy(images).permute(0, 3, 1, 2), counts, contains
 
 
 def nlvr(out: Path | None, epochs: int = 30) -> None:
-    """Train on the number of objects and read what else the layers know."""
+    """Train on the number of objects, and measure what else can be predicted from the layers."""
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -287,7 +291,7 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
     pl.seed_everything(0, verbose=False)
     observers = ObserverProbes(
         Probe(num_samples=1000),
-        {name: (lambda batch, a=a: batch[2][:, a]) for a, name in enumerate(names)},
+        attributes={name: (lambda batch, a=a: batch[2][:, a]) for a, name in enumerate(names)},
         max_tags=10_000,
     )
     history: dict[int, dict[str, list[float]]] = {}
@@ -314,7 +318,7 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
     accuracy = float(trainer.callback_metrics["accuracy"])
     print(f"nlvr: {len(train)} boxes for training, {len(held_out)} held out; accuracy of the count {accuracy:.3f}")
     layers = list(observers.result)
-    print(f"| attribute | share | raw input | {' | '.join(f'{layer}: start, end' for layer in layers)} |")
+    print(f"| attribute | fraction | raw input | {' | '.join(f'{layer}: before, after' for layer in layers)} |")
     print("|---" * (3 + len(layers)) + "|")
     share = facts[held_out].mean(0)
     for a, name in enumerate(names):
@@ -326,7 +330,8 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
             f"  {name} at {layers[-1]}: selectivity {float(result.selectivity[a]):.3f},"
             f" bits {float(result.information_bits[a]):.3f}"
         )
-    print("  denoting units:", {layer: observers.scalars.get(f"observers/denoting_units/{layer}") for layer in layers})
+    counts = [observers.scalars.get(f"observers/num_denoting_units/{layer}") for layer in layers]
+    print("  denoting units:", dict(zip(layers, counts, strict=True)))
     if out is not None:
         draw_history(history, layers, observers.from_input["contains circle"], out / "nlvr_circle.png")
         for name, figure in observers.draw(observers.result).items():
@@ -340,7 +345,7 @@ def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], 
 
     figure = Figure(figsize=(7, 4), dpi=100)
     panel = figure.add_axes((0.1, 0.13, 0.68, 0.75))
-    place: dict[str, float] = {}  # of the names beside the curves' ends, not on top of each other
+    place: dict[str, float] = {}  # of the names at the ends of the curves, without overlaps
     last = history[max(history)]
     for layer in sorted(layers, key=lambda layer: last[layer][0]):
         place[layer] = max(last[layer][0], max(place.values(), default=0.0) + 0.013)
@@ -359,7 +364,7 @@ def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], 
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["fit", "slope", "sgd"])
     parser.add_argument("--out", type=Path, help="folder for the pictures of nlvr")

@@ -1,14 +1,14 @@
-"""What the callbacks cost: an epoch with them over an epoch without, run turn by turn on the same machine.
+"""The cost of the callbacks: the ratio of an epoch with them to an epoch without, in alternating runs on one machine.
 
     python benchmarks/overhead.py                      # small CNN, whole epochs of 60,000 images
     python benchmarks/overhead.py --network resnet18   # a ResNet-18 at 32 x 32, on part of an epoch, see below
 
-Every fit is a process of its own (so that its peak memory is its own), and fits with and without a callback alternate.
-Absolute seconds mean nothing on a shared machine; the ratio of two neighbours does, where the machine is quiet. Where
-it is not, look at the second ratio: the epoch over the same epoch less the time inside the callbacks' evaluations, two
-times of one and the same run. (Between evaluations the callbacks do nothing, but for RepresentationRefinement, which
-rides on the steps: see benchmarks/refinement.py for these.) The ResNet is too slow for whole epochs on a CPU: there a
-part of an epoch is run, and what the evaluation at its end costs is related to 60,000 samples at that fit's own pace.
+Every fit runs in a separate process (to measure its peak memory), and fits with and without a callback alternate.
+Absolute times are not meaningful on a shared machine; the ratio of two consecutive runs is, if the machine is idle. If
+it is not, use the second ratio: the time of the epoch, divided by this time without the callbacks' evaluations, both
+from the same run. (Between evaluations the callbacks do nothing, except RepresentationRefinement, which follows the
+training steps: see benchmarks/refinement.py.) The ResNet is too slow for whole epochs on a CPU: a part of an epoch is
+run, and the cost of the evaluation at its end is related to 60,000 samples at the pace of the same fit.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def fit(network: str, variant: str, samples: int, batch_size: int) -> dict[str, 
     model = Classifier(resnet18() if network == "resnet18" else small_cnn(train.tensors[0].shape[-1]), side)
 
     class Clock(pl.Callback):
-        """Last in the list, so that what the others do at the end of an epoch is inside."""
+        """Last in the list, so that the work of the others at the end of an epoch is included."""
 
         start = end = 0.0
 
@@ -136,14 +136,14 @@ def time_evaluations(callback: Any, inside: list[float]) -> None:
 
 
 def import_seconds(statement: str) -> float:
-    """How long a fresh interpreter takes for some imports."""
+    """Seconds that a new interpreter takes for some imports."""
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - begin
 
 
 def measure(network: str, variants: Sequence[str], samples: int, rounds: int, batch_size: int) -> list[dict[str, Any]]:
-    """For each variant, in each round, one plain fit and one with it."""
+    """Run, for each variant in each round, one plain fit and one with the variant."""
     rows = []
     context = multiprocessing.get_context("spawn")
     for number in range(rounds):
@@ -158,7 +158,7 @@ def measure(network: str, variants: Sequence[str], samples: int, rounds: int, ba
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Median and range of the ratios of neighbours."""
+    """Print median and range of the ratios of consecutive runs."""
     ratios_of = f"{'epoch of 60,000: ratio (range)':>34}{'within one run (range)':>30}"
     print(f"\n{'callback':<26}{ratios_of}{'before training':>20}{'peak memory':>14}")
     for variant in dict.fromkeys(row["pair"] for row in rows):

@@ -1,13 +1,14 @@
-"""Concept paths: what a refresh costs, how far the scores can be trusted, and what holds on Fashion-MNIST.
+"""Concept paths: the cost of an evaluation, the reliability of the scores, and findings on Fashion-MNIST.
 
     python benchmarks/paths.py              # trains a plain and a residual network first, a few minutes
     python benchmarks/paths.py --epochs 1   # quicker
 
-Times are ratios of one interleaved run: what is compared is run turn by turn, and the median ratio is printed.
+Times are ratios within one run: the compared computations alternate, and the median ratio is printed.
 """
 
 import argparse
 import copy
+import math
 import statistics
 import time
 import warnings
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ConceptPaths, Probe
 from lightning_neuro.isolation import evaluation_mode
+from lightning_neuro.layers import resolve_layers
 from lightning_neuro.paths import (
     NadPaths,
     attribution_scores,
@@ -31,12 +33,15 @@ from lightning_neuro.paths import (
     confusion_top3,
     evaluate_paths,
     minimal_paths,
-    path_layers,
     path_similarity,
     refine_paths,
 )
-from lightning_neuro.paths.measures import cosine, rank_correlation
+from lightning_neuro.paths.similarity import cosine, mean_between
+from lightning_neuro.session import session_of
+from lightning_neuro.stats import spearman
 
+# The default layers of the plain network; the residual blocks, which have to be named.
+LAYERS: dict[str, list[str] | None] = {"plain": None, "residual": ["3", "4", "5", "6"]}
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 Batch = tuple[Tensor, Tensor]
 
@@ -58,7 +63,7 @@ def train(net: nn.Module, data: TensorDataset, epochs: int) -> nn.Module:
 
 
 def epoch(net: nn.Module, data: TensorDataset, optimizer: torch.optim.Optimizer, batches: int | None = None) -> None:
-    """One epoch, or its beginning."""
+    """Train for one epoch, or for its first batches."""
     images, labels = data.tensors
     for rows in torch.randperm(len(images)).split(128)[:batches]:
         optimizer.zero_grad()
@@ -74,7 +79,7 @@ def some(data: TensorDataset, each: int, first: int = 0) -> Batch:
 
 
 def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action, taken turn by turn after one turn that does not count."""
+    """Seconds of each action, in alternating runs after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
@@ -86,54 +91,60 @@ def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def ratio(seconds: dict[str, list[float]], above: str, below: str, factor: float = 1.0) -> str:
-    """Median and range of the ratios of neighbours."""
+    """Median and range of the ratios of consecutive runs."""
     found = [factor * a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
     return f"{statistics.median(found):.4g} ({min(found):.4g} to {max(found):.4g})"
 
 
+class AtValidationEnd(pl.Callback):
+    """Runs something at the end of a validation, where callbacks may log."""
+
+    def __init__(self, action: Callable[[pl.Trainer, pl.LightningModule], None]) -> None:
+        self.action = action
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run it."""
+        self.action(trainer, pl_module)
+
+
 def costs(net: nn.Module, train_data: TensorDataset, test_data: TensorDataset) -> None:
-    """A refresh against an epoch, and against mode "nad" on the same samples."""
+    """Compare the time of an evaluation with an epoch, and with mode "nad" on the same samples."""
     warnings.filterwarnings("ignore")
-    probe = Probe(source=test_data, num_samples=320)
-    callback = ConceptPaths(probe, on_error="raise")
-    module = Classifier(copy.deepcopy(net))
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", **quiet)
-    # Attached by hand, so that evaluations can be timed one by one.
-    trainer.validate(module, DataLoader(test_data, batch_size=500), verbose=False)
-    trainer.state.fn = "validate"
-    callback.probe.attach(module, callback)
-    numbers = iter(range(10**6))
-
-    def refresh() -> None:
-        results = callback._results(trainer, module, ("bench", 0, next(numbers)))
-        callback._keyed(callback._measured(results))
-
+    callback = ConceptPaths(Probe(source=test_data, num_samples=320), on_error="raise")
     other = copy.deepcopy(net).train()
     optimizer = torch.optim.Adam(other.parameters(), 1e-3)
     used = some(test_data, 32)
     step = 47
-    results = callback._results(trainer, module, ("bench", 0, next(numbers)))
-    seconds = interleaved(
-        {
-            "epoch": lambda: epoch(other, train_data, optimizer, batches=step),
-            "refresh": refresh,
+
+    def train_a_little() -> None:
+        with torch.enable_grad():
+            epoch(other, train_data, optimizer, batches=step)
+
+    def measure(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        def evaluate() -> None:
+            callback.event = None  # so that the same moment is due again
+            session_of(trainer).evaluate(trainer, pl_module, "validate")
+
+        actions = {
+            "epoch": train_a_little,
+            "evaluation": evaluate,
             "scores": lambda: attribution_scores(net, *used),
-            "figures": lambda: callback.draw(results),
-        },
-        rounds=9,
-    )
-    whole = step * 128 / len(train_data)
-    print("\nCost, 10 classes x 32 samples; median (range) of ratios of neighbours")
-    lines = {"a refresh (probe's pass, scores, masked passes, measures)": "refresh", "the scores alone": "scores"}
-    for text, action in (lines | {"drawing the four figures": "figures"}).items():
-        print(f"{text + ' / an epoch:':<72}{ratio(seconds, action, 'epoch', whole)}")
-    seconds = interleaved(
-        {"nad": lambda: NadPaths(net).fit(*used), "scores": lambda: attribution_scores(net, *used), "refresh": refresh},
-        rounds=3,
-    )
-    for text, action in {"the default's scores": "scores", "a whole refresh of the default": "refresh"}.items():
-        print(f"{f'mode nad: its masks / {text}:':<72}{ratio(seconds, 'nad', action)}")
+            "figures": lambda: callback.draw(callback.result),
+        }
+        seconds = interleaved(actions, rounds=9)
+        whole = step * 128 / len(train_data)
+        print("\nCost, 10 classes x 32 samples; median (range) of ratios of consecutive runs")
+        lines = {"an evaluation (probe pass, scores, masked passes, measures)": "evaluation"}
+        for text, action in (lines | {"the scores alone": "scores", "drawing the four figures": "figures"}).items():
+            print(f"{text + ' / an epoch:':<72}{ratio(seconds, action, 'epoch', whole)}")
+        seconds = interleaved({"nad": lambda: NadPaths(net).fit(*used)} | actions, rounds=3)
+        lines = {"the default's scores": "scores", "a whole evaluation of the default": "evaluation"}
+        for text, action in lines.items():
+            print(f"{f'mode nad: its masks / {text}:':<72}{ratio(seconds, 'nad', action)}")
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "inference_mode": False}
+    trainer = pl.Trainer(callbacks=[callback, AtValidationEnd(measure)], accelerator="cpu", **quiet)
+    trainer.validate(Classifier(copy.deepcopy(net)), DataLoader(test_data, batch_size=500), verbose=False)
 
 
 def loop(net: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -155,13 +166,13 @@ def loop(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     return worst
 
 
-def exact_ablation(net: nn.Module, images: Tensor, labels: Tensor, sites: dict[str, nn.Module]) -> dict[str, float]:
-    """Site -> Spearman's correlation, mean over classes, of the scores with the exact fall of the logit."""
-    scores = attribution_scores(net, images, labels)
+def exact_ablation(net: nn.Module, images: Tensor, labels: Tensor, layers: list[str] | None) -> dict[str, float]:
+    """Layer -> Spearman's correlation, mean over classes, of the scores with the exact decrease of the logit."""
+    scores = attribution_scores(net, images, labels, layers)
     found = {}
     with torch.no_grad(), evaluation_mode(net):
         clean = net(images).gather(1, labels[:, None]).flatten()
-        for name, module in sites.items():
+        for name, module in resolve_layers(net, layers).items():
             falls = []
             for unit in range(scores[name].shape[1]):
 
@@ -175,13 +186,12 @@ def exact_ablation(net: nn.Module, images: Tensor, labels: Tensor, sites: dict[s
                 handle.remove()
                 falls.append(torch.stack([fall[labels == label].mean() for label in range(10)]))
             exact = torch.stack(falls, dim=1)
-            each = [rank_correlation(scores[name][label], exact[label].double()) for label in range(10)]
-            found[name] = sum(each) / len(each)
+            found[name] = float(spearman(scores[name], exact).mean())
     return found
 
 
 def rescaled(net: nn.Module) -> nn.Module:
-    """The same function with other scales: channels of the plain network, each times its own factor."""
+    """The same function with other scales: each channel of the plain network is multiplied by its own factor."""
     net = copy.deepcopy(net)
     generator = torch.Generator().manual_seed(0)
     for layer, following in ((net[0], net[3]), (net[3], net[7]), (net[7], net[10])):
@@ -196,16 +206,16 @@ def rescaled(net: nn.Module) -> nn.Module:
 
 
 def rescaling(net: nn.Module, samples: Batch) -> None:
-    """What each method's paths do when nothing changes but scales."""
+    """How each method's paths change when only scales change."""
     other = rescaled(net)
     change = float((net(samples[0]) - other(samples[0])).detach().abs().max())
     print(f"\nFunction-preserving rescaling of every channel (largest change of a logit: {change:.1e})")
-    print(f"{'method':<22}{'units that change sides':>25}{'size before':>13}{'size after':>12}")
+    print(f"{'method':<22}{'units that change':>25}{'size before':>13}{'size after':>12}")
     methods: dict[str, Callable[[nn.Module], Mapping[str, Tensor]]] = {
         "attribution": lambda model: concept_paths(attribution_scores(model, *samples)),
         "relative refinement": lambda model: {
             site: gates > 0
-            for site, gates in refine_paths(model, *samples, attribution_scores(model, *samples), steps=30).items()
+            for site, gates in refine_paths(model, *samples, attribution_scores(model, *samples), num_steps=30).items()
         },
         "nad": lambda model: NadPaths(model).fit(*samples).paths,
     }
@@ -215,31 +225,30 @@ def rescaling(net: nn.Module, samples: Batch) -> None:
         print(f"{name:<22}{moved:>24.2%} {float(before.double().mean()):>12.3f}{float(after.double().mean()):>12.3f}")
 
 
-def compare(net: nn.Module, data: TensorDataset, *, learned: bool) -> None:
-    """The methods beside each other: noise floor, overlap, and what the paths can do on other samples."""
+def compare(net: nn.Module, data: TensorDataset, layers: list[str] | None) -> None:
+    """Compare the methods: noise floor, overlap, and the rates of the paths on other samples."""
     first, second, judged = some(data, 16), some(data, 16, 16), some(data, 100, 100)
-    scores = [attribution_scores(net, *half) for half in (first, second)]
+    scores = [attribution_scores(net, *half, layers) for half in (first, second)]
     generator = torch.Generator().manual_seed(0)
     noise = [{site: torch.rand(s.shape, generator=generator) for site, s in scores[0].items()} for _ in range(2)]
     pairs: dict[str, list[Mapping[str, Tensor]]] = {
         "attribution, .3": [concept_paths(half) for half in scores],
         "random, .3": [concept_paths(half) for half in noise],
     }
-    if learned:
-        pairs["minimal"] = [minimal_paths(net, *half, s)[0] for half, s in zip((first, second), scores, strict=True)]
-        pairs["refined, 100 steps"] = [
-            {site: gates > 0 for site, gates in refine_paths(net, *half, s, steps=100).items()}
-            for half, s in zip((first, second), scores, strict=True)
-        ]
-        pairs["nad"] = [NadPaths(net, seed=seed).fit(*half).paths for seed, half in enumerate((first, second))]
-    heads = ("size", "self_overlap", "overlap", "retention", "fpr", "auroc", "necessity")
+    pairs["minimal"] = [minimal_paths(net, *half, s)[0] for half, s in zip((first, second), scores, strict=True)]
+    pairs["refined, 100 steps"] = [
+        {site: gates > 0 for site, gates in refine_paths(net, *half, s, num_steps=100).items()}
+        for half, s in zip((first, second), scores, strict=True)
+    ]
+    pairs["nad"] = [NadPaths(net, layers, seed=seed).fit(*half).paths for seed, half in enumerate((first, second))]
+    heads = ("path_share", "self_overlap", "overlap", "retention", "fpr", "auroc", "necessity")
     print("\n" + f"{'method':<20}" + "".join(f"{head:>14}" for head in heads))
     for name, (one, two) in pairs.items():
         floor = [float(path_similarity(one[site], two[site]).diagonal().nanmean()) for site in one]
-        overlap = [between(path_similarity(one[site], one[site])) for site in one]
+        overlap = [mean_between(path_similarity(one[site], one[site])) for site in one]
         size = float(torch.cat([mask.flatten() for mask in one.values()]).double().mean())
         found = evaluate_paths(net, *judged, one).scalars()
-        rates = [found[key] for key in ("retention", "false_positive_rate", "auroc", "necessity")]
+        rates = [found.get(key, math.nan) for key in ("retention", "false_positive_rate", "auroc", "necessity")]
         print(f"{name:<20}" + "".join(f"{v:>14.3f}" for v in (size, mean(floor), mean(overlap), *rates)))
 
 
@@ -248,19 +257,14 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def between(similarity: Tensor) -> float:
-    """Mean over pairs of different classes."""
-    return float(similarity[~torch.eye(len(similarity), dtype=torch.bool)].nanmean())
-
-
-def findings(name: str, net: nn.Module, data: TensorDataset) -> None:
-    """The paper's three findings, as far as they can be looked at here."""
+def findings(name: str, net: nn.Module, data: TensorDataset, layers: list[str] | None) -> None:
+    """The paper's three findings, as far as they can be checked here."""
     found_on, judged = some(data, 100), some(data, 200, 100)
-    scores = attribution_scores(net, *found_on)
+    scores = attribution_scores(net, *found_on, layers)
     paths = concept_paths(scores)
     evaluation = evaluate_paths(net, *judged, paths)
-    print(f"\n{name}: necessity per class (100 samples a class to find paths, 200 others to judge them)")
-    print(f"{'class':<12}{'necessity':>10}{'own fall':>10}{'others fall':>12}{'retention':>11}{'fpr':>7}{'auroc':>7}")
+    print(f"\n{name}: necessity per class (100 samples per class to find paths, 200 others to evaluate them)")
+    print(f"{'class':<12}{'necessity':>10}{'own loss':>10}{'others loss':>12}{'retention':>11}{'fpr':>7}{'auroc':>7}")
     for label, word in enumerate(CLASSES):
         own = float(evaluation.drops[label, label])
         values = (float(evaluation.necessity[label]), own, own - float(evaluation.necessity[label]))
@@ -275,10 +279,10 @@ def findings(name: str, net: nn.Module, data: TensorDataset) -> None:
     confusion = torch.zeros(10, 10, dtype=torch.float64)
     confusion.index_put_((labels, logits.argmax(1)), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
     wrong = int(confusion.sum() - confusion.trace())
-    halves = [concept_paths(attribution_scores(net, *some(data, 50, first))) for first in (0, 50)]
-    features = class_means(net, found_on)
+    halves = [concept_paths(attribution_scores(net, *some(data, 50, first), layers)) for first in (0, 50)]
+    features = class_means(net, found_on, layers)
     last = list(features)[-1]
-    print(f"\n{name}: {wrong} wrong predictions; overlap and confusion by depth (chance of the top 3: {3 / 9:.3f})")
+    print(f"\n{name}: {wrong} wrong predictions; overlap and confusion by depth (top 3 by chance: {3 / 9:.3f})")
     print(f"{'layer':<10}{'units':>6}{'overlap':>9}{'self_overlap':>14}{'top 3 by path':>15}{'by class means':>16}")
     similarities = []
     for site, mask in paths.items():
@@ -286,17 +290,19 @@ def findings(name: str, net: nn.Module, data: TensorDataset) -> None:
         similarities.append(similarity)
         floor = float(path_similarity(halves[0][site], halves[1][site]).diagonal().nanmean())
         tops = confusion_top3(confusion, similarity), confusion_top3(confusion, cosine(features[site]))
-        print(f"{site:<10}{mask.shape[1]:>6}{between(similarity):>9.3f}{floor:>14.3f}{tops[0]:>15.3f}{tops[1]:>16.3f}")
+        print(
+            f"{site:<10}{mask.shape[1]:>6}{mean_between(similarity):>9.3f}{floor:>14.3f}{tops[0]:>15.3f}{tops[1]:>16.3f}"
+        )
     whole = confusion_top3(confusion, torch.stack(similarities).mean(0))
     control = confusion_top3(confusion, cosine(features[last]))
     print(f"all layers: {whole:.3f} by path; {control:.3f} by penultimate class means")
 
 
-def class_means(net: nn.Module, samples: Batch) -> dict[str, Tensor]:
-    """Site -> (classes, units), mean activations."""
-    sites, means = path_layers(net), {}
+def class_means(net: nn.Module, samples: Batch, layers: list[str] | None) -> dict[str, Tensor]:
+    """Layer -> (classes, units), mean activations."""
+    means: dict[str, Tensor] = {}
     handles = []
-    for name, module in sites.items():
+    for name, module in resolve_layers(net, layers).items():
 
         def keep(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
             values = output.flatten(2).mean(2) if output.ndim > 2 else output
@@ -327,14 +333,17 @@ def main() -> None:
         f"\nLargest difference between batched results and a loop over classes (float32): {loop(plain, *samples):.1e}"
     )
     for kind, net in (("plain", plain), ("residual", residual)):
-        each = exact_ablation(net, *samples, path_layers(net))
+        each = exact_ablation(net, *samples, LAYERS[kind])
         print(f"Spearman with exact one-unit ablation, {kind}: " + ", ".join(f"{k} {v:.3f}" for k, v in each.items()))
     rescaling(plain, samples)
     for kind, net in (("plain", plain), ("residual", residual)):
-        print(f"\n{kind} network: methods side by side (16 samples a class a half, 100 others to judge)", end="")
-        compare(net, test_data, learned=True)
-    findings("Plain network", plain, test_data)
-    findings("Residual network", residual, test_data)
+        print(
+            f"\n{kind} network: comparison of the methods (16 samples per class and half, 100 others to evaluate)",
+            end="",
+        )
+        compare(net, test_data, LAYERS[kind])
+    findings("Plain network", plain, test_data, LAYERS["plain"])
+    findings("Residual network", residual, test_data, LAYERS["residual"])
 
 
 if __name__ == "__main__":

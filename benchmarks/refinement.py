@@ -1,12 +1,12 @@
-"""What refinement costs a training step: steps with and without it, taken turn by turn in one process.
+"""The cost of refinement per training step: steps with and without it, taken in turn in one process.
 
     python benchmarks/refinement.py                    # a ResNet-18 at 32 x 32, batch 128
     python benchmarks/refinement.py --network small --repeats 60
 
-Every variant is a network of its own with the same weights, fed the same batch; one step of each is taken in turn, and
-the table gives the median over the rounds of each round's ratio to the plain step. "vmap(grad)" is torch.func's way to
-every sample's gradient, of which only the norms are kept, and it cannot train a network with BatchNorm, so it runs one
-in evaluation mode. Memory is the growth of the process's peak, each variant in a process of its own.
+Each variant is a separate network with the same weights and the same batch. One step of each is taken in turn, and the
+table lists the median over the rounds of the ratio to the plain step. "vmap(grad)" computes the gradient of every
+sample with torch.func, of which only the norms are kept. It cannot train a network with BatchNorm, so it runs the
+network in evaluation mode. Memory is the growth of the peak of the process, with each variant in its own process.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_neuro.refinement import RefinementLedger, SampleTable, Sources
-from lightning_neuro.refinement.batch import TrainBatch
-from lightning_neuro.refinement.recorder import StepRecorder, find_layers
+from lightning_neuro.refinement.gradient_hooks import GradientHooks
+from lightning_neuro.refinement.traced_layers import find_layers
+from lightning_neuro.refinement.training_steps import TrainBatch, TrainingSteps
 
 CLASSES, BATCH, DATASET = 10, 128, 60_000
-# Network, and what to trace: layers with a ledger, layers whose samples are followed.
+# Variant -> layers with a ledger, layers whose samples are tracked.
 VARIANTS: dict[str, tuple[str | None, str | None]] = {
     "plain": (None, None),
     "default: ledger and samples of the head": ("head", "head"),
@@ -47,27 +48,27 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def stepper(name: str, variant: str) -> Callable[[], None]:
-    """One training step of a variant, as the callback would have it."""
+    """A function that makes one training step of a variant, as with the callback."""
     model, images = network(name)
     model.train()
     labels = torch.arange(BATCH) % CLASSES
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    recorder = record(model, optimizer, *VARIANTS[variant])
+    steps = record(model, optimizer, *VARIANTS[variant])
     batch, sources = TrainBatch(ids=torch.arange(BATCH), targets=labels), Sources(labels, CLASSES + 1)
 
     def step() -> None:
         optimizer.zero_grad()
-        if recorder is not None:
-            recorder.begin(batch, Sources(sources.rows, sources.num))
+        if steps is not None:
+            steps.begin(batch, Sources(sources.rows, sources.num))
         cross_entropy(model(images), labels).backward()
         optimizer.step()
-        if recorder is not None:
-            recorder.end()
+        if steps is not None:
+            steps.end()
 
     return step
 
 
-def record(model: nn.Module, optimizer: Any, ledgers: str | None, samples: str | None) -> StepRecorder | None:
+def record(model: nn.Module, optimizer: Any, ledgers: str | None, samples: str | None) -> TrainingSteps | None:
     """Follow the steps of a network as the callback does."""
     if ledgers is None:
         return None
@@ -79,13 +80,11 @@ def record(model: nn.Module, optimizer: Any, ledgers: str | None, samples: str |
 
     table = [SampleTable(list(watched), DATASET)] if samples else []
     opened = {layer: RefinementLedger(owners[0], num_sources=CLASSES) for layer, owners in head.items()}
-    recorder = StepRecorder(watched, opened, table, raised)
-    recorder.attach([optimizer])
-    return recorder
+    return TrainingSteps(GradientHooks(watched), opened, table, [optimizer], raised)
 
 
 def vmap_step(name: str) -> Callable[[], None]:
-    """Every sample's gradient the usual way."""
+    """A function that computes every sample's gradient with `vmap(grad)`."""
     from torch.func import functional_call, grad, vmap
 
     model, images = network(name)
@@ -100,7 +99,7 @@ def vmap_step(name: str) -> Callable[[], None]:
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0))
 
     def step() -> None:
-        for first in range(0, BATCH, 16):  # in parts: whole, it does not fit into memory
+        for first in range(0, BATCH, 16):  # in parts, because the whole batch does not fit into memory
             part = slice(first, first + 16)
             for gradient in per_sample(parameters, images[part], labels[part]).values():
                 gradient.flatten(1).norm(dim=1)
@@ -121,7 +120,7 @@ def peak(name: str, variant: str, threads: int) -> float:
     step = stepper(name, variant)
     for _ in range(3):
         step()
-    # Not `resource.getrusage`: a process takes its parent's peak over.
+    # Not `resource.getrusage`, in which a process inherits the peak of its parent.
     found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) / 1024 if found else float("nan")
 

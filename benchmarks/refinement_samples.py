@@ -1,23 +1,21 @@
-"""What the per-sample half of the refinement is worth: mislabelled samples, and influential ones.
+"""How useful per-sample refinement is: for finding mislabelled samples, and influential ones.
 
     python benchmarks/refinement_samples.py [--data fashion digits] [--epochs 5] [--part mislabelled influence norms]
 
-(1) 10 % of the training labels are flipped. AUROC for finding them by the refinement r_i of each layer, cumulated while
-the network trains, beside the per-sample loss after training and captum's TracInCPFast self-influence (last layer, a
-checkpoint an epoch). Chance is .5.
-(2) Clean labels. Spearman between live and trace scores of all training samples, mean over the test inputs, and the
-share of the top 10 training samples that are of the test input's class, beside TracInCPFast and the cosine of the
-features before the head. With a class contrast at the head the same class is favoured by construction; along the
-refinement it is not. Chance is .1.
+(1) 10 % of the training labels are flipped. AUROC for finding them by the refinement r_i of each layer, summed over
+training, next to the loss of each sample after training and the self-influence of captum's TracInCPFast (last layer,
+one checkpoint per epoch). Chance is .5.
+(2) Clean labels. Spearman correlation between the scores of the influence table and of the update log over all training
+samples, mean over the test inputs; and the fraction of the top 10 training samples that have the class of the test
+input, next to TracInCPFast and the cosine of the features before the head. With a class contrast at the head the same
+class is favoured by construction; along the refinement it is not. Chance is .1.
 
-(3) `--part norms`: what per-sample gradient norms cost in single layers, as multiples of the layer's own weight
-gradient in the backward pass, taken turn by turn (best of 10): ours, each of its two forms, torch.func's vmap(grad).
+(3) `--part norms`: cost of per-sample gradient norms in single layers, as multiples of the weight gradient of the layer
+in the backward pass, taken in turn (best of 10): ours, each of its two forms, and vmap(grad) of torch.func.
 
 Fashion-MNIST: small CNN, digits: MLP 64-128-64-10, 20 epochs. SGD, momentum 0.9, learning rate 0.05, batch 128 (digits:
-32), one run a row, all columns of a row from the same run.
+32), one run per row, all columns of a row from the same run.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -34,11 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_neuro.refinement import norms
-from lightning_neuro.refinement.batch import Observer, TrainBatch
-from lightning_neuro.refinement.influence import LiveInfluence
-from lightning_neuro.refinement.samples import SampleTable
-from lightning_neuro.refinement.trace import TraceWriter, load_trace
+from lightning_neuro import stats
+from lightning_neuro.refinement import InfluenceTable, SampleTable, UpdateLogWriter, load_update_log
+from lightning_neuro.refinement import sample_norms as norms
+from lightning_neuro.refinement.training_steps import StepListener, TrainBatch
 
 RATE, FLIPPED, INPUTS, TOP = 0.05, 0.1, 50, 10
 
@@ -50,7 +47,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", default=["mislabelled", "influence"])
     parser.add_argument("--epochs", type=int, default=5, help="on Fashion-MNIST")
     parser.add_argument("--samples", type=int, default=60_000, help="training samples of Fashion-MNIST")
-    parser.add_argument("--refresh", type=int, default=20, help="steps between two looks at the test inputs")
+    parser.add_argument("--refresh", type=int, default=20, help="steps between two updates of the test inputs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if "norms" in args.part:
@@ -86,7 +83,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 class Run:
-    """One way to train, and what is needed to look at it."""
+    """One training setup: network, data and length."""
 
     def __init__(
         self, make: Callable[[], nn.Module], train: TensorDataset, test: TensorDataset, *, epochs: int, batch: int
@@ -96,21 +93,21 @@ class Run:
     def fit(
         self,
         labels: Tensor,
-        observers: Callable[[dict[str, nn.Module]], Sequence[Observer]],
+        listeners: Callable[[dict[str, nn.Module]], Sequence[StepListener]],
         every_step: Callable[[nn.Module, int], None] = lambda net, step: None,
     ) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         """Train with hooks on all linear and convolution layers; returns the network and a checkpoint an epoch."""
         net, x = self.make(), self.train.tensors[0]
         layers = {name: m for name, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-        watching = observers(layers)
+        watching = listeners(layers)
         now = [TrainBatch()]
 
         def tap(name: str) -> Callable[..., None]:
             def forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
                 def backward(gradient: Tensor) -> None:
                     with torch.no_grad():
-                        for observer in watching:
-                            observer.see(name, module, inputs[0].detach(), gradient, now[0])
+                        for listener in watching:
+                            listener.see(name, module, inputs[0].detach(), gradient, now[0])
 
                 if output.requires_grad:
                     output.register_hook(backward)
@@ -128,9 +125,9 @@ class Run:
                 optimizer.zero_grad()
                 cross_entropy(net(x[ids]), labels[ids]).backward()
                 optimizer.step()
-                for observer in watching:
+                for listener in watching:
                     for name in layers:
-                        observer.commit(name, rate)
+                        listener.commit(name, rate)
                 step += 1
             checkpoints.append(copy.deepcopy(net.state_dict()))
         for handle in handles:
@@ -147,7 +144,7 @@ def mislabelled(run: Run, seed: int) -> None:
     labels = torch.where(flipped, (labels + other) % 10, labels)
     table: list[SampleTable] = []
 
-    def watch(layers: dict[str, nn.Module]) -> list[Observer]:
+    def watch(layers: dict[str, nn.Module]) -> list[StepListener]:
         table.append(SampleTable(list(layers), len(labels)))
         return [*table]
 
@@ -176,34 +173,34 @@ def influence(run: Run, refresh: int) -> None:
     labels, x = run.train.tensors[1], run.train.tensors[0]
     inputs, own = (tensor[:INPUTS] for tensor in run.test.tensors)
     with tempfile.TemporaryDirectory() as folder:
-        observers: list[Observer] = []
+        listeners: list[StepListener] = []
 
-        def watch(layers: dict[str, nn.Module]) -> list[Observer]:
+        def watch(layers: dict[str, nn.Module]) -> list[StepListener]:
             head = list(layers)[-1]
-            observers.append(LiveInfluence(head, layers[head], len(x)))
-            observers.append(TraceWriter(Path(folder), {head: layers[head]}))
-            return observers
+            listeners.append(InfluenceTable(head, layers[head], len(x)))
+            listeners.append(UpdateLogWriter(Path(folder), {head: layers[head]}))
+            return listeners
 
         def look(net: nn.Module, step: int) -> None:
             if step % refresh == 0:
-                observers[0].refresh(features(net, inputs))
+                listeners[0].refresh(features(net, inputs))
 
         net, checkpoints = run.fit(labels, watch, look)
-        live, writer = observers
+        live, writer = listeners
         writer.close()
         live.refresh(features(net, inputs))
         size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2**20
-        print(f"  test accuracy {accuracy(net, run.test):.3f}; trace {size:.0f} MiB in {writer.num_shards} shards")
-        trace, h = load_trace(folder), features(net, inputs)
-        print(f"  {'score':<44}{'Spearman live/trace':>20}{'same class, top 10':>20}")
+        print(f"  test accuracy {accuracy(net, run.test):.3f}; update log {size:.0f} MiB in {writer.num_shards} shards")
+        log, h = load_update_log(folder), features(net, inputs)
+        print(f"  {'score':<44}{'Spearman table/log':>20}{'same class, top 10':>20}")
         for name in ("refinement", "contrast"):
-            whole = trace.influence(h, len(x), name, targets=own)
+            whole = log.influence(h, len(x), name, targets=own)
             traced = torch.zeros(len(x), INPUTS).double().scatter(0, whole.sample_ids.T, whole.scores.T)
             agreement = spearman(live.scores(name, targets=own), traced)
             rate = live.top(TOP, name, targets=own).same_class_rate(own)
-            print(f"  {f'live, {name}':<44}{agreement:>20.3f}{rate:>20.3f}")
-            rate = trace.influence(h, TOP, name, targets=own).same_class_rate(own)
-            print(f"  {f'trace, {name}':<44}{'':>20}{rate:>20.3f}")
+            print(f"  {f'table, {name}':<44}{agreement:>20.3f}{rate:>20.3f}")
+            rate = log.influence(h, TOP, name, targets=own).same_class_rate(own)
+            print(f"  {f'update log, {name}':<44}{'':>20}{rate:>20.3f}")
     proponents = tracin(net, checkpoints, x, labels).influence((inputs, own), k=TOP, proponents=True)[0]
     print(f"  {'captum TracInCPFast':<64}{same_class(labels[proponents], own):>20.3f}")
     alike = normalize(h) @ normalize(features(net, x)).T
@@ -272,15 +269,13 @@ def timed(way: Callable[[], object]) -> float:
 
 
 def same_class(found: Tensor, own: Tensor) -> float:
-    """The share of (Q, k) classes that are the inputs' own."""
+    """The fraction of (Q, k) classes that are those of the inputs."""
     return float((found == own[:, None]).float().mean())
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
     """The mean over columns of the rank correlation."""
-    from scipy.stats import spearmanr
-
-    return sum(float(spearmanr(a, b).statistic) for a, b in zip(one.T, other.T, strict=True)) / one.shape[1]
+    return float(stats.spearman(one.T, other.T).mean())
 
 
 @torch.no_grad()
@@ -298,7 +293,7 @@ def losses(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(net: nn.Module, test: TensorDataset) -> float:
-    """On the test set."""
+    """Accuracy on the test set."""
     head = list(net)[-1]
     with torch.no_grad():
         return float((head(features(net, test.tensors[0])).argmax(1) == test.tensors[1]).float().mean())

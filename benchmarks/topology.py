@@ -1,15 +1,16 @@
-"""What Mapper graphs and homology cost, side by side with KeplerMapper and ripser, and what they show.
+"""The cost of Mapper graphs and homology compared with KeplerMapper and ripser, and their results.
 
-    python benchmarks/topology.py [--parts 12345] [--repeats 3]
+    python benchmarks/topology.py [--parts 123456] [--repeats 3]
 
-(1) 10,000 x 512 points, 70 intervals, 30 % overlap: against KeplerMapper 2.1 with scikit-learn's DBSCAN, turn by turn,
+(1) 10,000 x 512 points, 70 intervals, 30 % overlap: against KeplerMapper 2.1 with scikit-learn's DBSCAN, interleaved,
     and whether the graphs are identical.
-(2) Time and peak memory over the number of points, each size in a process of its own.
-(3) Homology: pieces of 5,000 points against ripser, turn by turn; pieces and loops of 1,000 points.
+(2) Time and peak memory over the number of points, each size in a separate process.
+(3) Homology: components of 5,000 points against ripser, interleaved; components and loops of 1,000 points.
 (4) A default evaluation: 512 samples of 4 layers, with nulls, error bars and drift; and its figures.
-(5) What the published graphs show, on a CNN with ReLU trained on Fashion-MNIST: the table of docs/topology.md.
+(5) The published graphs, on a CNN with ReLU trained on Fashion-MNIST: the table of docs/topology.md.
+(6) This package's DBSCAN against scikit-learn's on the intervals of a Mapper graph: the reason for having one.
 
-The points of (1) to (3) are ReLU of 24 factors around 10 centres, plus noise, in float32.
+The points of (1) to (3) and (6) are ReLU of 24 factors around 10 centres, plus noise, in float32.
 """
 
 import argparse
@@ -28,11 +29,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro.topology import ActivationShape, adaptive_eps, mapper, persistence
-from lightning_neuro.topology.cover import default_intervals, intervals_of, lens_values
-from lightning_neuro.topology.persistence import drift_of_distances, expanded
-from lightning_neuro.topology.plot import plot_graphs
-from lightning_neuro.topology.plot_homology import plot_homology
+from lightning_neuro.topology import (
+    ActivationShape,
+    adaptive_eps,
+    compute_mapper,
+    compute_persistence,
+    plot_graphs,
+    plot_homology,
+)
+from lightning_neuro.topology.clustering import dbscan
+from lightning_neuro.topology.cover import cover_intervals, default_num_intervals, lens_values
+from lightning_neuro.topology.drift import drift_between
 from lightning_neuro.topology.radius import core_radii, knee
 
 
@@ -72,24 +79,24 @@ def compare_mapper(repeats: int) -> None:
 
 
 def compare_on(x: Tensor, repeats: int) -> None:
-    """One cloud, turn by turn, on the same radius."""
+    """Compare on one cloud with the same radius, interleaved."""
     lens, array = lens_values(x, "l2"), x.numpy()
-    eps = mapper(x, intervals=70).eps
+    eps = compute_mapper(x, num_intervals=70).eps
     ratios = []
     for _ in range(repeats):
-        ours, graph = timed(lambda: mapper(x, intervals=70, overlap=0.3, eps=eps))
+        ours, graph = timed(lambda: compute_mapper(x, num_intervals=70, overlap_fraction=0.3, eps=eps))
         theirs, (nodes, edges) = timed(lambda: by_kmapper(array, lens, eps))
         same = {frozenset(own.tolist()) for own in graph.members} == nodes and graph.num_edges == edges
         ratios.append(theirs / ours)
         print(f"  ours {ours:.2f} s, KeplerMapper {theirs:.2f} s: {theirs / ours:.1f} times; identical graph: {same}")
     print(f"  median {statistics.median(ratios):.1f} times; {graph.num_nodes} nodes, coverage {graph.coverage:.2f}")
-    print(f"  with the radius found in the data: {timed(lambda: mapper(x, intervals=70))[0]:.2f} s")
+    print(f"  with the radius found in the data: {timed(lambda: compute_mapper(x, num_intervals=70))[0]:.2f} s")
 
 
 def one_size(n: int) -> tuple[float, float, int]:
     """Seconds, peak GiB of the process, nodes."""
     x = points(n)
-    seconds, graph = timed(lambda: mapper(x, intervals=70, overlap=0.3))
+    seconds, graph = timed(lambda: compute_mapper(x, num_intervals=70, overlap_fraction=0.3))
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, graph.num_nodes
 
 
@@ -114,20 +121,19 @@ def compare_homology(repeats: int) -> None:
     x = points(5000)
     ratios = []
     for _ in range(repeats):
-        ours, found = timed(lambda: persistence(x, max_dim=0))
+        ours, found = timed(lambda: compute_persistence(x, max_dim=0))
         theirs, diagrams = timed(lambda: ripser(x.numpy(), maxdim=0)["dgms"][0])
         apart = np.abs(np.sort(diagrams[:-1, 1]) - found.diagrams[0][:, 1]).max() / found.scale
         ratios.append(theirs / ours)
-        print(
-            f"  pieces of 5,000: ours {ours:.2f} s, ripser {theirs:.2f} s: {theirs / ours:.1f} times; apart {apart:.0e}"
-        )
+        times = f"ours {ours:.2f} s, ripser {theirs:.2f} s: {theirs / ours:.1f} times"
+        print(f"  components of 5,000: {times}; apart {apart:.0e}")
     print(f"  median {statistics.median(ratios):.1f} times")
     x = points(1000)
-    persistence(x[:50])
+    compute_persistence(x[:50])
     for _ in range(repeats):
-        seconds, found = timed(lambda: persistence(x))
+        seconds, found = timed(lambda: compute_persistence(x))
         bars = f"{len(found.diagrams[1])} loops, {found.unfinished()} unfinished"
-        print(f"  pieces and loops of 1,000: {seconds:.2f} s; {bars}")
+        print(f"  components and loops of 1,000: {seconds:.2f} s; {bars}")
 
 
 def evaluate(repeats: int) -> None:
@@ -145,9 +151,9 @@ def evaluate(repeats: int) -> None:
                 metric.update(part, labels)
             results[name] = metric.compute()
             results[name].scalars()
-            now = expanded(results[name].drift_distances)
+            now = results[name].drift_distances
             for _ in range(2):  # to the previous evaluation and to the first
-                drift_of_distances(now, expanded(before.setdefault(name, results[name].drift_distances)))
+                drift_between(now, before.setdefault(name, now))
         return results
 
     evaluation()
@@ -209,15 +215,15 @@ def published(epochs: int) -> None:
 
 
 def table(clouds: list[Tensor], labels: Tensor) -> None:
-    """Samples kept by each layer's own radius and by one for all, and purity beside its null."""
+    """Samples in clusters with each layer's own radius and with one for all, and purity with its null."""
     radii = [radius_of(cloud) for cloud in clouds]
     fixed = float(np.median([eps for eps, _ in radii]))
     print("  | layer | eps | kept | by the knee | by one eps for all | purity | its null | majority | its null |")
     print("  |---|---|---|---|---|---|---|---|---|")
     names = [*(f"conv{i + 1}" for i in range(4)), "fc1"]
     for layer, cloud, (eps, alone) in zip(names, clouds, radii, strict=True):
-        graph = mapper(cloud, targets=labels, eps=eps)
-        by_knee, by_one = (mapper(cloud, eps=other).coverage for other in (alone, fixed))
+        graph = compute_mapper(cloud, targets=labels, eps=eps)
+        by_knee, by_one = (compute_mapper(cloud, eps=other).coverage for other in (alone, fixed))
         pure = graph.purity
         assert pure is not None
         print(
@@ -239,19 +245,52 @@ def one_position(maps: Tensor, seed: int) -> Tensor:
     return inside[torch.arange(len(maps)), :, chosen]
 
 
+def groups_of(values: np.ndarray, num_intervals: int) -> list[np.ndarray]:
+    """The points of each interval."""
+    lower, upper = cover_intervals(values, num_intervals=num_intervals, overlap_fraction=0.3, cover="uniform")
+    return [np.nonzero((values >= a) & (values <= b))[0] for a, b in zip(lower, upper, strict=True)]
+
+
+def by_sklearn(parts: list[Tensor], eps: float) -> list[np.ndarray]:
+    """Labels of each part."""
+    from sklearn.cluster import DBSCAN
+
+    return [DBSCAN(eps=eps, min_samples=5).fit_predict(part.numpy()) for part in parts]
+
+
+def by_us(parts: list[Tensor], eps: float) -> list[np.ndarray]:
+    """The same by our own DBSCAN."""
+    return [dbscan(part, eps=eps, min_samples=5) for part in parts]
+
+
+def compare_dbscan(repeats: int) -> None:
+    """Part 6."""
+    for n, units, num_intervals in ((512, 64, 8), (10_000, 64, 22), (10_000, 512, 70), (30_000, 512, 70)):
+        x = points(n, units)
+        groups = groups_of(lens_values(x, "l2"), num_intervals)
+        eps = adaptive_eps(x, groups, min_samples=5)
+        parts = [x[torch.from_numpy(group)] for group in groups if len(group)]
+        pairs = [(timed(partial(by_us, parts, eps)), timed(partial(by_sklearn, parts, eps))) for _ in range(repeats)]
+        ratio = statistics.median(theirs[0] / ours[0] for ours, theirs in pairs)
+        (ours, found), (theirs, expected) = pairs[-1]
+        print(
+            f"  {n:>6,} x {units}, {len(parts)} intervals: ours {ours:.4f} s, scikit-learn {theirs:.4f} s, median"
+            f" {ratio:.2f} times; identical labels: {all(map(np.array_equal, found, expected))}"
+        )
+
+
 def radius_of(cloud: Tensor) -> tuple[float, float]:
-    """The adaptive radius, and that of the knee alone, without the floor of nine tenths."""
+    """The adaptive radius, and that of the knee alone, without the lower limit of nine tenths."""
     values = lens_values(cloud, "l2")
-    lower, upper = intervals_of(values, intervals=default_intervals(len(values)), overlap=0.3, cover="uniform")
-    groups = [np.nonzero((values >= a) & (values <= b))[0] for a, b in zip(lower, upper, strict=True)]
-    radii = core_radii(cloud, groups, min_samples=5, metric="euclidean")
+    groups = groups_of(values, default_num_intervals(len(values)))
+    radii = core_radii(cloud, groups, min_samples=5, distance="euclidean")
     return adaptive_eps(cloud, groups, min_samples=5), float(radii[knee(radii)])
 
 
 def main() -> None:
-    """Run the parts asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="12345")
+    parser.add_argument("--parts", default="123456")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3, help="of the network of part 5")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 30_000, 100_000], help="of part 2")
@@ -263,7 +302,8 @@ def main() -> None:
         "2": ("Mapper over the number of points", lambda: grow(tuple(options.sizes))),
         "3": ("homology", lambda: compare_homology(options.repeats)),
         "4": ("a default evaluation", lambda: evaluate(options.repeats)),
-        "5": ("what the published graphs show", lambda: published(options.epochs)),
+        "6": ("DBSCAN against scikit-learn's on the intervals of a cover", lambda: compare_dbscan(options.repeats)),
+        "5": ("the published graphs", lambda: published(options.epochs)),
     }
     for part in options.parts:
         title, run = parts[part]

@@ -1,9 +1,9 @@
-"""The pictures in README and docs, from a run of the demo.
+"""Create the pictures in README and docs from a run of the demo.
 
     python docs/make_pictures.py
 
-Runs the demo, writes its last figures to docs/images/, and photographs TensorBoard's Custom Scalars page with
-a headless Chromium (the command `chromium`; without it that picture is left as it is).
+Runs the demo, writes its last figures to docs/images/, and takes a screenshot of TensorBoard's Custom Scalars page with
+a headless Chromium (the command `chromium`; without it this picture is not changed).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ IMAGES = Path(__file__).resolve().parent / "images"
 
 
 def write_figures(log: Path) -> None:
-    """The last step of every figure in the log."""
+    """Write the last step of every figure in the log."""
     events = EventAccumulator(str(log), size_guidance={"images": 0})
     events.Reload()
     for tag in events.Tags()["images"]:
@@ -33,7 +33,7 @@ def write_figures(log: Path) -> None:
 
 
 def photograph(log: Path) -> None:
-    """TensorBoard's Custom Scalars page."""
+    """Take a screenshot of TensorBoard's Custom Scalars page."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -62,7 +62,7 @@ def photograph(log: Path) -> None:
 
 
 def main() -> None:
-    """Make them all."""
+    """Create all pictures."""
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         run_demo("runs/demo")

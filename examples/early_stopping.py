@@ -17,9 +17,9 @@ from lightning_neuro.demo import DigitsNet, digits_loaders
 
 
 def main(max_epochs: int = 50) -> pl.Trainer:
-    """Train until the groups have settled."""
+    """Train until the groups are stable."""
     pl.seed_everything(0, verbose=False)
-    # One layer, so that the mean over layers is this layer: early layers and late ones move in opposite directions.
+    # A single layer, whose value is then the mean over layers: early and late layers move in opposite directions.
     communities = NeuronCommunities(Probe(layers="relu3", num_samples=360), prog_bar="communities/modularity")
     stop = EarlyStopping("communities/modularity", mode="max", patience=3)
     with tempfile.TemporaryDirectory() as folder:

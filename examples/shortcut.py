@@ -1,11 +1,11 @@
-"""Stop training when a network starts to know what it should not, and read out what it was never trained on.
+"""Stop training when a network learns a shortcut, and predict an attribute that it was not trained on.
 
     python examples/shortcut.py
 
-In the training pictures of handwritten digits, a faint mark in a corner nearly always goes with the digits below 5: a
-shortcut. An observer asks each epoch, on pictures where mark and digit have nothing to do with each other, how well
-the mark can be read from the last hidden layer. As the network finds the shortcut, the mark becomes readable; training
-stops there. A second observer reads whether a digit has a hole (0, 6, 8, 9), which no label ever told the network.
+In the training pictures of handwritten digits, a faint mark in a corner nearly always occurs with the digits below 5: a
+shortcut. At each epoch a linear classifier (an observer) predicts the mark from the last hidden layer, on pictures in
+which mark and digit are independent. As the network learns the shortcut, the mark becomes predictable, and training
+stops. A second observer predicts whether a digit has a hole (0, 6, 8, 9), which is not part of the labels.
 """
 
 import argparse
@@ -24,7 +24,7 @@ HOLES = torch.tensor([0, 6, 8, 9])
 
 
 def marked(images: Tensor, digits: Tensor, agreement: float, seed: int) -> TensorDataset:
-    """Noisy pictures, whether the digit is below 5, the digit, and the mark, which agrees with it so often."""
+    """Noisy pictures, whether the digit is below 5, the digit, and the mark, which equals the label for `agreement`."""
     generator = torch.Generator().manual_seed(seed)
     small = (digits < 5).long()
     agrees = torch.rand(len(digits), generator=generator) < agreement
@@ -35,7 +35,7 @@ def marked(images: Tensor, digits: Tensor, agreement: float, seed: int) -> Tenso
 
 
 class SmallOrLarge(DigitsNet):
-    """Is the digit below 5?"""
+    """Predicts whether a digit is below 5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ class SmallOrLarge(DigitsNet):
         return cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Accuracy, where the mark is of no help."""
+        """Accuracy on pictures in which the mark does not help."""
         self.log("val/accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
 
 def main(max_epochs: int = 30) -> pl.Trainer:
-    """Train until the mark can be read."""
+    """Train until the mark can be predicted from the last hidden layer."""
     pl.seed_everything(0, verbose=False)
     loaders = digits_loaders()
     train, val = (
@@ -60,9 +60,9 @@ def main(max_epochs: int = 30) -> pl.Trainer:
     )
     observers = ObserverProbes(
         Probe(layers="relu3", num_samples=360),
-        {"mark": lambda batch: batch[3], "hole": lambda batch: torch.isin(batch[2].cpu(), HOLES)},
+        attributes={"mark": 3, "hole": lambda batch: torch.isin(batch[2].cpu(), HOLES)},
     )
-    stop = EarlyStopping("observers/balanced_accuracy/mark", mode="max", patience=100, stopping_threshold=0.85)
+    stop = EarlyStopping("observers/balanced_accuracy/mark/relu3", mode="max", patience=100, stopping_threshold=0.85)
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
@@ -72,10 +72,10 @@ def main(max_epochs: int = 30) -> pl.Trainer:
         enable_checkpointing=False,
     )
     trainer.fit(SmallOrLarge(), DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=64))
-    print(f"Stopped after {trainer.current_epoch} epochs; accuracy without the shortcut's help", end=" ")
+    print(f"Stopped after {trainer.current_epoch} epochs; accuracy without the shortcut", end=" ")
     print(f"{float(trainer.callback_metrics['val/accuracy']):.3f}.")
     for name in ("mark", "hole"):
-        key = f"observers/balanced_accuracy/{name}"
+        key = f"observers/balanced_accuracy/{name}/relu3"
         start, end, raw = observers.initial[key], observers.scalars[key], observers.from_input[name]
         print(f"{name}: balanced accuracy {end:.3f}, before training {start:.3f}, from the raw picture {raw:.3f}")
     return trainer

@@ -1,10 +1,10 @@
-"""What a text classifier knows about its tokens' slots, which it was never told.
+"""What a text classifier encodes about slots that are not part of its labels.
 
     python examples/text_observers.py
 
-Trains a small convolutional network to tell the intent of spoken commands (Snips, CC0). Observers read at each layer
-whether the command names an artist, a city, a time, ...: slots that the labels do not hold. Where LIGHTNING_NEURO_DATA
-is not set, an excerpt of 280 commands is used.
+Trains a small convolutional network to predict the intent of spoken commands (Snips, CC0). At each layer, observers
+predict whether the command names an artist, a city, a time, ...: slots that are not part of the labels. If
+LIGHTNING_NEURO_DATA is not set, an excerpt of 280 commands is used.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Sample = dict[str, Any]
 
 
 def load(max_train: int) -> tuple[list[Sample], list[Sample]]:
-    """Commands for training and held out: token numbers, the intent, and for each slot whether it is there."""
+    """Training and held-out commands: token numbers, the intent, and for each slot whether it occurs."""
     folder = os.environ.get("LIGHTNING_NEURO_DATA")
     if folder:
         parts = [read(Path(folder) / "snips" / f"{name}.jsonl") for name in ("train", "validate")]
@@ -43,7 +43,7 @@ def load(max_train: int) -> tuple[list[Sample], list[Sample]]:
 
 
 def read(path: Path) -> list[Sample]:
-    """One JSON object a line."""
+    """One JSON object per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -71,7 +71,7 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
 
 
 class IntentNet(pl.LightningModule):
-    """Embedding, two convolutions over the words, the largest value of each channel."""
+    """Embedding, two convolutions over the words, maximum of each channel over the words."""
 
     def __init__(self, words: int, width: int = 64) -> None:
         super().__init__()
@@ -82,9 +82,9 @@ class IntentNet(pl.LightningModule):
         self.fc2 = nn.Linear(width, 7)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Scores of the seven intents, (N, 7), of token numbers, (N, words)."""
+        """Logits of the seven intents, (N, 7), of token numbers, (N, words)."""
         there = (tokens != 0)[:, None]
-        # Padding is held at 0 everywhere, so that it changes nothing, however long a batch is padded.
+        # Padding is kept at 0 everywhere, so that the length of a batch does not matter.
         x = self.relu1(self.conv1(self.embedding(tokens).transpose(1, 2)) * there)
         x = self.relu2(self.conv2(x) * there)
         logits: Tensor = self.fc2(self.relu3(self.fc1(x.amax(2))))
@@ -96,8 +96,8 @@ class IntentNet(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accuracy."""
-        right = self(batch["input_ids"]).argmax(1) == batch["label"]
-        self.log("val/accuracy", right.float().mean(), batch_size=len(right))
+        correct = self(batch["input_ids"]).argmax(1) == batch["label"]
+        self.log("val/accuracy", correct.float().mean(), batch_size=len(correct))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
@@ -105,12 +105,12 @@ class IntentNet(pl.LightningModule):
 
 
 def main(max_epochs: int = 5, max_train: int = 3000) -> pl.Trainer:
-    """Train, and print what each layer knows of the slots."""
+    """Train, and print how well the slots can be predicted from each layer."""
     pl.seed_everything(0, verbose=False)
     train, held_out = load(max_train)
     words = 1 + max(int(sample["input_ids"].max()) for sample in train)
-    # The keys of the batch are the attributes; the largest value over the words, as the network itself takes it.
-    observers = ObserverProbes(Probe(num_samples=700, reduction="max"), {slot: slot for slot in SLOTS})
+    # The attributes are fields of the batch; the maximum over the words is what the network itself uses.
+    observers = ObserverProbes(Probe(num_samples=700, reduction="max"), attributes={slot: slot for slot in SLOTS})
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
@@ -125,12 +125,12 @@ def main(max_epochs: int = 5, max_train: int = 3000) -> pl.Trainer:
     )
     trainer.fit(IntentNet(words), *loaders)
     print(f"{len(train)} commands; accuracy of the intent {float(trainer.callback_metrics['val/accuracy']):.3f}")
-    print(f"\n{'balanced accuracy of':<22}" + "".join(f"{layer + ': start, end':>20}" for layer in observers.result))
+    print(f"\n{'balanced accuracy of':<22}" + "".join(f"{layer + ': before, after':>22}" for layer in observers.result))
     for a, slot in enumerate(SLOTS):
         cells = (
             f"{observers.before[k][a]:.3f}, {float(r.balanced_accuracy[a]):.3f}" for k, r in observers.result.items()
         )
-        print(f"{slot:<22}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{slot:<22}" + "".join(f"{cell:>22}" for cell in cells))
     return trainer
 
 

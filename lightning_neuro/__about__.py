@@ -1,3 +1,3 @@
-"""The version, apart from the package so that the build reads it without importing torch."""
+"""The version, in a separate file so that the build can read it without importing torch."""
 
 __version__ = "0.1.0"

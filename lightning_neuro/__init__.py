@@ -2,21 +2,22 @@
 
 from lightning_neuro.__about__ import __version__
 from lightning_neuro.callback import MetricCallback
-from lightning_neuro.communities import NeuronModularity, activation_graph, detect_communities, modularity
-from lightning_neuro.communities.callback import NeuronCommunities
-from lightning_neuro.entropy import NeuronEntropy, neuron_entropy
-from lightning_neuro.entropy.callback import ActivationEntropy
-from lightning_neuro.observers import LinearObserver
-from lightning_neuro.observers.callback import ObserverProbes
-from lightning_neuro.paths.callback import ConceptPaths
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.communities import NeuronCommunities, NeuronModularity
+from lightning_neuro.entropy import ActivationEntropy, NeuronEntropy
+from lightning_neuro.observers import LinearObserver, ObserverProbes
+from lightning_neuro.paths import ConceptPaths, LayerPaths
 from lightning_neuro.probe import Probe
-from lightning_neuro.refinement.callback import RepresentationRefinement
-from lightning_neuro.topology.callback import ActivationTopology
+from lightning_neuro.refinement import RefinementSummary, RepresentationRefinement
+from lightning_neuro.topology import ActivationShape, ActivationTopology
 
 __all__ = [
     "ActivationEntropy",
+    "ActivationShape",
     "ActivationTopology",
+    "ArgumentError",
     "ConceptPaths",
+    "LayerPaths",
     "LinearObserver",
     "MetricCallback",
     "NeuronCommunities",
@@ -24,10 +25,7 @@ __all__ = [
     "NeuronModularity",
     "ObserverProbes",
     "Probe",
+    "RefinementSummary",
     "RepresentationRefinement",
     "__version__",
-    "activation_graph",
-    "detect_communities",
-    "modularity",
-    "neuron_entropy",
 ]

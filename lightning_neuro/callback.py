@@ -1,65 +1,75 @@
-"""The base callback: on schedule, one metric per layer sees the probe's activations, and its results become curves."""
+"""The base class of all callbacks: one metric per layer is updated with the activations, and its results are logged.
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+The public methods of `MetricCallback` are all that a new method needs; see `examples/own_method.py`. The schedule of
+evaluations is implemented in `scheduled_callback.py` and `session.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import logging
-from lightning_neuro.arguments import check_metric, check_name
-from lightning_neuro.compat import Callback
-from lightning_neuro.isolation import isolated_random_state, why_off, without_inference_mode
-from lightning_neuro.metric import LayerResult
-from lightning_neuro.probe import Event, Probe, ProbeBatch
-from lightning_neuro.ranks import on_any_rank
-from lightning_neuro.samples import describe
+from lightning_neuro import loggers
+from lightning_neuro.checks import ArgumentError, check_metric, describe
+from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
+from lightning_neuro.layer_result import LayerResult
+from lightning_neuro.probe import Probe
+from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.ranks import names_on_all_ranks
+from lightning_neuro.scheduled_callback import OnError, ScheduledCallback
+from lightning_neuro.session import Event
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+R = TypeVar("R")
+
 Memory = dict[str, Any]
 
-_SAVED = ("initial", "scalars", "_previous", "_last_epoch", "_last_step")
 
-
-class MetricCallback(Callback):
+class MetricCallback(ScheduledCallback, Generic[R]):
     """Logs any `torchmetrics.Metric` over activations, layer by layer, while the network trains.
 
-    Before the first step, then whenever the probe is due, the network runs over the probe's samples; a copy of the
-    metric per layer is updated with `metric.update(activations, targets)`, activations being (N, units), and what
-    `compute()` returns becomes curves.
+    Before the first step, and then on the schedule of the probe, the network runs over the probe set. One copy of the
+    metric per layer is updated with `metric.update(activations, targets)`, where the activations are (N, units), and
+    the result of `compute()` is logged. The type parameter `R` is the type of this result.
+
+    To write your own method, derive from this class and override the hooks under "What a method may override", which
+    are in the order of an evaluation.
 
     Args:
         metric: The metric to copy for each layer. Its result may be a scalar (logged as the measure `value`), a mapping
             measure -> scalar, or a `LayerResult`.
-        probe: Which samples, which layers, when. Callbacks given no probe, or equal ones, share its passes.
-        name: The first part of every key; default: the callback's `family`, else the metric's class name in lower case.
+        probe: Selects the samples, the layers and the schedule. Callbacks without a probe, or with equal ones, share
+            its passes.
+        name: First part of every key. Default: the callback's `family`, else the metric's class name in lower case.
         prog_bar: Keys or globs of keys to show in the progress bar, such as `"communities/modularity"`.
-        on_error: What to do if an analysis fails: `"warn"` once and train on, or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
 
     Keys:
-        ================================ =====================================================================
-        `<name>/<measure>/<layer>`       the measure at the layer
-        `<name>/<measure>`               its mean over the layers at which it is defined
-        `<name>/<measure>_initial/...`   for the measures in `baselines`: the value before the first step
-        ================================ =====================================================================
+        | key | value |
+        |---|---|
+        | `<name>/<measure>/<layer>` | the measure at the layer |
+        | `<name>/<measure>` | its mean over the layers at which it is defined, or a value for the whole network |
+        | `<name>/<measure>/<attribute>/<layer>` | the measure for one attribute of the data at the layer |
+        | `<name>/<measure>/<attribute>/whole_network` | its mean over layers, or a value for the whole network |
+        | `<name>/<measure>_initial/...` | for the measures in `baselines`: the value before the first step |
 
-    Undefined values (NaN, infinite) are not logged: they would stop EarlyStopping.
+        Undefined values (NaN, infinite) are not logged: they would stop EarlyStopping.
 
     Attributes:
-        result: Layer -> latest result, exactly as the metric returned it.
+        result: Layer -> result of the latest evaluation, exactly as the metric returned it; empty if the evaluation
+            failed. Its tensors are not copied: do not change them.
         scalars: Key -> latest known value.
         initial: Key -> value at the first evaluation, before training.
 
     Raises:
-        MisconfigurationException: For a wrong argument, at construction.
+        ArgumentError: If an argument is invalid, at construction.
 
     Example:
         >>> from torchmetrics import MeanMetric
@@ -70,11 +80,15 @@ class MetricCallback(Callback):
     """
 
     family: ClassVar[str] = ""
+    """First part of the keys, unless `name` is given."""
     meanings: ClassVar[Mapping[str, str]] = {}
+    """Measure -> its meaning, for the demo's table."""
     baselines: tuple[str, ...] = ()
-    charts: Mapping[str, tuple[str, ...]] = {}
+    """Measures whose value before training is logged as `<measure>_initial`."""
     histogram_name: ClassVar[str] = "histogram"
+    """Name of the histogram of a `LayerResult`."""
     needs_labels: bool = False
+    """Whether the method requires class labels."""
 
     def __init__(
         self,
@@ -83,317 +97,271 @@ class MetricCallback(Callback):
         *,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
-        on_error: str = "warn",
+        on_error: OnError = "warn",
     ) -> None:
         check_metric(metric)
-        if not isinstance(probe, (Probe, type(None))):
-            raise MisconfigurationException(f"`probe` must be a lightning_neuro.Probe; got {type(probe).__name__}.")
-        if on_error not in ("warn", "raise"):
-            raise MisconfigurationException(f"`on_error` must be 'warn' or 'raise'; got {on_error!r}.")
-        name = self.family or type(metric).__name__.lower() if name is None else name
-        check_name(name)
-        prog_bar = (prog_bar,) if isinstance(prog_bar, str) else prog_bar
-        if not isinstance(prog_bar, Sequence) or not all(isinstance(pattern, str) for pattern in prog_bar):
-            raise MisconfigurationException(f"`prog_bar` must be a key or glob, or several; got {prog_bar!r}.")
         self.metric = metric
-        self.probe = probe or Probe()
-        self.name = name
-        self.prog_bar = tuple(prog_bar)
-        self.on_error = on_error
-        self.result: dict[str, Any] = {}
-        self.scalars: dict[str, float] = {}
-        self.initial: dict[str, float] = {}
-        self._metrics: dict[str, Metric] = {}
-        self._saved_metrics: dict[str, Any] = {}
-        self._previous: dict[str, Memory] = {}
-        self._last_epoch = self._last_step = -1
+        self.class_names: tuple[str, ...] | None = None
         self._failed: dict[str, Exception] = {}
-        self._warned: set[str] = set()
+        self._broken: Exception | None = None
+        self._prepared = False
+        name = self.family or type(metric).__name__.lower() if name is None else name
+        super().__init__(probe, name=name, prog_bar=prog_bar, on_error=on_error)
 
-    # What a method changes
+    # What a method may override, in the order of an evaluation
+
+    def start_run(self) -> None:
+        """Called at construction and before a fit from step 0: reset the state of an earlier run."""
+        super().start_run()
+        self.result: dict[str, R] = {}
+        self.layer_metrics: dict[str, Metric] = {}
+        self._saved_metrics: dict[str, Any] = {}
+        self._memory: dict[str, Memory] = {}
+        self._baselines: Table = {}
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Called before every pass, for what a method must know of the activations beforehand."""
-
-    def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
-        """Show one layer's activations in one batch to the layer's metric."""
-        targets = batch.targets
-        if targets is not None and len(activations) != len(targets):
-            targets = targets.repeat_interleave(len(activations) // len(targets))
-        metric.update(activations, targets)
-
-    def measures(self, result: Any, previous: Memory | None) -> dict[str, float]:
-        """The scalars of one layer's result; `previous` is what `remember` kept of the evaluation before."""
-        if isinstance(result, LayerResult):
-            return dict(result.scalars())
-        return dict(result) if isinstance(result, Mapping) else {"value": result}
-
-    def over_layers(self, measure: str, values: Sequence[float]) -> float:
-        """One number for the whole network."""
-        return sum(values) / len(values)
-
-    def remember(self, result: Any) -> Memory:
-        """What to keep of one layer's result for the next evaluation: tensors and plain Python, for the checkpoint."""
-        return {}
-
-    def draw(self, results: Mapping[str, Any]) -> dict[str, "Figure"]:
-        """Figures of all layers' results: the last part of the tag -> figure."""
-        return {}
-
-    # Lightning's hooks
-
-    @property
-    def state_key(self) -> str:
-        """Tells callbacks apart in a checkpoint."""
-        return self._generate_state_key(name=self.name)
-
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Share the pass with the callbacks that have an equal probe."""
-        # Here, before any callback evaluates: the first one's pass at the start of training shows it to all of them.
-        if stage == "fit" and trainer.global_step == 0:
-            self._forget()
-        for other in _ours(trainer):
-            if other is self:
-                break
-            if other.name == self.name:
-                raise MisconfigurationException(
-                    f"{type(other).__name__} and {type(self).__name__} both log under the name '{self.name}'. Give one"
-                    " of them another with `name=...`."
-                )
-            if other.probe.same_as(self.probe):
-                self.probe = other.probe
-
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers, so that a wrong name fails before the first step."""
-        if not why_off(trainer):
-            self.probe.attach(pl_module, self)
-
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate the untrained network; after a resume, put the last values back where callbacks look for them."""
-        if reason := why_off(trainer):
-            rank_zero_warn(f"{type(self).__name__} is off: {reason}.")
-            return
-        if self.scalars:
-            logging.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, loggers="never")
-        else:
-            self._evaluate(trainer, pl_module, "start", loggers="now")
-        for pattern, near in logging.unmatched(self.prog_bar, self.scalars).items():
-            sentence = f"`prog_bar` has {pattern!r}, which is no key of {type(self).__name__}. Near: {near}"
-            self._warn_once(f"prog_bar/{pattern}", sentence)
-        self._log_layout(trainer)
-
-    def on_train_batch_end(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate if the probe counts in steps and this is one."""
-        step = trainer.global_step
-        if not why_off(trainer) and self.probe.due_at_step(step, self._last_step):
-            self._evaluate(trainer, pl_module, "step", loggers="now")
-
-    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers for a `trainer.validate` of its own."""
-        if trainer.state.fn == "validate" and not why_off(trainer):
-            self.probe.attach(pl_module, self)
-
-    def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate at the last validation of an epoch, so that callbacks that act after validation see the values."""
-        if why_off(trainer):
-            return
-        if trainer.state.fn == "validate" and self.probe.source == "train":
-            self._warn_once(
-                "validate", f"{self.name}: `trainer.validate` has no training data for the probe to look at."
-            )
-        elif trainer.state.fn == "validate":
-            self._evaluate(trainer, pl_module, "validate", loggers="epoch")
-        elif not trainer.sanity_checking and trainer.is_last_batch:
-            self._at_epoch_end(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate where the epoch ended without validation."""
-        self._at_epoch_end(trainer, pl_module)
-
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Let go of the model, the samples and the metrics' states."""
-        self._release()
-
-    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        """Let go of the model, the samples and the metrics' states."""
-        self._release()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had never stopped."""
-        metrics = {layer: metric.state_dict() for layer, metric in self._metrics.items()}
-        saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
-        return {"metrics": saved} | {name: getattr(self, name) for name in _SAVED}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state."""
-        self._saved_metrics = state_dict["metrics"]
-        for name in _SAVED:
-            setattr(self, name, state_dict[name])
-
-    # One evaluation
-
-    def _at_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        epoch = trainer.current_epoch
-        if epoch != self._last_epoch and not why_off(trainer) and self.probe.due_at_epoch(epoch):
-            self._evaluate(trainer, pl_module, "epoch", loggers="epoch")
-            self._last_epoch = epoch
-
-    def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Get ready for a pass of the probe."""
-        for metric in self._metrics.values():
-            metric.reset()
-        self._failed = {}
-        with self._guard("the preparation"):
-            self.prepare(trainer, pl_module)
+        """Called before every pass, for statistics of the activations that the method needs beforehand."""
 
     def observe(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the probe's pass; a layer that fails is noted and left out of this evaluation."""
-        if self.needs_labels and batch.targets is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs a class label (a whole number) for each sample, and the probe finds none."
-                f" The batch is {describe(batch.batch)}. Say where they are with `Probe(target_fn=lambda batch: ...)`."
-            )
+        """Process one batch of the pass. Default: update each layer's metric with the layer's activations."""
         for layer, activations in batch.activations.items():
-            try:
-                self.update(self.metric_at(layer, activations.device), activations, batch)
-            except Exception as error:
-                self._failed.setdefault(layer, error)
+            self.update_layer(layer, activations, batch)
+
+    def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
+        """Update one layer's metric with its activations in one batch."""
+        targets = batch.targets
+        if targets is not None and len(activations) != len(targets):  # several positions of each sample
+            positions, rest = divmod(len(activations), max(1, len(targets)))
+            if rest or not positions:
+                raise ValueError(f"{len(activations)} activations do not fit the {len(targets)} labels of the batch")
+            targets = targets.repeat_interleave(positions)
+        metric.update(activations, targets)
+
+    def finalize(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", results: dict[str, R]) -> dict[str, R]:
+        """Called on all ranks after the metrics have computed, for collective operations; returns the results."""
+        return results
+
+    def layer_measures(self, result: R, memory: Memory | None) -> Mapping[str, float]:
+        """Measure -> value of one layer; `memory` is what `remember` kept at the previous evaluation."""
+        if isinstance(result, LayerResult):
+            return dict(result.scalars())
+        return dict(result) if isinstance(result, Mapping) else {"value": result}  # type: ignore[dict-item]
+
+    def attribute_measures(self, result: R, memory: Memory | None) -> Mapping[str, Mapping[str, float]]:
+        """Measure -> attribute -> value of one layer, for methods with a value per attribute of the data."""
+        return {}
+
+    def network_measures(self, results: Mapping[str, R]) -> Mapping[str, float | Mapping[str, float]]:
+        """Values for the whole network, which replace the means over layers.
+
+        Args:
+            results: Layer -> result.
+
+        Returns:
+            Measure -> value, or measure -> attribute -> value. The latter is logged for each attribute, and its mean as
+            the value of the measure.
+        """
+        return {}
+
+    def over_layers(self, measure: str, values: Sequence[float]) -> float:
+        """Aggregate a measure's values at all layers to one value for the whole network. Default: the mean."""
+        return sum(values) / len(values)
+
+    def remember(self, result: R, memory: Memory | None) -> Memory:
+        """What to keep of one layer for the next evaluation, also in checkpoints: tensors and plain Python objects."""
+        return {}
+
+    def draw(self, results: Mapping[str, R]) -> dict[str, "Figure"]:
+        """Last part of the tag -> new figure of all layers' results. Called on rank 0 if a logger accepts images."""
+        return {}
+
+    def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> None:
+        """Called on all ranks after the scalars are logged: for tables, embeddings or files."""
+
+    def release(self) -> None:
+        """Called at the end of a run and after an exception: release the model, the samples and metric states."""
+        super().release()
+        for metric in self.layer_metrics.values():
+            metric.reset()
+
+    # What a method may use
 
     def metric_at(self, layer: str, device: torch.device) -> Metric:
-        """The metric of one layer, on the device; made on first use, and given the state that was saved for it."""
-        if layer not in self._metrics:
-            self._metrics[layer] = metric = self.metric.clone()
+        """The metric of one layer, on the device; created on first use, with the state that was saved for it."""
+        if layer not in self.layer_metrics:
+            self.layer_metrics[layer] = metric = self.metric.clone()
             if layer in self._saved_metrics:
                 metric.load_state_dict(self._saved_metrics[layer])
-        return self._metrics[layer].to(device)
+        return self.layer_metrics[layer].to(device)
 
-    def _evaluate(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kind: str, *, loggers: logging.Loggers
-    ) -> None:
-        self._last_step = trainer.global_step
-        with isolated_random_state(pl_module.device), without_inference_mode():
-            self.result = self._results(trainer, pl_module, (kind, trainer.current_epoch, trainer.global_step))
-            measured = self._measured(self.result)
-            if trainer.global_step == 0 and kind == "start":
-                self.initial = self._keyed(measured)
-            scalars = self._keyed(measured | self._baselines())
-            self.scalars = self.scalars | scalars
-            logging.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, loggers=loggers)
-            with self._guard("the figures"):
-                self._log_pictures(trainer)
-
-    def _results(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> dict[str, Any]:
-        """One result per layer; what fails is left out, on all ranks alike, or one would wait for another forever."""
-        error: Exception | None = None
+    def update_layer(self, layer: str, activations: Tensor, batch: ProbeBatch) -> None:
+        """Call `update` with the layer's metric; a layer that fails is left out of this evaluation."""
         try:
-            self.probe.refresh(trainer, pl_module, event)
-        except MisconfigurationException:
-            raise
-        except Exception as failure:
-            error = failure
-        if on_any_rank(trainer, error is not None):
-            self._report("the probe's pass over its samples", error)
-            return {}
-        results: dict[str, Any] = {}
-        for layer, metric in self._metrics.items():
-            if on_any_rank(trainer, layer in self._failed):
-                self._report(f"layer '{layer}'", self._failed.get(layer))
-            elif metric.update_called:
-                error = None
-                try:
-                    results[layer] = metric.compute()
-                except MisconfigurationException:
-                    raise
-                except Exception as failure:
-                    error = failure
-                    # It broke off with the states of all ranks joined, over which a reset would stumble.
-                    metric.unsync(should_unsync=metric._is_synced)
-                if on_any_rank(trainer, error is not None):
-                    results.pop(layer, None)
-                    self._report(f"layer '{layer}'", error)
+            self.update(self.metric_at(layer, activations.device), activations, batch)
+        except Exception as error:
+            self.note_failure(layer, error)
+
+    def note_failure(self, layer: str, error: Exception) -> None:
+        """Leave a layer out of this evaluation, on all ranks, and report it once."""
+        self._failed.setdefault(layer, error)
+
+    # One evaluation, as the session calls it
+
+    def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
+        """Prepare for a pass over the probe set."""
+        super().begin_evaluation(trainer, pl_module, event)
+        self._failed = {}
+        self._broken = None
+        for metric in self.layer_metrics.values():
+            metric.reset()
+
+        def prepare() -> bool:
+            self.prepare(trainer, pl_module)
+            return True
+
+        self._prepared = self.attempt(trainer, "the preparation of the pass", prepare) or False
+
+    def show(self, batch: ProbeBatch) -> None:
+        """Process one batch of the pass, as long as nothing has failed in this callback."""
+        if not self._prepared or self._broken is not None:
+            return
+        try:
+            if self.needs_labels and batch.targets is None:
+                raise ArgumentError(
+                    f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in"
+                    f" the batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
+                )
+            self.observe(batch)
+        except Exception as error:
+            # The pass continues for the other callbacks; the ranks agree on the error at its end.
+            self._broken = error
+
+    def end_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, complete: bool) -> None:
+        """Compute, log and draw; there are no results if the pass was not complete."""
+        self.class_names = self.attempt(trainer, "the class names", lambda: self.probe_pass.class_names(trainer))
+        complete = (
+            complete and self._prepared and self.attempt(trainer, "the probe set", self._check_batches) is not None
+        )
+        results = self._compute(trainer) if complete else {}
+        self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
+        table = self._table(trainer, self.result)
+        self._log(trainer, pl_module, table)
+        if self.result:
+            self.attempt(trainer, "the figures", lambda: self._log_figures(trainer))
+            self.attempt(trainer, "the additional logs", lambda: self.log_extra(trainer, self.result))
+
+    def _check_batches(self) -> bool:
+        if self._broken is not None:
+            raise self._broken
+        return True
+
+    def _compute(self, trainer: "pl.Trainer") -> dict[str, R]:
+        """One result per layer; a layer that fails is left out on all ranks, because otherwise ranks would deadlock."""
+        updated = [layer for layer, metric in self.layer_metrics.items() if metric.update_called]
+        everywhere, elsewhere = names_on_all_ranks(trainer, list(dict.fromkeys([*updated, *self._failed])))
+        for layer in elsewhere:
+            self.report(f"layer '{layer}'", RuntimeError("it was called on some ranks only"))
+        results: dict[str, R] = {}
+        for layer in everywhere:
+            what = f"layer '{layer}'"
+            # Agreed on beforehand, because a metric computes with the other ranks.
+            if self.attempt(trainer, what, partial(self._check_layer, layer)):
+                result = self.attempt(trainer, what, self.layer_metrics[layer].compute)
+                results |= {} if result is None else {layer: result}
+        for metric in self.layer_metrics.values():
+            # A `compute` that failed leaves the states of all ranks joined, in which a reset would raise.
+            metric.unsync(should_unsync=metric._is_synced)
             metric.reset()
         return results
 
-    def _measured(self, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-        """Measure -> layer -> value, where it is defined."""
-        measured: dict[str, dict[str, float]] = {}
+    def _check_layer(self, layer: str) -> bool:
+        if layer in self._failed:
+            raise self._failed[layer]
+        return True
+
+    def _table(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> Table:
+        """All defined values of an evaluation: of each layer, their means, and of the whole network."""
+        table: Table = {}
         for layer, result in results.items():
-            with self._guard(f"layer '{layer}'"):
-                for measure, value in self.measures(result, self._previous.get(layer)).items():
-                    if isfinite(value := float(value)):
-                        measured.setdefault(measure, {})[layer] = value
-                    else:
-                        self._warn_once(f"{layer}/{measure}", f"{self.name}/{measure}/{layer} is {value}: not logged.")
-                self._previous[layer] = self.remember(result)
-                for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
-                    self._warn_once(f"{layer}/{kind}", f"{self.name}, layer '{layer}': {note}")
-        return measured
+            found = self.attempt(trainer, f"layer '{layer}'", partial(self._layer_table, layer, result))
+            table |= found or {}
+        network = self.attempt(trainer, "the whole network", lambda: self._network_table(results, table))
+        return (network or {}) | table
 
-    def _baselines(self) -> dict[str, dict[str, float]]:
-        """The values before training, as measures of their own."""
-        found: dict[str, dict[str, float]] = {}
-        for measure in self.baselines:
-            prefix = f"{self.name}/{measure}/"
-            layers = {key.removeprefix(prefix): v for key, v in self.initial.items() if key.startswith(prefix)}
-            found |= {f"{measure}_initial": layers} if layers else {}
-        return found
+    def _layer_table(self, layer: str, result: R) -> Table:
+        memory = self._memory.get(layer)
+        table: Table = {Entry(measure, layer): value for measure, value in self.layer_measures(result, memory).items()}
+        for measure, attributes in self.attribute_measures(result, memory).items():
+            table |= {Entry(measure, layer, name): value for name, value in attributes.items()}
+        self._memory[layer] = self.remember(result, memory)
+        for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
+            # A problem with the samples is the same at all layers, so there is one warning for all.
+            self.warn_once(f"{kind}/{note}", f"{self.name}: {note} (First at layer '{layer}'.)")
+        return self._defined(table)
 
-    def _keyed(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        keyed: dict[str, float] = {}
-        for measure, layers in measured.items():
-            keyed[f"{self.name}/{measure}"] = self.over_layers(measure, list(layers.values()))
-            keyed.update({f"{self.name}/{measure}/{layer}": value for layer, value in layers.items()})
-        return keyed
+    def _network_table(self, results: Mapping[str, R], layers: Table) -> Table:
+        groups: dict[Entry, list[float]] = {}
+        for entry, value in layers.items():
+            groups.setdefault(entry._replace(layer=None), []).append(value)
+        table: Table = {entry: self.over_layers(entry.measure, values) for entry, values in groups.items()}
+        for measure, found in self.network_measures(results).items():
+            if isinstance(found, Mapping):
+                table |= {Entry(measure, attribute=name): value for name, value in found.items()}
+                found = sum(found.values()) / len(found)
+            table[Entry(measure)] = found
+        return self._defined(table)
 
-    def _log_pictures(self, trainer: "pl.Trainer") -> None:
-        if not self.result:
-            return
-        logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": fig for tag, fig in self.draw(self.result).items()})
+    def _defined(self, table: Table) -> Table:
+        """The finite values of a table, as floats; the others are named in a warning, once."""
+        defined: Table = {}
+        for entry, given in table.items():
+            require_segments(entry)
+            value, key = float(given), key_of(self.name, entry)
+            if isfinite(value):
+                defined[entry] = value
+            else:
+                self.warn_once(key, f"{key} is {value}, so it is not logged.")
+        return defined
+
+    def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", table: Table) -> None:
+        assert self.event is not None
+        if self.event.kind == "start" and self.event.step == 0:
+            self.initial = with_keys(self.name, table)
+            self._baselines = {
+                Entry(f"{entry.measure}_initial", entry.layer): value
+                for entry, value in table.items()
+                if entry.measure in self.baselines and entry.attribute is None
+            }
+        now = {entry.layer for entry in table}
+        initial = {entry: value for entry, value in self._baselines.items() if entry.layer in now}
+        scalars = with_keys(self.name, table | initial)
+        self.scalars = self.scalars | scalars
+        moment: loggers.Moment = "now" if self.event.kind in ("start", "step") else "epoch"
+        loggers.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, moment=moment)
+
+    def _log_figures(self, trainer: "pl.Trainer") -> None:
+        loggers.log_figures(trainer, self.name, lambda: self.draw(self.result))
         for layer, result in self.result.items():
             if isinstance(result, LayerResult):
-                logging.log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
+                loggers.log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())
 
-    @contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """Keep an error of the analysis from ending the run."""
-        try:
-            yield
-        except MisconfigurationException:
-            raise
-        except Exception as error:
-            self._report(what, error)
+    # State
 
-    def _report(self, what: str, error: Exception | None) -> None:
-        if self.on_error == "raise" and error is not None:
-            raise error
-        reason = "it failed on another rank" if error is None else f"{type(error).__name__}: {error}"
-        message = f"{self.name}: the analysis of {what} failed and is left out; training goes on. {reason}"
-        self._warn_once(f"{what}/error", message)
+    def layers_of(self, measure: str) -> list[str]:
+        """The layers at which the measure is defined."""
+        return [layer for layer in self._memory if key_of(self.name, Entry(measure, layer)) in self.scalars]
 
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            rank_zero_warn(message)
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue as if it had not been interrupted."""
+        metrics = {layer: metric.state_dict() for layer, metric in self.layer_metrics.items()}
+        saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
+        baselines = [(*entry, value) for entry, value in self._baselines.items()]
+        return super().state_dict() | {"metrics": saved, "memory": self._memory, "baselines": baselines}
 
-    def _forget(self) -> None:
-        """Begin a new run: nothing of an earlier one must show in its curves."""
-        self.result, self.scalars, self._metrics, self._saved_metrics = {}, {}, {}, {}
-        self.initial, self._previous, self._warned = {}, {}, set()
-        self._last_epoch = self._last_step = -1
-
-    def _release(self) -> None:
-        self.probe.detach(self)
-        for metric in self._metrics.values():
-            metric.reset()
-
-    def _log_layout(self, trainer: "pl.Trainer") -> None:
-        """The last of our callbacks writes the layout for all: TensorBoard keeps one per run."""
-        if self is (ours := _ours(trainer))[-1]:
-            charts = {our.name: logging.multiline_charts(our.name, our.charts, our.scalars) for our in ours}
-            logging.log_layout(trainer, charts)
-
-
-def _ours(trainer: "pl.Trainer") -> list[MetricCallback]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, MetricCallback)]  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a saved state."""
+        super().load_state_dict(state_dict)
+        self.layer_metrics = {}  # created anew, from the saved states
+        self._saved_metrics = state_dict["metrics"]
+        self._memory = state_dict["memory"]
+        self._baselines = {Entry(*entry): value for *entry, value in state_dict["baselines"]}

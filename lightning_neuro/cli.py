@@ -10,23 +10,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: The words after the command's name; None: those it was called with.
+        arguments: Command-line arguments without the program's name; None: those of this process.
     """
     parser = argparse.ArgumentParser(prog="lightning-neuro", description="Interpretability as training curves.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train a small network on handwritten digits with every callback")
-    demo.add_argument("--logdir", default="runs/demo", help="where TensorBoard finds the curves (default: %(default)s)")
-    demo.add_argument("--epochs", type=int, default=20, help="at most so many epochs (default: %(default)s)")
+    demo.add_argument("--logdir", default="runs/demo", help="folder for the logs (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, default=20, help="maximum number of epochs (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.epochs < 1:
         parser.error(f"--epochs must be at least 1; got {options.epochs}.")
 
-    # Of Lightning's chatter nothing concerns who runs a demo.
+    # Lightning's notices are not relevant for users of the demo.
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    # The command line must answer --help without waiting for torch.
+    # Imported here so that --help does not wait for torch.
     from lightning_neuro.demo import run_demo
 
     run_demo(options.logdir, max_epochs=options.epochs)

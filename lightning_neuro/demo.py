@@ -1,4 +1,4 @@
-"""The demo: a small network on real handwritten digits, watched by every callback of the package."""
+"""The demo: a small network on real handwritten digits with every callback of the package."""
 
 import sys
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class DigitsNet(pl.LightningModule):
         self.fc2 = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores, (N, 10), of images, (N, 1, 8, 8)."""
+        """Logits, (N, 10), of images, (N, 1, 8, 8)."""
         maps = self.pool(self.relu2(self.conv2(self.relu1(self.conv1(images)))))
         logits: Tensor = self.fc2(self.dropout(self.relu3(self.fc1(maps.flatten(1)))))
         return logits
@@ -62,7 +62,7 @@ class DigitsNet(pl.LightningModule):
 
 
 def digits_loaders(batch_size: int = 64) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and validation batches of scikit-learn's 1,797 handwritten digits (UCI, ships with scikit-learn)."""
+    """Training and validation loaders of the 1,797 handwritten digits that ship with scikit-learn (from UCI)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -77,21 +77,21 @@ def digits_loaders(batch_size: int = 64) -> tuple[DataLoader[Any], DataLoader[An
 
 
 def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, float]:
-    """Train, log to TensorBoard, print a table of what was measured.
+    """Train, log to TensorBoard and print a table of the measures.
 
     Args:
-        logdir: Folder for the logs; every run gets its own below it.
-        max_epochs: Training ends after so many epochs, if EarlyStopping does not end it before.
+        logdir: Folder for the logs; every run gets its own folder in it.
+        max_epochs: Maximum number of epochs; EarlyStopping may stop training earlier.
 
     Returns:
-        Every logged value at the end, by key.
+        Key -> last value of everything that was logged.
     """
     pl.seed_everything(0, verbose=False)
     probe = Probe()
-    callbacks = [
+    callbacks: list[MetricCallback[Any]] = [
         NeuronCommunities(probe, prog_bar="communities/modularity"),
         ActivationEntropy(probe, prog_bar="entropy/class_information"),
-        RepresentationRefinement(["fc1", "fc2"], probe, influence_every_n_steps=20),
+        RepresentationRefinement(probe, layers=["fc1", "fc2"], influence_every_n_steps=20),
         ObserverProbes(probe),
         ActivationTopology(probe, prog_bar="topology/purity"),
         ConceptPaths(probe, prog_bar="paths/auroc"),
@@ -111,17 +111,17 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
     return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def _print_summary(callbacks: Sequence[MetricCallback], trainer: "pl.Trainer", logdir: str) -> None:
+def _print_summary(callbacks: Sequence[MetricCallback[Any]], trainer: "pl.Trainer", logdir: str) -> None:
     accuracy_reached = float(trainer.callback_metrics["val/accuracy"])
     print(f"\nValidation accuracy {accuracy_reached:.3f} after {trainer.current_epoch} epochs.")
-    print("What the callbacks say of the last layer that each looks at:\n")
-    print(f"{'metric':<40}{'untrained':>10}{'trained':>10}  what it says")
+    print("The measures of the last layer that each callback uses:\n")
+    print(f"{'measure':<42}{'untrained':>10}{'trained':>10}  meaning")
     for callback in callbacks:
         layer = list(callback.result)[-1]
         for measure, meaning in callback.meanings.items():
             key = f"{callback.name}/{measure}/{layer}"
-            print(f"{key:<40}{_number(callback.initial.get(key))}{_number(callback.scalars.get(key))}  {meaning}")
-    print(f"\nSee the curves and figures of every layer:\n\n    {_tensorboard_command()} --logdir {logdir}\n")
+            print(f"{key:<42}{_number(callback.initial.get(key))}{_number(callback.scalars.get(key))}  {meaning}")
+    print(f"\nTo see the curves and figures of all layers:\n\n    {_tensorboard_command()} --logdir {logdir}\n")
 
 
 def _number(value: float | None) -> str:
@@ -129,7 +129,7 @@ def _number(value: float | None) -> str:
 
 
 def _tensorboard_command() -> str:
-    """How to call TensorBoard from where the demo was called."""
+    """The command that starts TensorBoard from the current folder."""
     beside = Path(sys.executable).with_name("tensorboard")
     if beside.exists() and beside.is_relative_to(Path.cwd()):
         return str(beside.relative_to(Path.cwd()))

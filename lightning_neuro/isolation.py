@@ -1,4 +1,4 @@
-"""Look at a model in the middle of training and leave it, and the run, exactly as they were."""
+"""Run a model in the middle of training without changing the model or the run."""
 
 import random
 from collections.abc import Iterator
@@ -9,24 +9,32 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+from lightning_neuro.module_state import module_state_restored
+
+_SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
 def why_off(trainer: "pl.Trainer") -> str:
-    """Why nothing can be looked at in this run without risk to it, or an empty string."""
+    """Why the analyses cannot run under this trainer; an empty string if they can."""
     if trainer.barebones:
-        return "the trainer is barebones, and can log nothing"
-    strategy = type(trainer.strategy).__name__
-    if strategy in _SHARDED:
-        return f"{strategy} shards the weights, which a forward pass of our own cannot gather"
+        return "the trainer is barebones and logs nothing"
+    if _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
+        name = type(trainer.strategy).__name__
+        return f"{name} shards the weights, which a separate forward pass cannot gather"
     return ""
 
 
 @contextmanager
-def isolated_random_state(device: torch.device) -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global generators their states back at the end, after an error too."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that users draw from
-    devices = [device] if device.type == "cuda" else []
+def isolated_random_state(device: torch.device | None = None) -> Iterator[None]:
+    """Restore the states of Python's, NumPy's and torch's global generators at the end, also after an error.
+
+    Lightning's `isolate_rng` does not restore them after an error.
+
+    Args:
+        device: A device whose generator is restored in addition to that of the CPU.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the generator that users use
+    devices = [device] if device is not None and device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
@@ -37,49 +45,32 @@ def isolated_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode and give each its own training flag back.
+    """Put every module in evaluation mode, and restore the state of all modules at the end.
 
-    The flags are set one by one: `model.eval()` could be overridden, and `model.train()` would wake frozen parts.
-    Buffers that the forward pass changes in spite of evaluation mode (call counters, observers) are restored too.
+    The flags are set one by one, because `model.eval()` could be overridden, and `model.train()` would unfreeze frozen
+    parts.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    registered = [(module, dict(module._buffers)) for module, _ in flags]
-    buffers = [
-        (buffer, buffer._version, buffer.clone())
-        for _, own in registered
-        for buffer in own.values()
-        if buffer is not None and not buffer.is_inference()
-    ]
-    try:
-        for module, _ in flags:
+    with module_state_restored(model):
+        for module in model.modules():
             module.training = False
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for module, own in registered:
-            module._buffers.clear()
-            module._buffers.update(own)
-        for buffer, version, value in buffers:
-            if buffer._version != version:
-                buffer.copy_(value)
 
 
 @contextmanager
 def without_inference_mode() -> Iterator[None]:
-    """No gradients, yet ordinary tensors: those made under inference mode could never be used again in training."""
+    """Disable gradients but not with inference mode, whose tensors cannot be used in training afterwards."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 @contextmanager
 def undisturbed(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast, the trainer in its validation stage; all put back at the end.
+    """Evaluation mode, no gradients, no autocast, the trainer in its validation stage; all restored at the end.
 
-    The stage matters to `on_after_batch_transfer` hooks, which often augment while `trainer.training`.
+    The stage matters for `on_after_batch_transfer` hooks, which often augment if `trainer.training` is true.
     """
     plugin = trainer.precision_plugin
-    # Autocast is the one precision context left out: statistics of half-precision activations are noise.
+    # Autocast is the only precision context left out, because statistics of half-precision activations are too noisy.
     mixed = hasattr(plugin, "autocast_context_manager")
     stage = trainer.state.stage
     with ExitStack() as stack:

@@ -7,6 +7,7 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Metric
 
 
 class Module(pl.LightningModule):
@@ -100,6 +101,29 @@ class MemoryLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         for key, value in metrics.items():
             self.curves.setdefault(key, []).append((step, float(value)))
+
+
+HIDDEN = ("net.2", "net.4")
+"""The layers of `mlp` that a probe looks at by default."""
+
+
+class MeanActivation(Metric):
+    """A metric as a user would write it."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, activations: Tensor, targets: Tensor | None = None) -> None:
+        self.total += activations.double().sum()
+        self.count += activations.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 def fit(module: pl.LightningModule, *callbacks: pl.Callback, val: bool = True, **options: Any) -> pl.Trainer:

@@ -1,73 +1,64 @@
 """Neuron communities as training curves."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from lightning_neuro.callback import Memory, MetricCallback
-from lightning_neuro.communities.functional import partition_agreement
+from lightning_neuro.communities.detection import partition_agreement
 from lightning_neuro.communities.metric import NeuronModularity
+from lightning_neuro.communities.options import CommunityOptions
 from lightning_neuro.communities.plot import plot_communities
 from lightning_neuro.communities.result import CommunityResult
 from lightning_neuro.probe import Probe
+from lightning_neuro.scheduled_callback import OnError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class NeuronCommunities(MetricCallback):
-    """Shows how the units of each layer group while the network trains.
+class NeuronCommunities(MetricCallback[CommunityResult]):
+    """Logs how clearly the units of each layer are separated into communities, and how stable these are.
 
-    Units that rise and fall together over the probe's samples are joined into a graph; communities are the groups it
-    falls into, and the modularity says how much of its weight lies inside them. Read the modularity only beside its
-    null, what the same units give when each one's activations are shuffled over the samples, and beside its value
-    before training. Above the null there are groups; far below it the units rise and fall all together, as one group
-    (usual for convolutions averaged over the image). On real runs it follows how far a network has fitted its training
-    data, and goes on rising while it fits noise: it does not predict test accuracy.
+    Units whose activations are correlated over the probe set are joined into a graph. Communities are groups of densely
+    connected units, and the modularity measures how much of the edge weight lies inside them. Always compare the
+    modularity with its null, the value for the same units with each unit's activations shuffled over the samples, and
+    with its value before training. Above the null there are groups; far below it all units rise and fall together, as
+    one group (usual for convolutions averaged over the image). On real runs modularity follows how far a network has
+    fitted its training data, and it continues to rise while the network fits noise: it does not predict test accuracy.
 
     Args:
-        probe: Which samples, which layers, when; see `Probe`.
-        mode: `"correlation"`, or `"mostafa2021"` for the graphs of the paper (needs class labels).
-        weight: Edge weight in mode `"correlation"`: `"correlation"` (positive part of Pearson's r),
-            `"correlation_squared"`, `"phi"` (of on/off states) or `"coactivation"`.
-        algorithm: `"louvain"`, or the name of any crisp algorithm of `cdlib.algorithms`.
-        algorithm_options: Further arguments of a cdlib algorithm.
-        resolution: Above 1: more and smaller communities.
-        seeds: Runs of the detection on each graph; the best one is reported.
-        null_draws: Shuffled graphs for the null; 0 for none.
-        max_units: A wider layer is represented by a fixed random choice of this many units.
-        score: Level above which a unit counts as active in mode `"mostafa2021"`: `"mean"` or `"frequency"`.
-        name: First part of the keys, instead of `communities`.
+        probe: Selects the samples, the layers and the schedule; see `Probe`.
+        name: First part of the keys; default: `communities`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: `"warn"` or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
+        **options: See `CommunityOptions`.
 
     Keys:
         Each as `communities/<measure>/<layer>`, and as `communities/<measure>` for the mean over layers.
 
-        ======================= ============================================================= =========== ============
-        measure                 meaning                                                       range       better when
-        ======================= ============================================================= =========== ============
-        `modularity`            weight inside the communities beyond what strengths alone     -.5 .. 1    above null
-                                would give; best of `seeds` runs
-        `modularity_null`       mean of the shuffled graphs, one run each                     0 .. 1      (reference)
-        `modularity_initial`    modularity before the first training step                     -.5 .. 1    (reference)
-        `modularity_excess`     mean of the runs minus `modularity_null`                      -1 .. 1     > 0: structure
-        `modularity_z`          the excess in standard deviations of the null                 any         > 3: structure
-        `num_communities`       how many groups                                               1 .. units  neither
-        `largest_share`         share of the live units in the largest group                  0 .. 1      neither
-        `seed_agreement`        agreement between the runs (normalised mutual information)    0 .. 1      high: trust it
-        `stability`             agreement with the previous evaluation's groups; from the     0 .. 1      high: settled
-                                second evaluation on
-        `dead_share`            share of units that are dead or constant, left out            0 .. 1      low
-        `class_modularity`      mode `"mostafa2021"`: mean over classes of each class graph's -.5 .. 1    neither
-        ======================= ============================================================= =========== ============
+        | measure | meaning | range | better when |
+        |---|---|---|---|
+        | `modularity` | weight inside the communities beyond expectation, best of the runs | -0.5 .. 1 | above null |
+        | `modularity_null` | mean over graphs of shuffled activations, one run each | 0 .. 1 | (reference) |
+        | `modularity_initial` | modularity before the first training step | -0.5 .. 1 | (reference) |
+        | `modularity_excess` | mean of the runs minus `modularity_null` | -1 .. 1 | > 0: structure |
+        | `modularity_z` | the excess in standard deviations of the null | any | > 3: structure |
+        | `num_communities` | number of communities | 1 .. units | neither |
+        | `largest_share` | fraction of the live units in the largest community | 0 .. 1 | neither |
+        | `nmi_runs` | agreement between the runs (normalised mutual information) | 0 .. 1 | high: reliable |
+        | `nmi_previous` | agreement with the previous evaluation, from the second one on | 0 .. 1 | high: stable |
+        | `dead_share` | fraction of units that are never active | 0 .. 1 | low |
+        | `constant_share` | fraction of units that are active but do not vary | 0 .. 1 | low |
+        | `class_modularity` | mode `"mostafa2021"`: mean modularity of the classes' graphs | -0.5 .. 1 | neither |
 
-    Also a figure (`communities/graphs`: each layer's graph, ordered by community), a histogram of the edge weights
-    (`communities/edge_weights/<layer>`), and `callback.result[layer]`, a `CommunityResult` with `to_networkx()`.
+        Also logged: a figure (`communities/graphs`: each layer's graph, ordered by community) and a histogram of the
+        edge weights (`communities/edge_weights/<layer>`). `callback.result[layer]` is a `CommunityResult` with
+        `to_networkx()`.
 
     Raises:
-        ValueError: For a wrong option, at construction.
+        ArgumentError: If an argument is invalid, at construction.
 
     Source:
         S. Mostafa, D. Mondal, "On the Evolution of Neuron Communities in a Deep Learning Architecture",
@@ -82,62 +73,46 @@ class NeuronCommunities(MetricCallback):
 
     family = "communities"
     baselines = ("modularity",)
-    charts = {"modularity, its null, its start": ("modularity", "modularity_null", "modularity_initial")}  # noqa: RUF012
+    charts = {  # noqa: RUF012
+        "modularity, null, initial value": ("modularity", "modularity_null", "modularity_initial"),
+    }
     histogram_name = "edge_weights"
     meanings = {  # noqa: RUF012
-        "modularity": "weight inside groups of units beyond chance; read it against its null and its start",
-        "modularity_null": "the same when each unit is shuffled over the samples: no structure",
-        "modularity_z": "distance to that null in standard deviations; above 3: groups; far below 0: one group",
-        "num_communities": "how many groups of units",
-        "stability": "agreement of the groups with the previous evaluation, 0 to 1",
-        "dead_share": "share of units that are dead or constant",
+        "modularity": "weight inside communities beyond expectation; compare it with its null and its initial value",
+        "modularity_null": "the same with each unit shuffled over the samples: no structure",
+        "modularity_z": "distance to that null in standard deviations; above 3: communities; far below 0: one group",
+        "num_communities": "number of communities",
+        "nmi_previous": "agreement with the communities of the previous evaluation, 0 to 1",
+        "dead_share": "fraction of units that are never active",
     }
 
     def __init__(
         self,
         probe: Probe | None = None,
         *,
-        mode: str = "correlation",
-        weight: str = "correlation",
-        algorithm: str = "louvain",
-        algorithm_options: Mapping[str, Any] | None = None,
-        resolution: float = 1.0,
-        seeds: int = 5,
-        null_draws: int = 10,
-        max_units: int = 2048,
-        score: str = "mean",
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
-        on_error: str = "warn",
+        on_error: OnError = "warn",
+        **options: Unpack[CommunityOptions],
     ) -> None:
-        metric = NeuronModularity(
-            mode=mode,
-            weight=weight,
-            algorithm=algorithm,
-            algorithm_options=algorithm_options,
-            resolution=resolution,
-            seeds=seeds,
-            null_draws=null_draws,
-            max_units=max_units,
-            score=score,
-        )
+        metric = NeuronModularity(**options)
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
-        self.needs_labels = mode == "mostafa2021"  # a graph per class
+        self.needs_labels = metric.mode == "mostafa2021"  # one graph per class
 
-    def measures(self, result: CommunityResult, previous: Memory | None) -> dict[str, float]:
-        """The result's scalars, and how far the groups are still those of the previous evaluation."""
-        scalars = super().measures(result, previous)
-        if previous and result.defined:
-            # Which units are alive differs from one evaluation to the next: compare those that are in both.
-            _, now, before = np.intersect1d(result.units.cpu(), previous["units"].cpu(), return_indices=True)
+    def layer_measures(self, result: CommunityResult, memory: Memory | None) -> dict[str, float]:
+        """The result's scalars, and the agreement with the communities of the previous evaluation."""
+        scalars = result.scalars()
+        if memory and result.defined:
+            # Different units are live in different evaluations: compare those that are in both.
+            _, now, before = np.intersect1d(result.units.cpu(), memory["units"].cpu(), return_indices=True)
             if len(now) > 1:
-                scalars["stability"] = partition_agreement(result.labels.cpu()[now], previous["labels"].cpu()[before])
+                scalars["nmi_previous"] = partition_agreement(result.labels.cpu()[now], memory["labels"].cpu()[before])
         return scalars
 
-    def remember(self, result: CommunityResult) -> Memory:
-        """The groups."""
+    def remember(self, result: CommunityResult, memory: Memory | None) -> Memory:
+        """The units and their communities."""
         return {"units": result.units.cpu(), "labels": result.labels.cpu()} if result.defined else {}
 
     def draw(self, results: Mapping[str, CommunityResult]) -> dict[str, "Figure"]:
-        """Each layer's graph, ordered by community."""
+        """Draw each layer's graph, ordered by community."""
         return {"graphs": plot_communities(results)}

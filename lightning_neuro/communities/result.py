@@ -1,6 +1,4 @@
-"""What one evaluation of neuron communities found."""
-
-from __future__ import annotations
+"""The result of one evaluation of neuron communities."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lightning_neuro.layer_result import nonfinite_note
 
 if TYPE_CHECKING:
     import networkx
@@ -17,35 +17,35 @@ NAN = float("nan")
 
 @dataclass(frozen=True, eq=False)
 class CommunityResult:
-    """The communities of one layer's units, how clear they are, and what chance alone would give.
+    """The communities of one layer's units, how clear they are, and the null.
 
-    Read ``modularity`` beside ``modularity_null``: what counts is how far the first lies above the second
-    (``modularity_excess``), in standard deviations of chance (``modularity_z``). Undefined numbers are NaN here and
-    absent from :meth:`scalars`; :meth:`notes` says why.
+    Compare `modularity` with `modularity_null`: the relevant quantity is the difference (`modularity_excess`), also in
+    standard deviations of the null (`modularity_z`). Undefined measures are NaN here and absent from `scalars()`;
+    `notes()` gives the reason.
 
     Attributes:
-        mode: ``"correlation"`` or ``"mostafa2021"``.
-        weight: what an edge weighs.
-        adjacency: ``(k, k)`` float64 edge weights of the units in the graph.
-        units: ``(k,)`` int64, their indices in the layer.
-        labels: ``(k,)`` int64, their communities, 0 the largest; empty where undefined.
-        modularity: of these communities, the best of the runs.
-        modularity_null: mean over graphs of permuted activations, one run each.
-        modularity_null_std: standard deviation over those graphs.
-        modularity_excess: mean of the single runs on the real graph, less ``modularity_null``. (Not the best run: the
-            best of several would beat single runs even on noise.)
-        modularity_z: ``modularity_excess`` in units of ``modularity_null_std``.
-        class_modularity: mean over classes of the modularity of the class's own graph (mode ``"mostafa2021"``).
-        num_communities: communities found.
-        largest_share: share of the units in the largest community.
-        seed_agreement: mean normalised mutual information between runs; low means the division is arbitrary.
-        layer_width: units of the layer.
-        num_units: units looked at (fewer than ``layer_width`` where ``max_units`` is smaller).
-        num_constant: of these, units that never vary.
-        num_dead: of these, units never above zero.
-        num_samples: samples used.
-        num_nonfinite: samples left out for NaN or infinity.
-        reason: why nothing is defined, or empty.
+        mode: `"correlation"` or `"mostafa2021"`.
+        weight: What the edge weights measure.
+        adjacency: float64 (k, k), edge weights of the units in the graph.
+        units: int64 (k,), their indices in the layer.
+        labels: int64 (k,), their communities, 0 the largest; empty if undefined.
+        modularity: Modularity of these communities, the best of the runs.
+        modularity_null: Mean over graphs of permuted activations, one run each.
+        modularity_null_std: Standard deviation over those graphs.
+        modularity_excess: Mean of the single runs on the real graph minus `modularity_null`. (Not the best run: the
+            best of several exceeds single runs even on noise.)
+        modularity_z: `modularity_excess` in units of `modularity_null_std`.
+        class_modularity: Mean over classes of the modularity of the class's own graph (mode `"mostafa2021"`).
+        num_communities: Number of communities.
+        largest_share: Fraction of the units in the largest community.
+        nmi_runs: Mean normalised mutual information between runs; low values mean that the partition is arbitrary.
+        layer_width: Number of units of the layer.
+        num_units: Number of units used (fewer than `layer_width` if `max_units` is smaller).
+        num_constant: Number of units, of those used, that never vary.
+        num_dead: Number of units, of those used, that are never above zero.
+        num_samples: Number of samples used.
+        num_nonfinite: Number of samples left out because of NaN or infinite activations.
+        reason: Why no measure is defined; empty if they are.
     """
 
     mode: str
@@ -61,7 +61,7 @@ class CommunityResult:
     class_modularity: float = NAN
     num_communities: int = 0
     largest_share: float = NAN
-    seed_agreement: float = NAN
+    nmi_runs: float = NAN
     layer_width: int = 0
     num_units: int = 0
     num_constant: int = 0
@@ -76,7 +76,7 @@ class CommunityResult:
         return not self.reason
 
     def scalars(self) -> dict[str, float]:
-        """The measures by name, without those that are undefined."""
+        """Measure -> value, without those that are undefined."""
         values = {
             "modularity": self.modularity,
             "modularity_null": self.modularity_null,
@@ -85,23 +85,23 @@ class CommunityResult:
             "class_modularity": self.class_modularity,
             "num_communities": float(self.num_communities) if self.defined else NAN,
             "largest_share": self.largest_share,
-            "seed_agreement": self.seed_agreement,
-            "dead_share": (self.num_dead + self.num_constant) / self.num_units if self.num_samples > 1 else NAN,
+            "nmi_runs": self.nmi_runs,
+            "dead_share": self.num_dead / self.num_units if self.num_samples > 1 else NAN,
+            "constant_share": self.num_constant / self.num_units if self.num_samples > 1 else NAN,
         }
         return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
     def notes(self) -> dict[str, str]:
-        """What the user must be told: kind to sentence."""
+        """Kind -> a warning for the user: samples left out, why nothing is defined, units left out."""
         notes = {}
         if self.num_nonfinite:
-            total = self.num_nonfinite + self.num_samples
-            notes["nonfinite"] = f"{self.num_nonfinite} of {total} samples held NaN or infinity and were left out."
+            notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         if self.reason:
             notes["undefined"] = f"Neuron communities are not defined: {self.reason}."
         if self.num_units < self.layer_width:
             notes["max_units"] = (
-                f"The layer has {self.layer_width} units; a fixed random choice of {self.num_units} was looked at "
-                "(max_units)."
+                f"Only {self.num_units} of the {self.layer_width} units are used, a fixed random choice. To use all,"
+                " increase `max_units`."
             )
         return notes
 
@@ -111,11 +111,15 @@ class CommunityResult:
         weights = self.adjacency[i, j]
         return weights[weights > 0]
 
-    def to_networkx(self, layer: str = "") -> networkx.Graph:
-        """The graph for networkx: nodes are unit indices with unit, layer, community; edges have weight.
+    def to_networkx(self, layer: str = "") -> "networkx.Graph":
+        """The graph as a networkx graph.
 
         Args:
-            layer: the layer's name, set on every node.
+            layer: The layer's name, set on every node.
+
+        Returns:
+            A graph whose nodes are unit indices with the attributes `unit`, `layer` and `community`, and whose edges
+            have a `weight`.
         """
         import networkx
 

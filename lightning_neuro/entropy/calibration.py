@@ -1,4 +1,4 @@
-"""Where the bins of a unit end: the 99.9 percentile of its activations, from statistics that can be merged."""
+"""The upper end of a unit's bins: the 99.9 percentile of its activations, from statistics that can be merged."""
 
 import math
 from collections.abc import Iterable
@@ -6,27 +6,29 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_neuro.entropy.inputs import SMALLEST_UPPER, check_batch, finite_samples
+from lightning_neuro.checks import ArgumentError, ArrayLike, as_activations, finite_rows, require
 
 CALIBRATION_SIZE = 64
 PERCENTILE = 0.999
+# Below this, num_bins / upper could overflow.
+SMALLEST_UPPER = 1e-300
 
 
-def activation_range(activations: Tensor) -> Tensor:
+def activation_range(activations: ArrayLike) -> Tensor:
     """The upper end of each unit's range: the 99.9 percentile of its activations.
 
-    A unit that was active too rarely for its percentile to be positive gets its largest activation; a unit that was
-    never active gets the median of the layer's other units, so that it has sensible bins should it come alive; and if
-    none was active all get 1.
+    If a unit was active too rarely for its percentile to be positive, its range ends at its largest activation. If it
+    was never active, its range ends at the median of the layer's other units, so that its bins are sensible if it
+    becomes active later. If no unit was active, all ranges end at 1.
 
     Args:
-        activations: (samples, units), any floating dtype. Samples with a NaN or infinite value are left out.
+        activations: (N, units), of any real dtype. Samples with a NaN or infinite value are left out.
 
     Returns:
         float64 (units,) on the CPU, all positive.
 
     Raises:
-        ValueError: If `activations` is not a floating (samples, units) tensor.
+        ArgumentError: If `activations` is not a real (N, units) tensor or array.
 
     Example:
         >>> import torch
@@ -34,24 +36,24 @@ def activation_range(activations: Tensor) -> Tensor:
         >>> [round(x, 3) for x in activation_range(torch.arange(1001.0)[:, None] * torch.tensor([1.0, 0.0])).tolist()]
         [999.0, 999.0]
     """
-    check_batch(activations, None)
-    activations, _, _ = finite_samples(activations, None)
-    needed = math.ceil((1 - PERCENTILE) * len(activations)) + 1
-    return range_from_calibration(*calibration_of(activations, size=max(CALIBRATION_SIZE, needed)))
+    values = as_activations(activations)
+    values = values[finite_rows(values)]
+    needed = math.ceil((1 - PERCENTILE) * len(values)) + 1
+    return range_from_calibration(*calibration_of(values, size=max(CALIBRATION_SIZE, needed)))
 
 
 def calibration_of(activations: Tensor, *, size: int = CALIBRATION_SIZE) -> tuple[Tensor, Tensor]:
-    """What the range needs to know of a batch: each unit's largest activations, and the number of samples.
+    """The statistics of a batch from which the range is computed: each unit's largest activations, and the count.
 
     Args:
-        activations: (samples, units), finite.
-        size: How many of the largest are kept. 64 give the exact 99.9 percentile of up to 63,000 samples; of more, they
-            give a slightly higher one.
+        activations: (N, units), finite.
+        size: How many of the largest are kept. With 64 the 99.9 percentile is exact for up to 63,000 samples; for more
+            it is slightly too high.
 
     Returns:
-        float64 (size, units) in descending order, filled up with -inf, and the int64 count (); both on the CPU.
+        float64 (size, units) in descending order, padded with -inf, and the int64 count (); both on the CPU.
     """
-    largest = activations.detach().topk(min(size, len(activations)), dim=0).values.cpu().to(torch.float64)
+    largest = activations.topk(min(size, len(activations)), dim=0).values.cpu().to(torch.float64)
     missing = largest.new_full((size - len(largest), activations.shape[1]), -math.inf)
     return torch.cat([largest, missing]), torch.tensor(len(activations))
 
@@ -60,14 +62,14 @@ def merge_calibrations(calibrations: Iterable[tuple[Tensor, Tensor | int]]) -> t
     """The calibration of all samples from those of parts of them (batches, shards, ranks), in any order.
 
     Args:
-        calibrations: Pairs of the largest activations, (k, units), and the count, as `NeuronEntropy.calibration` gives
-            them. Pairs with a count of 0 are skipped.
+        calibrations: Pairs of the largest activations, (k, units), and the count, as in `NeuronEntropy.calibration`.
+            Pairs with a count of 0 are skipped.
 
     Returns:
         One such pair, (64, units) and (); with no samples at all, (64, 0) and 0.
 
     Raises:
-        ValueError: If the pairs do not have the same number of units.
+        ArgumentError: If the pairs do not have the same number of units.
 
     Example:
         >>> import torch
@@ -82,8 +84,8 @@ def merge_calibrations(calibrations: Iterable[tuple[Tensor, Tensor | int]]) -> t
     units = {top.shape[-1] for top, _ in parts}
     if len(units) > 1 or any(top.ndim != 2 for top, _ in parts):
         shapes = ", ".join(str(tuple(top.shape)) for top, _ in parts)
-        raise ValueError(
-            f"calibrations must hold (k, units) tensors with one number of units, got the shapes {shapes}."
+        raise ArgumentError(
+            f"`calibrations` must hold (k, units) tensors with the same number of units; got the shapes {shapes}."
         )
     top, _ = calibration_of(torch.cat([top for top, _ in parts]))
     return top, torch.tensor(sum(count for _, count in parts))
@@ -101,3 +103,20 @@ def range_from_calibration(top: Tensor, count: Tensor | int) -> Tensor:
     live = upper > 0
     spare = upper[live].median().item() if live.any() else 1.0
     return torch.where(live, upper, spare).clamp(min=SMALLEST_UPPER)
+
+
+def as_range(upper: Tensor | None, mode: str) -> Tensor | None:
+    """A range given by the user, as a float64 copy on the CPU.
+
+    Raises:
+        ArgumentError: If it is not a (units,) tensor of positive numbers, or the mode determines the range itself.
+    """
+    if upper is None:
+        return None
+    own = "be None in mode 'mostafa2021', whose bins end at each unit's largest activation"
+    require(mode != "mostafa2021", "upper", own, upper)
+    vector = isinstance(upper, Tensor) and upper.ndim == 1 and upper.is_floating_point()
+    require(vector, "upper", "be a floating-point tensor of shape (units,)", upper)
+    positive = bool((upper.isfinite() & (upper > 0)).all())
+    require(positive, "upper", "hold positive finite numbers", f"a smallest value of {upper.min().item()}")
+    return upper.detach().cpu().to(torch.float64, copy=True)

@@ -1,36 +1,39 @@
-"""What the entropy of a layer looks like: numbers per unit, means, notes."""
+"""The entropy of a layer: numbers per unit, their means, and notes."""
 
 import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_neuro.entropy.options import Mode
+from lightning_neuro.layer_result import nonfinite_note
+
 MAX_CLASSES = 256
 
 
 @dataclass(frozen=True, eq=False)
 class EntropyResult:
-    """What the units of one layer do, in bits; all tensors are float64 and on the CPU unless said otherwise.
+    """Entropies of the units of one layer, in bits; all tensors are float64 and on the CPU unless said otherwise.
 
     Attributes:
-        mode: "correlation" or "mostafa2021".
-        total: Entropy of each unit's state, (units,). In mode "correlation" it is `on_off + p_on * amplitude`; in mode
+        mode: "states" or "mostafa2021".
+        total: Entropy of each unit's state, (units,). In mode "states" it is `on_off + p_on * amplitude`; in mode
             "mostafa2021" the entropy of the paper. 0 for a dead unit.
-        live: bool (units,), True where the unit was active (a > 0) at least once in the samples.
-        counts: int64 (units, bins + 1), how many samples were in each state.
+        live: bool (units,), True if the unit was active (a > 0) in at least one sample.
+        counts: int64 (units, num_bins + 1), how many samples were in each state.
         num_samples: Samples used.
         num_nonfinite: Samples left out because they held NaN or infinite activations.
         on_off: Entropy of "active or not", (units,); None in mode "mostafa2021".
         amplitude: Entropy of the bin given that the unit is active, (units,), 0 for a dead unit; None in mode
             "mostafa2021".
         class_information: Mutual information of state and class, (units,). With the Miller-Madow correction it may be
-            slightly negative, which reads as "none found". None where fewer than two samples had a label, where there
+            slightly negative, which means that none was found. None if fewer than two samples had a label, if there
             were too many classes, and in mode "mostafa2021".
         num_labelled: Samples with a class label.
         largest_label: The largest class label, -1 if there was none.
     """
 
-    mode: str
+    mode: Mode
     total: Tensor
     live: Tensor
     counts: Tensor
@@ -43,37 +46,32 @@ class EntropyResult:
     largest_label: int = -1
 
     @property
-    def bits(self) -> Tensor:
-        """The entropy of each unit, `total` by another name, as mode "mostafa2021" calls it."""
-        return self.total
-
-    @property
     def num_units(self) -> int:
-        """Units in the layer."""
+        """Number of units in the layer."""
         return self.total.numel()
 
     @property
     def num_dead(self) -> int:
-        """Units that were active in no sample."""
+        """Number of units that were active in no sample."""
         return self.num_units - int(self.live.sum())
 
     @property
-    def bins(self) -> int:
-        """Equal-width bins of the active range."""
+    def num_bins(self) -> int:
+        """Number of equal-width bins of the active range."""
         return self.counts.shape[-1] - 1
 
     @property
     def max_bits(self) -> float:
-        """The largest entropy that counts in these states can have (the correction may add a little)."""
-        return math.log2(self.bins + 1 if self.mode == "correlation" else self.bins)
+        """The largest possible entropy of counts in these states (the correction may add a little)."""
+        return math.log2(self.num_bins + 1 if self.mode == "states" else self.num_bins)
 
     def scalars(self) -> dict[str, float]:
-        """The layer in a few numbers; what is undefined is left out, never NaN.
+        """Measure -> value of the layer; undefined measures are left out, never NaN.
 
         Returns:
-            In mode "correlation" the means over live units of `total`, `on_off`, `amplitude` and `class_information`;
-            in mode "mostafa2021" `bits_sum` and `bits_per_unit` over all units, dead ones counted as 0; and in both
-            `dead_share`, the share of units that were never active.
+            In mode "states" the means over live units of `total`, `on_off`, `amplitude` and `class_information`; in
+            mode "mostafa2021" `bits_sum` and `bits_per_unit` over all units, dead ones counted as 0; and in both
+            `dead_share`, the fraction of units that were never active.
         """
         if self.num_samples < 2:
             return {}
@@ -89,36 +87,33 @@ class EntropyResult:
         return values
 
     def notes(self) -> dict[str, str]:
-        """What a reader of the numbers must know.
+        """Warnings for the user.
 
         Returns:
-            A full sentence under each kind that applies: "nonfinite" (samples left out), "undefined" (numbers that
-            cannot be given, and why), "dead" (mode "mostafa2021": nothing was active, so the entropy is 0 by
+            Kind -> sentence, for each kind that applies: "nonfinite" (samples left out), "undefined" (measures that
+            cannot be computed, and why), "dead" (mode "mostafa2021": no unit was active, so the entropy is 0 by
             definition), "classes" (too many classes for the class information).
         """
         notes = {}
         if self.num_nonfinite:
-            notes["nonfinite"] = (
-                f"{self.num_nonfinite} of {self.num_nonfinite + self.num_samples} samples held NaN or infinite "
-                "activations and were left out."
-            )
+            notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         if self.num_samples < 2:
             notes["undefined"] = (
-                f"No entropy is given: it needs at least 2 finite samples, and there were {self.num_samples}."
+                f"The entropy is undefined, because it needs at least 2 finite samples; got {self.num_samples}."
             )
         elif not self.live.any():
             dead = f"None of the {self.num_units} units was active in any of the {self.num_samples} samples"
             if self.mode == "mostafa2021":
                 notes["dead"] = f"{dead}, so the entropy is 0."
             else:
-                notes["undefined"] = f"{dead}, so there is no entropy of live units to give."
+                notes["undefined"] = f"{dead}, so the entropy of live units is undefined."
         if self.largest_label >= MAX_CLASSES:
             notes["classes"] = (
-                f"The class information is left out: it is given for at most {MAX_CLASSES} classes "
-                f"(labels 0 to {MAX_CLASSES - 1}), and there was a label {self.largest_label}."
+                f"There is no class information, because it is computed for at most {MAX_CLASSES} classes "
+                f"(labels 0 to {MAX_CLASSES - 1}); got label {self.largest_label}."
             )
         return notes
 
     def histogram(self) -> Tensor:
-        """The entropies of the live units, (live units,), as one would put them in a TensorBoard histogram."""
+        """The entropies of the live units, (live units,)."""
         return self.total[self.live]

@@ -1,102 +1,114 @@
-"""What the user wants to be read: attributes of a batch's samples, named, as numbers."""
+"""Attributes of the samples: argument checks, their values in a batch, and their names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_neuro.observers.inputs import check_values, describe
+from lightning_neuro.batches import BatchField, read_field
+from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, describe, require
 
-Attribute = str | Callable[[Any], Any]
 
-
-def check_attributes(attributes: Any) -> dict[str, Attribute] | None:
-    """Refuse what is not a mapping of names to keys or functions of a batch."""
+def check_attributes(attributes: Any) -> dict[str, BatchField] | None:
+    """Require None, or a mapping from names without "/" to fields of a batch; returns a dictionary."""
     if attributes is None:
         return None
-    if not isinstance(attributes, Mapping) or not attributes:
-        raise MisconfigurationException(
-            "`attributes` must be a mapping from names to keys of a dict batch or functions of the batch, or None for"
-            f" one attribute per class; got {attributes!r}."
-        )
-    for name, source in attributes.items():
-        if not isinstance(name, str) or not name.strip() or "/" in name:
-            raise MisconfigurationException(f"`attributes` needs names that are strings without '/'; got {name!r}.")
-        if not isinstance(source, str) and not callable(source):
-            raise MisconfigurationException(
-                f"`attributes` must map {name!r} to a key or to a function of the batch; got {source!r}."
-            )
+    mapping = isinstance(attributes, Mapping) and len(attributes) > 0
+    require(mapping, "attributes", "be None, or a non-empty mapping from names to fields of a batch", attributes)
+    for name, field in attributes.items():
+        valid = isinstance(name, str) and name.strip() != "" and "/" not in name
+        require(valid, "attributes", "have names that are non-empty strings without '/'", name)
+        valid = callable(field) or (isinstance(field, (str, int)) and not isinstance(field, bool))
+        require(valid, "attributes", f"map {name!r} to a function of the batch, a key or an index", field)
     return dict(attributes)
 
 
-def check_source(name: str, source: Any) -> None:
-    """Refuse what is neither None, nor a key, nor a function."""
-    if source is not None and not isinstance(source, str) and not callable(source):
-        raise MisconfigurationException(f"`{name}` must be a key, a function of the batch or None; got {source!r}.")
-
-
-def read_batch(attributes: Mapping[str, Attribute], batch: Any, samples: int) -> Tensor:
+def read_attribute_values(attributes: Mapping[str, BatchField], batch: Any, num_samples: int) -> Tensor:
     """The attributes of a batch.
 
     Args:
-        attributes: Name -> key or function.
-        batch: As the data loader gives it, on the model's device.
-        samples: Its number of samples.
+        attributes: Name -> field of the batch: a function of the batch, a key or an index.
+        batch: As the data loader returns it, on the model's device.
+        num_samples: Number of samples in it.
 
     Returns:
-        float64 (samples, A) of 0, 1 and NaN, on the CPU.
+        float64 (num_samples, A) of 0, 1 and NaN, on the CPU.
 
     Raises:
-        MisconfigurationException: Naming the attribute, if it cannot be found, has another length or other values.
+        ArgumentError: If an attribute is not found or has a wrong length or wrong values; the message names it.
     """
-    return torch.stack([_column(name, source, batch, samples) for name, source in attributes.items()], 1)
+    columns = []
+    for name, field in attributes.items():
+        argument = f"attributes[{name!r}]"
+        values = _as_tensor(argument, read_field(argument, field, batch)).to(torch.float64)
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        require(values.shape == (num_samples,), argument, f"have a value for each of the {num_samples} samples", values)
+        _check_binary(argument, values)
+        columns.append(values)
+    return torch.stack(columns, 1) if columns else torch.zeros(num_samples, 0, dtype=torch.float64)
 
 
-def read_numbers(name: str, source: Attribute, batch: Any, samples: int) -> Tensor:
-    """Whole numbers, int64 (samples,), such as groups; raises as `read_batch` does."""
-    value = _value(f"`{name}`", source, batch)
+def read_groups(field: BatchField, batch: Any, num_samples: int) -> Tensor:
+    """The groups of a batch's samples as int64 (num_samples,), on the CPU; errors as in `read_attribute_values`."""
+    groups = as_labels(_as_tensor("group_fn", read_field("group_fn", field, batch)), num_samples, name="group_fn")
+    assert groups is not None
+    return groups
+
+
+def _as_tensor(argument: str, value: Any) -> Tensor:
     try:
-        values = torch.as_tensor(value).detach().cpu()
+        return torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise MisconfigurationException(f"`{name}` must give numbers, got {describe(value)}: {error}.") from None
-    if values.shape != (samples,) or values.is_floating_point():
-        raise MisconfigurationException(
-            f"`{name}` must give a whole number for each of the {samples} samples; got {describe(values)}."
-        )
-    return values.long()
+        raise ArgumentError(f"`{argument}` must be numbers; got {describe(value)}: {error}.") from None
 
 
-def _column(name: str, source: Attribute, batch: Any, samples: int) -> Tensor:
-    label = f"`attributes`: {name!r}"
-    value = _value(label, source, batch)
-    try:
-        values = torch.as_tensor(value).detach().cpu().to(torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MisconfigurationException(f"{label} must give numbers, got {describe(value)}: {error}.") from None
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.shape != (samples,):
-        raise MisconfigurationException(
-            f"{label} must give a value for each of the {samples} samples of a batch; got {describe(values)}."
-        )
-    try:
-        check_values(label, values)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from None
-    return values
+def as_attributes(value: ArrayLike, num_samples: int) -> Tensor:
+    """Attributes as a tensor: (N, A) of 0, 1 and NaN, or (N,) int64 class labels.
+
+    Raises:
+        ArgumentError: If the shape, dtype or values are wrong.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+    matrix = isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) == num_samples and not tensor.is_complex()
+    if not matrix:
+        must = f"be a tensor or array of shape ({num_samples}, A), or integer class labels of shape ({num_samples},)"
+        require(isinstance(tensor, Tensor) and tensor.ndim == 1, "attributes", must, value)
+        labels = as_labels(tensor, num_samples, name="attributes")
+        assert labels is not None
+        return labels
+    _check_binary("attributes", tensor)
+    return tensor.detach()
 
 
-def _value(label: str, source: Attribute, batch: Any) -> Any:
-    if callable(source):
-        try:
-            return source(batch)
-        except Exception as error:
-            raise MisconfigurationException(
-                f"{label}: the function fails on a batch: {type(error).__name__}: {error}."
-            ) from error
-    if not isinstance(batch, Mapping) or source not in batch:
-        keys = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else f"no keys: it is a {type(batch).__name__}"
-        raise MisconfigurationException(f"{label} stands for the key {source!r}, but the batch has {keys}.")
-    return batch[source]
+def _check_binary(argument: str, values: Tensor) -> None:
+    wrong = (values != 0) & (values != 1) & ~values.isnan()
+    if wrong.any():
+        seen = ", ".join(str(value) for value in torch.unique(values[wrong])[:3].tolist())
+        require(False, argument, "be 0, 1 or NaN (missing)", seen)
+
+
+def check_names(names: Any) -> tuple[str, ...] | None:
+    """Require None or a sequence of strings; returns a tuple."""
+    if names is None:
+        return None
+    strings = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+    require(strings, "names", "be None or a sequence of strings", names)
+    return tuple(names)
+
+
+def class_attribute_names(number: int, class_names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the attributes "is of class k": the class's name where it is known, else `class_<k>`.
+
+    They are segments of keys: "/" becomes "_", and the number of the class is appended to names that occur twice.
+
+    Example:
+        >>> class_attribute_names(4, ["cat", "n/a", "cat"])
+        ('cat_0', 'n_a', 'cat_2', 'class_3')
+    """
+    known = [name.replace("/", "_").strip() for name in (class_names or ())[:number]]
+    names = [name or f"class_{k}" for k, name in enumerate(known)]
+    names += [f"class_{k}" for k in range(len(names), number)]
+    return tuple(name if names.count(name) == 1 else f"{name}_{k}" for k, name in enumerate(names))

@@ -1,7 +1,8 @@
-"""Control attributes: random sets of classes, of the same size as the attribute, which the data did not ask for.
+"""Control attributes: random sets of classes with as many classes as the attribute.
 
-A network of ten classes lets nearly every set of classes be read. What an attribute gives beyond the mean of such sets
-is its selectivity (after Hewitt and Liang, 2019, whose control tasks are random functions of the word).
+In a network of ten classes nearly every set of classes can be predicted. The selectivity of an attribute is its
+balanced accuracy minus the mean of such sets (after Hewitt and Liang, 2019, whose control tasks are random functions of
+words).
 """
 
 from dataclasses import dataclass
@@ -16,35 +17,35 @@ SEED = 20_103
 
 @dataclass(frozen=True, eq=False)
 class Controls:
-    """Control attributes, and which of them stand against which attribute.
+    """Holds control attributes, and which of them belong to which attribute.
 
     Attributes:
         values: (N, C) of 0 and 1, NaN for samples without a class.
-        of: (A, C) bool, whether a control is one of an attribute's.
+        of: (A, C) bool, whether a control belongs to an attribute.
     """
 
     values: Tensor
     of: Tensor
 
 
-def control_attributes(attributes: Tensor, labels: Tensor, number: int) -> Controls:
-    """Draw the controls of each attribute: up to `number` distinct sets of as many classes as it is large.
+def control_attributes(attributes: Tensor, labels: Tensor, num_controls: int) -> Controls:
+    """Draw the controls of each attribute: up to `num_controls` distinct sets with as many classes as the attribute.
 
-    A set and the set of the other classes are the same question, so they count as one; the attribute's own set, where
-    it is one, is left out. Of single classes the controls are the other classes.
+    A set and its complement are the same classification task, so they count as one; the attribute's own set, if it is
+    a set of classes, is left out. For a single class the controls are the other classes.
 
     Args:
         attributes: (N, A) of 0, 1 and NaN.
-        labels: int64 (N,) class labels, negative where there is none.
-        number: How many sets for each size of an attribute.
+        labels: int64 (N,) class labels, negative if unlabelled.
+        num_controls: Number of sets for each size of an attribute.
 
     Returns:
-        The controls; none where there are fewer than three classes.
+        The controls; none if there are fewer than three classes.
     """
     classes = torch.unique(labels[labels >= 0])
     k = len(classes)
     empty = Controls(attributes[:, :0], torch.zeros(attributes.shape[1], 0, dtype=torch.bool, device=labels.device))
-    if k < 3 or number < 1:
+    if k < 3 or num_controls < 1:
         return empty
     member = labels[:, None] == classes
     rates = _rates(attributes, member)
@@ -52,14 +53,14 @@ def control_attributes(attributes: Tensor, labels: Tensor, number: int) -> Contr
     sizes = (share.clamp(max=1 - share) * k).round().long().clamp(1, k // 2)
     own_sets = [_own_set(rate) for rate in rates]
     for a, own in enumerate(own_sets):
-        # Of a set of classes the number is known, however many samples these have.
+        # For a set of classes the number of classes is known, independent of the number of their samples.
         if own and len(own) < k:
             sizes[a] = min(len(own), k - len(own))
     sets: list[frozenset[int]] = []
     of_size: dict[int, list[int]] = {}
     for size in sorted(set(sizes.tolist())):
-        # One more than asked for, because an attribute's own set does not count for it.
-        drawn = _subsets(k, size, number + 1)
+        # One more than requested, because an attribute's own set is left out.
+        drawn = _subsets(k, size, num_controls + 1)
         of_size[size] = list(range(len(sets), len(sets) + len(drawn)))
         sets += drawn
     in_set = torch.zeros(len(sets), k, dtype=torch.bool)
@@ -70,26 +71,26 @@ def control_attributes(attributes: Tensor, labels: Tensor, number: int) -> Contr
     for a, size in enumerate(sizes.tolist()):
         own = own_sets[a]
         others = [s for s in of_size[size] if own is None or sets[s] not in (own, frozenset(range(k)) - own)]
-        of[a, others[:number]] = True
+        of[a, others[:num_controls]] = True
     values = (member.to(torch.float64) @ in_set.T.to(torch.float64)).to(attributes.dtype)
     return Controls(torch.where(labels[:, None] >= 0, values, torch.nan), of)
 
 
 def _rates(attributes: Tensor, member: Tensor) -> Tensor:
-    """(A, K) share of each class with the attribute; NaN where unknown."""
+    """(A, K) fraction of each class with the attribute; NaN where unknown."""
     known = attributes.isfinite().to(torch.float64)
     one_hot = member.to(torch.float64)
     return (attributes.nan_to_num(nan=0.0).to(torch.float64).T @ one_hot) / (known.T @ one_hot)
 
 
 def _own_set(rates: Tensor) -> frozenset[int] | None:
-    """The classes of an attribute that is a set of classes, else None."""
+    """The classes of an attribute if it is a set of classes, else None."""
     known = rates.nan_to_num(nan=0.5)
     return frozenset(torch.nonzero(known == 1).flatten().tolist()) if ((known == 0) | (known == 1)).all() else None
 
 
 def _subsets(k: int, size: int, number: int) -> list[frozenset[int]]:
-    """Distinct sets of `size` of k classes, of which no two are each other's complement."""
+    """Distinct sets of `size` of k classes, no two of which are complements."""
     generator = torch.Generator().manual_seed(SEED + 1000 * k + size)
     available = comb(k, size) // (2 if 2 * size == k else 1)
     if available <= max(4 * number, 64):

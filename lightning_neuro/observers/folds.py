@@ -1,37 +1,35 @@
-"""Which samples are held out together: folds that depend neither on the samples' order nor on ranks or batches."""
+"""Folds of the cross-validation, which do not depend on the samples' order, on ranks or on batches."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_neuro.identity import canonical_order, content_hash, sample_hashes
 
-def row_hashes(values: Tensor) -> Tensor:
-    """A number for each row that depends on its content alone, so that it is the same on every rank, all run long.
+
+def fold_groups(groups: Tensor | None, inputs: Any, num_samples: int, *, num_before: int) -> Tensor:
+    """A number for each sample of a batch; samples with the same number are held out together.
 
     Args:
-        values: (N, ...) of any dtype; floating values are compared in float32, and zeros at the end count nothing, so
-            that texts may be padded to any length.
+        groups: int64 (num_samples,), the user's groups, if any. Otherwise samples are numbered by the content of their
+            input, so that a sample is in the same fold throughout the run and on any rank; or by their position if no
+            tensor in the inputs holds the samples, because their order is the same in every pass.
+        inputs: The model's inputs, a tensor or nested tensors.
+        num_samples: Number of samples.
+        num_before: Number of samples in earlier batches of the pass.
 
     Returns:
-        int64 (N,), pseudo-random.
-
-    Example:
-        >>> import torch
-        >>> one, same, other = row_hashes(torch.tensor([[1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])).tolist()
-        >>> one == same, one == other
-        (True, False)
+        int64 (num_samples,), on the CPU.
     """
-    rows = values.detach().flatten(1) if values.ndim > 1 else values.detach()[:, None]
-    # Adding 0 makes -0 the same as 0.
-    bits = (rows.float() + 0.0).view(torch.int32) if rows.is_floating_point() else rows.to(torch.int32)
-    weights = (torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x9E3779B1).to(torch.int32)
-    hashes = (bits * weights).sum(1)
-    for shift in (31, 29, 32):  # neighbouring sums must not become neighbours in order
-        hashes = (hashes ^ (hashes >> shift)) * -0x40A7B892E31B1A47
-    return hashes
+    if groups is not None:
+        return content_hash(groups)
+    hashes = sample_hashes(inputs, num_samples)
+    return torch.arange(num_samples) + num_before if hashes is None else hashes
 
 
-def canonical_order(attributes: Tensor, *keys: Tensor) -> Tensor:
-    """An order of the samples that does not depend on the one they came in: by attributes, then by the keys.
+def attribute_order(attributes: Tensor, *keys: Tensor) -> Tensor:
+    """A permutation of the samples that does not depend on their order: by attributes, then by the keys.
 
     Args:
         attributes: (N, A), NaN where missing.
@@ -43,18 +41,15 @@ def canonical_order(attributes: Tensor, *keys: Tensor) -> Tensor:
     profile = torch.zeros(len(attributes), dtype=torch.int64, device=attributes.device)
     if attributes.numel():
         profile = torch.unique(attributes.nan_to_num(nan=2.0), dim=0, return_inverse=True)[1]
-    order = torch.arange(len(attributes), device=attributes.device)
-    for key in (*reversed(keys), profile):
-        order = order[torch.argsort(key[order], stable=True)]
-    return order
+    return canonical_order(profile, *keys)
 
 
-def stratified_folds(groups: Tensor, folds: int) -> Tensor:
-    """Deal samples, in their canonical order, to folds: each kind of sample evenly, and no group to two folds.
+def stratified_folds(groups: Tensor, num_folds: int) -> Tensor:
+    """Assign samples, in the order of `attribute_order`, to folds: stratified by attributes, without splitting groups.
 
     Args:
         groups: int64 (N,); samples of one group stay together.
-        folds: How many.
+        num_folds: Number of folds.
 
     Returns:
         int64 (N,), the fold of each sample.
@@ -68,4 +63,4 @@ def stratified_folds(groups: Tensor, folds: int) -> Tensor:
     num_groups = int(inverse.max()) + 1 if len(groups) else 0
     first = positions.new_full((num_groups,), len(groups)).scatter_reduce(0, inverse, positions, "amin")
     turn = torch.argsort(torch.argsort(first))
-    return turn[inverse] % folds
+    return turn[inverse] % num_folds

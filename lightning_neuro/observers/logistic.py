@@ -1,4 +1,4 @@
-"""The reference observer: logistic regression with balanced classes, run to convergence by scikit-learn."""
+"""The reference classifier: scikit-learn's logistic regression with balanced classes, run to convergence."""
 
 import warnings
 from typing import Any
@@ -11,30 +11,22 @@ from lightning_neuro.observers.ridge import CrossFit
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
 
-def logistic_cross_fit(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> CrossFit:
-    """Fit logistic observers one attribute at a time; the strength of the penalty is chosen on a fold of its own.
+def logistic_cross_fit(x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> CrossFit:
+    """Fit logistic observers, one attribute at a time; the strength of the penalty is chosen on a separate fold.
 
-    With fold k held out, fold k + 1 tells which of four strengths has the least loss when fitted on the others; the
-    observer is then fitted on all folds but k.
-
-    Args:
-        x: (N, d) float64, standardised units.
-        y: (N, C) float64 of 0, 1 and NaN (missing).
-        fold: (N,) which fold a sample belongs to.
-        folds: Number of folds, at least 3.
-
-    Returns:
-        Scores (log-odds) of held-out samples and weights, as `ridge.cross_fit` gives them.
+    With fold k held out, the strength (of four) with the smallest log-loss on fold k + 1 is chosen, the observer being
+    fitted on the remaining folds; it is then fitted on all folds but k. Arguments and result are those of
+    `ridge.cross_fit`, with two differences: at least 3 folds are needed, and the scores are log-odds.
     """
     inputs, truth, which = x.cpu().numpy(), y.cpu(), fold.cpu()
     scores = torch.full_like(truth, torch.nan)
-    fold_weights = torch.zeros(folds, y.shape[1], x.shape[1], dtype=x.dtype)
+    fold_weights = torch.zeros(num_folds, y.shape[1], x.shape[1], dtype=x.dtype)
     weights = torch.zeros(y.shape[1], x.shape[1], dtype=x.dtype)
     for a in range(y.shape[1]):
         known = truth[:, a].isfinite()
-        for k in range(folds):
+        for k in range(num_folds):
             train, test = known & (which != k), known & (which == k)
-            inner = train & (which != (k + 1) % folds)
+            inner = train & (which != (k + 1) % num_folds)
             model = _chosen(inputs, truth[:, a], inner, train & ~inner, train)
             if model is not None and test.any():
                 scores[test, a] = torch.as_tensor(model.decision_function(inputs[test.numpy()]), dtype=y.dtype)
@@ -46,7 +38,7 @@ def logistic_cross_fit(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> CrossF
 
 
 def _chosen(inputs: Any, y: Tensor, inner: Tensor, validation: Tensor, train: Tensor) -> Any:
-    """The observer fitted on `train` with the strength that does best on `validation`; None for a single class."""
+    """The observer fitted on `train` with the best strength on `validation`; None if `train` has a single class."""
     if not _two_classes(y[train]):
         return None
     strength = STRENGTHS[1]
@@ -56,8 +48,8 @@ def _chosen(inputs: Any, y: Tensor, inner: Tensor, validation: Tensor, train: Te
         weight = torch.where(y[validation] == 1, 1 / y[validation].sum(), 1 / (1 - y[validation]).sum()).numpy()
 
         def loss(strength: float) -> float:
-            told = _fit(inputs, y, inner, strength).predict_proba(inputs[validation.numpy()])
-            return float(log_loss(y[validation].numpy(), told, sample_weight=weight))
+            predicted = _fit(inputs, y, inner, strength).predict_proba(inputs[validation.numpy()])
+            return float(log_loss(y[validation].numpy(), predicted, sample_weight=weight))
 
         strength = min(STRENGTHS, key=loss)
     return _fit(inputs, y, train, strength)
@@ -68,7 +60,7 @@ def _fit(inputs: Any, y: Tensor, rows: Tensor, strength: float) -> Any:
 
     model = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fit that does not settle within the steps is still an observer
+        warnings.simplefilter("ignore")  # a fit that does not converge within the steps is still usable
         return model.fit(inputs[rows.numpy()], y[rows].numpy())
 
 

@@ -1,16 +1,19 @@
-"""Linear observers of a layer as a torchmetrics.Metric: update batch by batch, merge, synchronise, compute."""
+"""Linear observers of a layer as a torchmetrics metric."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_neuro.metric import ResultMetric
-from lightning_neuro.observers.functional import read_attributes
-from lightning_neuro.observers.inputs import check_batch, check_options
+from lightning_neuro.checks import ArrayLike, as_activations, as_labels, require
+from lightning_neuro.layer_result import ResultMetric
+from lightning_neuro.observers.attributes import as_attributes, check_names
+from lightning_neuro.observers.options import ObserverOptions, ObserverSettings
+from lightning_neuro.observers.reading import read_attributes
 from lightning_neuro.observers.result import ObserverResult
 
 if TYPE_CHECKING:
@@ -22,30 +25,27 @@ _ALONE = torch.iinfo(torch.int64).min
 
 
 class LinearObserver(ResultMetric):
-    """How well linear observers of a layer's state tell each attribute of the samples, and single units do.
+    """Measures how well linear observers predict attributes from a layer's activations, and what single units denote.
 
-    Scores are of samples that an observer did not see (cross-fitted over folds). They are exact, so the samples are
-    kept: N x (units x their bytes + A + 16) bytes, 1 MiB for 512 samples of 512 float32 units. The fit itself needs
-    only sums: one factorisation for all attributes, and leaving a fold out is a subtraction. Samples are put into an
-    order of their own before anything is computed, so shards and ranks give exactly what a single process gives.
+    Scores are those of held-out samples (cross-validation). They are exact, so the samples are stored: N x (units x
+    bytes per unit + A + 16) bytes, 1 MiB for 512 samples of 512 float32 units. The fit itself needs only sums: one
+    factorisation for all attributes, and leaving a fold out is a subtraction. Samples are sorted by content first, so
+    the result does not depend on how they are split into batches or over ranks. The options of torchmetrics are
+    attributes: `metric.sync_on_compute = False`.
 
     Args:
-        names: The attributes' names; default: their numbers, or `label==k`.
-        observer: `"ridge"`, in closed form, or `"logistic"`, the slow reference.
-        controls: Random sets of classes against which the selectivity is told, for each size of an attribute.
-        folds: At least 2; `"logistic"` needs 3.
-        denotation: Whether to search for single units that denote something.
-        **kwargs: Options of torchmetrics.Metric, such as `sync_on_compute`.
+        names: Names of the attributes; default: their numbers, or `class_<k>`.
+        options: See `ObserverOptions`.
 
     Raises:
-        ValueError: If an argument has a wrong type or value.
+        ArgumentError: If an option is invalid; the message names it.
 
     Source:
-        After Allen, arXiv 2103.08315 (2021), whose abstract alone was at hand; see `functional.py`.
+        After Allen, arXiv 2103.08315 (2021), of which only the abstract was available; see `reading.py`.
 
     Example:
         >>> import torch
-        >>> from lightning_neuro import LinearObserver
+        >>> from lightning_neuro.observers import LinearObserver
         >>> x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
         >>> metric = LinearObserver(names=["sum of two units"])
         >>> for part in x.split(50):
@@ -55,7 +55,7 @@ class LinearObserver(ResultMetric):
     """
 
     is_differentiable = False
-    higher_is_better = True
+    higher_is_better = None
     full_state_update = False
 
     activations: list[Tensor]
@@ -63,106 +63,93 @@ class LinearObserver(ResultMetric):
     labels: list[Tensor]
     groups: list[Tensor]
 
-    def __init__(
-        self,
-        *,
-        names: Sequence[str] | None = None,
-        observer: str = "ridge",
-        controls: int = 20,
-        folds: int = 5,
-        denotation: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        check_options(observer, controls, folds, denotation, names)
-        super().__init__(**kwargs)
-        self.names = None if names is None else tuple(names)
-        self.observer = observer
-        self.controls = controls
-        self.folds = folds
-        self.denotation = denotation
+    def __init__(self, *, names: Sequence[str] | None = None, **options: Unpack[ObserverOptions]) -> None:
+        settings = ObserverSettings(**options)
+        super().__init__()
+        self.names = check_names(names)
+        self.settings = settings
         for state in _STATES:
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update(
-        self, activations: Tensor, attributes: Tensor, labels: Tensor | None = None, groups: Tensor | None = None
+        self,
+        activations: ArrayLike,
+        attributes: ArrayLike,
+        labels: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
     ) -> None:
         """Add a batch; the first one sets the number of units and attributes.
 
         Args:
-            activations: (N, units), any floating dtype.
+            activations: (N, units) of any real dtype.
             attributes: (N, A) of 0, 1 and NaN (missing), or integer class labels (N,): then one attribute per class.
-            labels: Integer class labels (N,), for controls and sets of classes; negative where there is none.
-            groups: Integers (N,); samples of one group are held out together. Default: each sample by itself.
+            labels: Integer class labels (N,), for controls and sets of classes; negative if unlabelled.
+            groups: Integers (N,); samples of one group are held out together. Default: each sample is its own group.
 
         Raises:
-            ValueError: For a wrong shape, dtype or value, or other sizes than before.
+            ArgumentError: If a shape, dtype or value is wrong, or sizes differ from those of earlier batches.
         """
-        check_batch(activations, attributes, labels, groups)
-        if attributes.ndim == 1:
-            labels = attributes if labels is None else labels
-            attributes = attributes[:, None][:, :0]
-        self._check_sizes(activations, attributes)
-        # What is kept must be usable outside of the inference mode in which Trainer.validate runs.
+        before = len(self.activations) > 0
+        x = as_activations(activations, num_units=self.activations[0].shape[1] if before else None)
+        values = as_attributes(attributes, len(x))
+        classes, grouping = as_labels(labels, len(x), name="labels"), as_labels(groups, len(x), name="groups")
+        if values.ndim == 1:
+            classes = values if classes is None else classes
+            values = values[:, None][:, :0]
+        if before:
+            expected = self.attributes[0].shape[1]
+            must = f"have {expected} columns as in earlier batches (class labels count as 0)"
+            require(values.shape[1] == expected, "attributes", must, attributes)
+        elif self.names is not None and values.shape[1] > 0:
+            expected = len(self.names)
+            require(values.shape[1] == expected, "attributes", f"have a column for each of {expected} names", values)
+        # Stored tensors must be usable outside of the inference mode in which Trainer.validate runs.
         with torch.inference_mode(False), torch.no_grad():
-            device = activations.device
-            count = len(activations)
-            self.activations.append(activations.detach().clone())
-            self.attributes.append(_compact(attributes).to(device))
-            self.labels.append(torch.full((count,), -1) if labels is None else labels.long().clone())
-            self.groups.append(torch.full((count,), _ALONE) if groups is None else groups.long().clone())
-            self.labels[-1], self.groups[-1] = self.labels[-1].to(device), self.groups[-1].to(device)
-
-    def _check_sizes(self, activations: Tensor, attributes: Tensor) -> None:
-        if len(self.activations):
-            sizes = self.activations[0].shape[1], self.attributes[0].shape[1]
-            if sizes != (given := (activations.shape[1], attributes.shape[1])):
-                raise ValueError(
-                    f"activations and attributes must have {sizes[0]} units and {sizes[1]} attributes as before, got"
-                    f" {given[0]} and {given[1]} (class labels count as 0 attributes)."
-                )
-        if self.names is not None and attributes.shape[1] not in (0, len(self.names)):
-            raise ValueError(f"attributes must have the {len(self.names)} columns of names, got {attributes.shape[1]}.")
+            parts = {
+                "activations": x.clone(),
+                "attributes": _compact(values),
+                "labels": torch.full((len(x),), -1) if classes is None else classes.clone(),
+                "groups": torch.full((len(x),), _ALONE) if grouping is None else grouping.clone(),
+            }
+            for state, part in parts.items():
+                getattr(self, state).append(part.to(x.device))
 
     def compute(self) -> ObserverResult:
-        """What the observers of all samples since the last reset tell; undefined values are NaN."""
+        """The result for all samples since the last reset; undefined values are NaN."""
         if not len(self.activations):
-            nothing = torch.zeros(0, 1)
-            return self._read(nothing, torch.zeros(0, len(self.names or ())), torch.zeros(0).long(), None)
+            nothing = torch.zeros(0, len(self.names or ()))
+            return self._read(torch.zeros(0, 1), nothing, torch.zeros(0).long(), None)
         activations, attributes, labels, groups = (dim_zero_cat(getattr(self, state)) for state in _STATES)
-        given = groups if (groups != _ALONE).any() else None
+        grouping = groups if (groups != _ALONE).any() else None
         if attributes.shape[1] == 0:
-            return self._read(activations, labels, None, given)
-        return self._read(activations, _expanded(attributes), labels, given)
+            return self._read(activations, labels, None, grouping)
+        return self._read(activations, _expanded(attributes), labels, grouping)
 
     def _read(
         self, activations: Tensor, attributes: Tensor, labels: Tensor | None, groups: Tensor | None
     ) -> ObserverResult:
         return read_attributes(
-            activations,
-            attributes,
-            labels,
-            groups=groups,
-            names=self.names,
-            observer=self.observer,
-            controls=self.controls,
-            folds=self.folds,
-            denotation=self.denotation,
+            activations, attributes, labels, groups=groups, names=self.names, **asdict(self.settings)
         )
 
-    def plot(self, result: ObserverResult | None = None) -> "Figure":
-        """Draw what can be read; see `plot_attributes`.
+    def plot(self, result: ObserverResult | None = None, *, layer: str = "") -> "Figure":
+        """Draw the balanced accuracy of the attributes; see `plot_attributes`.
 
         Args:
-            result: What to draw, by default `compute()`.
+            result: The result to draw; default: that of `compute()`.
+            layer: Name of the layer.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.observers.plot import plot_attributes
 
-        return plot_attributes({"layer": self.compute() if result is None else result})
+        return plot_attributes({layer: self.compute() if result is None else result})
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
-        # A rank without samples does not know the sizes, but must take part.
+        # A rank without samples does not know the sizes, but must participate.
         empty = {"activations": torch.zeros(0, 0), "attributes": torch.zeros(0, 0, dtype=torch.int8)}
         for state in _STATES:
             if not getattr(self, state):

@@ -1,4 +1,4 @@
-"""Which attribute can be read where, and what single units stand for over depth; cheap enough for every evaluation."""
+"""Figures: which attributes can be predicted from which layers, and what single units denote over depth."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightning_neuro import figures
+from lightning_neuro.checks import require
 from lightning_neuro.observers.depth import DepthCurve
 from lightning_neuro.observers.result import ObserverResult
 
@@ -17,45 +19,22 @@ if TYPE_CHECKING:
 MAX_ATTRIBUTES = 40
 MAX_WRITTEN = 64
 _CELL, _ROW = 0.62, 0.27  # inches
-_SCALE = {"cmap": "cividis", "vmin": 0.5, "vmax": 1.0}
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """A figure drawn by Agg and not known to pyplot, so there is nothing to close; in inches, 100 dots each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=100)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def inch_axes(figure: "Figure") -> "Axes":
-    """One axes that is the whole figure, in inches: an axes for each panel would take several times as long to draw."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
-    axes.set_axis_off()
-    return axes
+_SCALE = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
 
 
 def show_cells(
     axes: "Axes", values: "np.ndarray[Any, Any]", corner: tuple[float, float], size: tuple[float, float], **scale: Any
 ) -> None:
-    """A table of numbers as colours, framed, with its lower left corner there; all in inches."""
+    """Draw numbers as a framed table of colours; all sizes in inches."""
     from matplotlib.patches import Rectangle
 
     (left, bottom), (width, height) = corner, size
     extent = (left, left + width, bottom, bottom + height)
-    axes.add_patch(Rectangle(corner, width, height, facecolor="0.75", edgecolor="0.2", lw=0.8))
+    axes.add_patch(Rectangle(corner, width, height, facecolor=figures.FAINT, edgecolor=figures.INK, lw=0.8))
     if values.size:
         axes.imshow(
             np.ma.masked_invalid(values), extent=extent, aspect="auto", interpolation="nearest", zorder=2, **scale
         )
-
-
-def short(name: str, length: int = 24) -> str:
-    """A name that fits beside a picture."""
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
 
 
 def plot_attributes(
@@ -64,61 +43,80 @@ def plot_attributes(
     initial: Mapping[str, Sequence[float]] | None = None,
     from_input: Mapping[str, float] | None = None,
 ) -> "Figure":
-    """Draw the balanced accuracy of every attribute at every layer, beside what the raw input and the start give.
+    """Draw the balanced accuracy of every attribute at every layer, next to that of the raw input and before training.
 
-    Rows are attributes, columns layers; blue is chance (.5 or less), yellow 1. What the network has made of its data is
-    what is brighter on the right than at the left: than the raw input, and than the same layer before training. Grey
-    cells are undefined. In brackets stands the share of the samples with the attribute.
+    Rows are attributes, columns layers (the first 8); blue is chance (.5 or less), yellow is 1. The effect of training
+    is the difference between the right block and those to its left (the raw input, and the same layers before
+    training). Grey cells are undefined. The fraction of the samples with the attribute is given in brackets.
 
     Args:
         results: Layer -> result.
         initial: Layer -> the attributes' balanced accuracies before training.
-        from_input: Attribute -> balanced accuracy from the raw input.
+        from_input: Attribute -> balanced accuracy of an observer of the raw input.
+
+    Returns:
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
 
     Raises:
-        ValueError: If there is no result.
+        ArgumentError: If there is no result to draw.
 
     Example:
         >>> import torch
         >>> from lightning_neuro.observers import read_attributes
-        >>> figure = plot_attributes({"fc1": read_attributes(torch.randn(60, 4), torch.arange(60) % 3)})
+        >>> x, labels = torch.randn(60, 4), torch.arange(60) % 3
+        >>> results = {"fc1": read_attributes(x, labels)}
+        >>> figure = plot_attributes(results)
     """
-    if not results:
-        raise ValueError("results must hold at least one layer, got none.")
-    layers = list(results)
-    names = results[layers[0]].names[:MAX_ATTRIBUTES]
-    nothing = [float("nan")] * len(names)
-    blocks: list[tuple[str, list[str], Any]] = []
-    if from_input:
-        blocks.append(("input", ["raw input"], [[from_input.get(name, float("nan")) for name in names]]))
-    if initial:
-        before = [list(initial.get(layer) or nothing)[: len(names)] for layer in layers]
-        blocks.append(("before training", layers, before))
-    now = [results[layer].balanced_accuracy[: len(names)].tolist() for layer in layers]
-    blocks.append(("now", layers, now))
+    require(len(results) > 0, "results", "hold at least one layer", "none")
+    layers = list(results)[: figures.MAX_PANELS]
+    result = results[layers[0]]
+    names = result.names[:MAX_ATTRIBUTES]
+    blocks = _blocks({layer: results[layer] for layer in layers}, names, initial or {}, from_input or {})
 
     count = sum(len(columns) for _, columns, _ in blocks)
     left, bottom, top, tall = 2.6, 1.15, 0.75, max(1, len(names)) * _ROW
-    figure = new_figure(left + _CELL * count + 0.25 * len(blocks) + 0.8, bottom + tall + top)
-    axes, x, room = inch_axes(figure), left, MAX_WRITTEN
-    result = results[layers[0]]
+    figure = figures.new_figure(left + _CELL * count + 0.25 * len(blocks) + 0.8, bottom + tall + top)
+    axes, x, room = figures.inch_axes(figure), left, MAX_WRITTEN
     for row, (name, share) in enumerate(zip(names, result.label_proportion.tolist(), strict=False)):
         y = bottom + tall - (row + 0.5) * _ROW
-        axes.text(left - 0.07, y, f"{short(name)} [{share:.0%}]", fontsize=8, ha="right", va="center")
-    # Where not all numbers can be written, those of now are.
+        axes.text(left - 0.07, y, f"{figures.short_name(name)} [{share:.0%}]", fontsize=8, ha="right", va="center")
+    # If there is no space for all numbers, those of the current layers are written.
     written = {title: (room := room - len(names) * len(columns)) >= 0 for title, columns, _ in reversed(blocks)}
-    for title, columns, scores in blocks:
-        values = np.array(scores, dtype=float).T.reshape(len(names), len(columns))
+    for title, columns, values in blocks:
         _draw_block(axes, (x, bottom), title, columns, values, written=written[title])
         x += _CELL * len(columns) + 0.25
     show_cells(axes, np.linspace(1, 0.5, 64)[:, None], (x, bottom), (0.14, tall), **_SCALE)
     for share, word in ((0.0, "≤ .5"), (0.5, ".75"), (1.0, "1")):
         axes.text(x + 0.19, bottom + share * tall, word, fontsize=7, va="center")
-    more = f"; {len(result.names) - len(names)} more attributes are not drawn" if len(result.names) > len(names) else ""
-    heading = f"Balanced accuracy of linear observers, held out; {result.num_samples:,} samples; chance is .5{more}"
+    more = len(result.names) - len(names)
+    heading = f"Balanced accuracy of linear observers on held-out samples; {result.num_samples:,} samples; chance is .5"
+    parts = [heading, f"{more} more attributes not drawn" if more else "", figures.layers_left_out(len(results))]
     width, height = figure.get_size_inches()
-    axes.text(0.1, height - 0.08, textwrap.fill(heading, int(width * 12)), fontsize=9, va="top")
+    text = textwrap.fill("; ".join(filter(None, parts)), int(width * 12))
+    axes.text(0.1, height - 0.08, text, fontsize=9, va="top")
     return figure
+
+
+def _blocks(
+    results: Mapping[str, ObserverResult],
+    names: Sequence[str],
+    initial: Mapping[str, Sequence[float]],
+    from_input: Mapping[str, float],
+) -> list[tuple[str, list[str], "np.ndarray[Any, Any]"]]:
+    """Title, columns and (attributes, columns) values of each block of the figure."""
+    nan = float("nan")
+    blocks = []
+    if from_input:
+        blocks.append(("input", ["raw input"], [[from_input.get(name, nan) for name in names]]))
+    if initial:
+        before = [list(initial.get(layer) or [nan] * len(names))[: len(names)] for layer in results]
+        blocks.append(("before training", list(results), before))
+    now = [result.balanced_accuracy[: len(names)].tolist() for result in results.values()]
+    blocks.append(("now", list(results), now))
+    return [
+        (title, columns, np.array(scores, dtype=float).T.reshape(len(names), len(columns)))
+        for title, columns, scores in blocks
+    ]
 
 
 def _draw_block(
@@ -136,7 +134,7 @@ def _draw_block(
     axes.text(left + wide / 2, bottom + tall + 0.06, title, fontsize=8, ha="center", va="bottom")
     for column, name in enumerate(columns):
         x = left + (column + 0.7) * _CELL
-        axes.text(x, bottom - 0.06, short(name, 16), fontsize=8, rotation=45, ha="right", va="top")
+        axes.text(x, bottom - 0.06, figures.short_name(name, 16), fontsize=8, rotation=45, ha="right", va="top")
     for (row, column), value in np.ndenumerate(values) if written else ():
         text = "-" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
         color = "white" if value < 0.75 else "black"
@@ -145,29 +143,35 @@ def _draw_block(
 
 
 def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
-    """Draw how large the sets of classes are that single units stand for, over depth, with what chance gives.
+    """Draw the size of the sets of classes that single units denote, over depth, with its null.
 
-    A point is the mean over a layer's significant units of the share of samples in the unit's own set of classes (or
-    out of it, if smaller); the band is where 90 % of the same means lie when the labels are shuffled within each unit.
-    Only what leaves the band says something about depth.
+    A point is the mean over a layer's significant units of the fraction of samples in the unit's own set of classes (or
+    outside of it, if smaller); the band holds 90 % of these means if the labels are shuffled within each unit. Only
+    points outside the band are evidence for an effect of depth.
 
     Args:
-        curve: What `depth_curve` found.
+        curve: What `depth_curve` returned.
         layers: Names of the layers, in order.
+
+    Returns:
+        A matplotlib figure that is not registered with pyplot, so it need not be closed.
     """
-    figure = new_figure(6.4, 3.9)
+    figure = figures.new_figure(6.4, 3.9)
     panel = figure.add_axes((0.11, 0.3, 0.86, 0.54))
     depth = curve.depth.numpy()
     drawn = curve.null.isfinite().all(0)
     if drawn.any():
         low, high = (torch.quantile(curve.null[:, drawn], q, dim=0).numpy() for q in (0.05, 0.95))
         at = depth[drawn.numpy()]
-        panel.fill_between(at, low, high, color="0.85", lw=0)
-        panel.vlines(at, low, high, color="0.7", lw=6)
-        panel.plot(depth, curve.proportion.numpy(), "o-", color="#0072b2", ms=6)
+        panel.fill_between(at, low, high, color=figures.FAINT, lw=0)
+        panel.vlines(at, low, high, color=figures.NULL, lw=6, alpha=0.6)
+        panel.plot(depth, curve.proportion.numpy(), "o-", color=figures.VALUE, ms=6)
     else:
-        panel.text(0.5, 0.25, "no layer has units beyond chance", ha="center", fontsize=9)
-    ticks = [f"{short(name, 14)}\n{int(count)} units" for name, count in zip(layers, curve.units, strict=True)]
+        panel.text(0.5, 0.25, "no layer has significant units", ha="center", fontsize=9)
+    ticks = [
+        f"{figures.short_name(name, 14)}\n{int(count)} units"
+        for name, count in zip(layers, curve.num_significant, strict=True)
+    ]
     panel.set_xticks(depth, ticks, fontsize=7, rotation=30, ha="right")
     panel.set_xlim(-0.05, 1.05)
     panel.set_ylim(0, 0.52)
@@ -177,7 +181,7 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
     text = "Spearman correlation with depth: undefined"
     if found:
         rho, null, p = found.values()
-        text = f"Spearman correlation with depth {rho:.2f}; by chance {null:.2f} (p {p:.3f})"
-    figure.text(0.02, 0.97, f"What single units stand for, over depth\n{text}", fontsize=9, va="top")
-    figure.text(0.02, 0.02, "points: units beyond chance; grey: 90 % of shuffled labels", fontsize=7, color="0.3")
+        text = f"Spearman correlation with depth {rho:.2f}; null {null:.2f} (p = {p:.3f})"
+    figure.text(0.02, 0.97, f"Size of the sets that single units denote, over depth\n{text}", fontsize=9, va="top")
+    figure.text(0.02, 0.02, "points: significant units; grey: 90 % of shuffled labels", fontsize=7, color=figures.INK)
     return figure

@@ -1,4 +1,4 @@
-"""What linear observers of one layer found."""
+"""The result of the linear observers of one layer."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_neuro.layer_result import nonfinite_note
 from lightning_neuro.observers.denotation import Denotation
 
 MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
@@ -14,10 +15,10 @@ _NAMED = 5
 
 @dataclass(frozen=True, eq=False)
 class ObserverResult:
-    """What can be read from one layer's state about each attribute; tensors are float64 and on the CPU.
+    """How well each attribute can be predicted from one layer's activations; tensors are float64 and on the CPU.
 
-    All scores are of samples that the observer was not fitted on. Undefined values are NaN here and absent from
-    `scalars()`; `notes()` says why.
+    All scores are those of held-out samples. Undefined values are NaN here and absent from `scalars()`; `notes()` gives
+    the reason.
 
     Attributes:
         names: The A attributes.
@@ -26,26 +27,25 @@ class ObserverResult:
         balanced_accuracy_high: (A,), its upper 95 % bound.
         mcc: (A,) Matthews correlation, 0 by chance.
         auroc: (A,), .5 by chance.
-        information_bits: (A,), negative where the observer misleads.
+        information_bits: (A,), negative if the observer misleads.
         control: (A,), mean balanced accuracy of random sets of classes of the same size.
         selectivity: (A,), `balanced_accuracy - control`.
-        label_proportion: (A,), share of the samples with the attribute, among those where it is known.
-        num_known: int64 (A,), samples where it is known.
+        label_proportion: (A,), fraction of the samples with the attribute, among those where it is known.
+        num_known: int64 (A,), number of samples where it is known.
         weights: (A, units) of an observer fitted on all samples: the score of a state x is `(x - mean) @ weights[a]`,
-            scaled so that the two classes' mean scores lie 1 apart (logistic: log-odds). 0 for units left out.
+            scaled so that the mean scores of the two classes differ by 1 (logistic: log-odds). 0 for constant units.
         mean: (units,), over the samples.
         std: (units,), over the samples.
-        stable: bool (A, units), whether the weight had the same sign in the fit without each fold.
+        stable: bool (A, units), whether the weight has the same sign in the fits without each fold.
         pattern: (A, units), correlation of each unit with the attribute.
-        effect: (A, units), share of the distance between the two classes' mean scores that is lost when the unit is
-            held at its mean; the shares of an attribute sum to 1.
+        effect: (A, units), fraction of the difference between the mean scores of the two classes that is lost if the
+            unit is held at its mean; the effects on an attribute sum to 1.
         examples: (E, units), the states of a few samples.
-        example_attributes: (E, A), what is known of them.
-        num_samples: Samples used.
-        num_nonfinite: Samples left out because none of their units was finite.
-        nonfinite_units: Units left out because of other NaN or infinite activations.
-        num_constant: Units left out because they never vary.
-        denotation: What single units denote, if it was asked for.
+        example_attributes: (E, A), their attributes.
+        num_samples: Number of samples used.
+        num_nonfinite: Number of samples left out because of NaN or infinite activations.
+        num_constant: Number of units left out because they are constant.
+        denotation: What single units denote; None if it was not requested.
     """
 
     names: tuple[str, ...]
@@ -68,102 +68,93 @@ class ObserverResult:
     example_attributes: Tensor
     num_samples: int = 0
     num_nonfinite: int = 0
-    nonfinite_units: int = 0
     num_constant: int = 0
     denotation: Denotation | None = field(default=None, repr=False)
 
     @property
     def selectivity(self) -> Tensor:
-        """(A,), balanced accuracy beyond the mean of the control attributes."""
+        """(A,), balanced accuracy minus the mean of the control attributes."""
         return self.balanced_accuracy - self.control
 
     @property
     def num_units(self) -> int:
-        """Units in the layer."""
+        """Number of units in the layer."""
         return len(self.mean)
 
     def explain(self, state: Tensor, attribute: int) -> Tensor:
-        """What each unit adds to a state's score, (units,); the parts sum to `(state - mean) @ weights[attribute]`.
+        """Contributions of the units to the score of a state; they sum to `(state - mean) @ weights[attribute]`.
 
         Args:
             state: (units,), such as a row of `examples`.
             attribute: Its index in `names`.
+
+        Returns:
+            (units,), the contributions.
         """
         return self.weights[attribute] * (state.to(self.mean) - self.mean)
 
-    def of_attributes(self) -> dict[str, float]:
-        """`<measure>/<attribute>` -> value, where it is defined."""
-        found = {}
+    def by_attribute(self) -> dict[str, dict[str, float]]:
+        """Measure -> attribute -> value, where it is defined."""
+        found: dict[str, dict[str, float]] = {}
         for measure in MEASURES:
-            for name, value in zip(self.names, getattr(self, measure).tolist(), strict=True):
-                if math.isfinite(value):
-                    found[f"{measure}/{name}"] = value
+            values: Tensor = getattr(self, measure)
+            pairs = zip(self.names, values.tolist(), strict=True)
+            found[measure] = {name: value for name, value in pairs if math.isfinite(value)}
         return found
 
-    def means(self) -> dict[str, float]:
-        """Means over the attributes, and what the layer's units denote; undefined ones left out."""
+    def scalars(self) -> dict[str, float]:
+        """Measure -> mean over the attributes, and the measures of denotation; undefined measures are left out."""
         found = {}
         for measure in MEASURES:
             values: Tensor = getattr(self, measure)
             if (defined := values[values.isfinite()]).numel():
                 found[measure] = float(defined.mean())
-        # Where no rule could be tested, no unit was found not to denote anything.
+        # If no rule could be tested, the number of denoting units is unknown and not 0.
         if self.denotation is not None and self.denotation.mcc.isfinite().any():
-            found["denoting_units"] = float(self.denotation.denoting().sum())
+            found["num_denoting_units"] = float(self.denotation.denoting().sum())
             if math.isfinite(proportion := self.denotation.label_proportion()):
                 found["label_proportion"] = proportion
         return found
 
-    def scalars(self) -> dict[str, float]:
-        """`means()` and `of_attributes()`."""
-        return self.means() | self.of_attributes()
-
     def undefined(self) -> dict[str, str]:
-        """Attribute -> why nothing can be said of it."""
+        """Attribute -> why it has no score."""
         found = {}
-        for name, value, share, known in zip(
-            self.names,
-            self.balanced_accuracy.tolist(),
-            self.label_proportion.tolist(),
-            self.num_known.tolist(),
-            strict=True,
-        ):
-            if not math.isfinite(value) and self.num_samples:
-                found[name] = (
-                    "missing in all samples"
-                    if known == 0
-                    else f"{'absent' if share == 0 else 'present'} in all {known} samples where it is known"
-                    if share in (0.0, 1.0)
-                    else f"present in {round(share * known)} of {known} samples, too few of one kind to hold some out"
-                )
+        rates, counts = self.label_proportion.tolist(), self.num_known.tolist()
+        scores = self.balanced_accuracy.tolist()
+        for name, score, rate, known in zip(self.names, scores, rates, counts, strict=True):
+            if math.isfinite(score) or not self.num_samples:
+                continue
+            if known == 0:
+                found[name] = "missing in all samples"
+            elif rate in (0.0, 1.0):
+                found[name] = f"{'absent from' if rate == 0 else 'present in'} all {known} samples where it is known"
+            else:
+                positive = round(rate * known)
+                found[name] = f"present in {positive} of {known} samples, too few of one kind for cross-validation"
         return found
 
     def notes(self) -> dict[str, str]:
-        """What the user must be told: samples and units left out, attributes that are undefined."""
+        """Kind -> a warning for the user, shown once: samples left out, attributes without a score."""
         notes = {}
-        total = self.num_samples + self.num_nonfinite
-        if self.num_nonfinite or self.nonfinite_units:
-            notes["nonfinite"] = (
-                f"{self.num_nonfinite} of {total} samples and {self.nonfinite_units} of {self.num_units} units held NaN"
-                " or infinite activations and were left out."
-            )
+        if self.num_nonfinite:
+            notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
         undefined = self.undefined()
         if undefined:
             named = "; ".join(f"'{name}' is {why}" for name, why in list(undefined.items())[:_NAMED])
             more = f"; and {len(undefined) - _NAMED} more" if len(undefined) > _NAMED else ""
-            notes["undefined"] = f"No score is given for some attributes: {named}{more}."
+            notes["undefined"] = f"Some attributes have no score, because they do not vary: {named}{more}."
         return notes
 
     def histogram(self) -> Tensor:
-        """The attributes' balanced accuracies, where defined."""
+        """The balanced accuracies of the attributes, where defined."""
         return self.balanced_accuracy[self.balanced_accuracy.isfinite()]
 
 
-def to_cpu(result: ObserverResult) -> ObserverResult:
-    """The result with its tensors on the CPU."""
+def to_cpu(result: ObserverResult, *, num_nonfinite: int) -> ObserverResult:
+    """The result with its tensors on the CPU, and the number of samples that were left out."""
 
     def moved(values: Any) -> Any:
         return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in vars(values).items()}
 
-    units = result.denotation
-    return replace(ObserverResult(**moved(result)), denotation=None if units is None else Denotation(**moved(units)))
+    units = None if result.denotation is None else Denotation(**moved(result.denotation))
+    return replace(ObserverResult(**moved(result)), denotation=units, num_nonfinite=num_nonfinite)

@@ -1,14 +1,14 @@
-"""Linear observers of all attributes at once, in closed form: ridge regression on standardised units, cross-fitted.
+"""Linear observers of all attributes at once: ridge regression on standardised units in closed form, cross-validated.
 
 For an attribute a with known values in some training samples, on standardised units x,
 
     w_a = (S + penalty tr(S)/d I)^-1 cov(x, a),
 
-S being the covariance of all training samples: one factorisation serves all attributes. The threshold is the middle
-between the two classes' mean scores, not 1/2, which a rare attribute's scores never reach.
+S being the covariance of all training samples: one factorisation serves all attributes. The threshold is the midpoint
+between the mean scores of the two classes, not 1/2, which the scores of a rare attribute never reach.
 
-Where there are at least as many samples as units, S comes from additive moments of each fold, and leaving a fold out is
-a subtraction; where there are fewer, the same weights come from the (samples x samples) products, which are smaller.
+With at least as many samples as units, S comes from additive moments of each fold, and leaving a fold out is a
+subtraction; with fewer, the same weights come from the (samples x samples) products, which are smaller.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ import torch
 from torch import Tensor
 
 
-def ridge_penalty(units: int, samples: int) -> float:
-    """How strongly weights are held small, in units of the mean variance: the more so the fewer samples a unit has.
+def ridge_penalty(num_units: int, num_samples: int) -> float:
+    """The ridge penalty relative to the mean variance: it grows with the number of units per sample.
 
-    On real layers of 16 to 2,048 units and 400 to 10,000 samples the best penalty grew from .001 to 5 so.
+    On real layers of 16 to 2,048 units and 400 to 10,000 samples the best penalty grew in this way from .001 to 5.
     """
-    ratio = units / max(1, samples)
+    ratio = num_units / max(1, num_samples)
     return ratio * min(1.0, ratio)
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What a set of samples adds to the fit; two sets' moments add up to those of their union.
+    """Additive moments of a set of samples: those of two sets add up to those of their union.
 
     Attributes:
-        count: (), samples.
+        count: (), number of samples.
         x: (d,) sums of the units.
         xx: (d, d) sums of their products; None where the fit does not need it.
-        known: (C,) samples with a known value of each attribute.
-        y: (C,) of these, the positive ones.
+        known: (C,) number of samples with a known value of each attribute.
+        y: (C,) number of positive ones among them.
         x_known: (d, C) sums of the units over the samples with a known value.
         x_positive: (d, C) sums of the units over the positive ones.
     """
@@ -91,13 +91,13 @@ def moments(x: Tensor, y: Tensor, *, products: bool = True) -> Moments:
 
 @dataclass(frozen=True, eq=False)
 class CrossFit:
-    """Observers of all attributes, fitted on all samples and with each fold held out.
+    """Holds the observers of all attributes: fitted on all samples, and with each fold held out.
 
     Attributes:
-        scores: (N, C) of the observers that did not see the sample's fold; above 0 reads "has the attribute"; NaN where
-            the attribute is unknown or the other folds hold only one class.
-        weights: (C, d) of the fit on all samples, on standardised units, scaled so that the two classes' mean scores
-            lie one apart.
+        scores: (N, C) scores by the observers fitted without the sample's fold; positive if the prediction is "has the
+            attribute"; NaN where the attribute is unknown or the other folds hold one class only.
+        weights: (C, d) of the fit on all samples, on standardised units, scaled so that the mean scores of the two
+            classes differ by 1.
         fold_weights: (folds, C, d), the same with each fold held out.
     """
 
@@ -106,19 +106,19 @@ class CrossFit:
     fold_weights: Tensor
 
 
-def cross_fit(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> CrossFit:
-    """Fit an observer of each attribute on all samples, and on all folds but one to score that one.
+def cross_fit(x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> CrossFit:
+    """Fit an observer of each attribute on all samples, and for each fold on all other folds, to score it.
 
     Args:
         x: (N, d) float64, standardised units.
         y: (N, C) float64 of 0, 1 and NaN (missing).
-        fold: (N,) which fold a sample belongs to.
-        folds: Number of folds, at least 2.
+        fold: (N,) fold of each sample.
+        num_folds: Number of folds, at least 2.
 
     Returns:
         Scores of held-out samples, and weights.
     """
-    members = [torch.nonzero(fold == k).flatten() for k in range(folds)]
+    members = [torch.nonzero(fold == k).flatten() for k in range(num_folds)]
     primal = len(x) >= x.shape[1]
     parts = [moments(x[rows], y[rows], products=primal) for rows in members]
     whole = parts[0]
@@ -126,7 +126,7 @@ def cross_fit(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> CrossFit:
         whole = whole + part
     gram = None if primal else x @ x.T
     scores = torch.full_like(y, torch.nan)
-    fold_weights = x.new_zeros(folds, y.shape[1], x.shape[1])
+    fold_weights = x.new_zeros(num_folds, y.shape[1], x.shape[1])
     for k, rows in enumerate(members):
         if len(rows) == len(x):
             continue
@@ -137,11 +137,11 @@ def cross_fit(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> CrossFit:
         fold_weights[k] = weights.T
     weights, _ = _fit(whole, x, y, torch.arange(len(x), device=x.device), gram)
     scores = torch.where(y.isfinite(), scores, torch.nan)
-    return CrossFit(_recentred(scores, y, fold, folds), weights.T, fold_weights)
+    return CrossFit(_recentred(scores, y, fold, num_folds), weights.T, fold_weights)
 
 
 def _fit(seen: Moments, x: Tensor, y: Tensor, train: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights (d, C) scaled to a distance of 1 between the mean scores, and the middle between these, (C,)."""
+    """Weights (d, C), scaled so that the mean scores differ by 1, and the midpoint between these, (C,)."""
     penalty = ridge_penalty(x.shape[1], len(train))
     if seen.xx is not None:
         weights = _solve_products(seen, penalty)
@@ -151,7 +151,7 @@ def _fit(seen: Moments, x: Tensor, y: Tensor, train: Tensor, gram: Tensor | None
     negative, positive = seen.class_means
     low, high = (weights * negative).sum(0), (weights * positive).sum(0)
     gap = high - low
-    # Units that say nothing give no distance and a score of 0 everywhere; an attribute of one class gives NaN.
+    # Uninformative units give no difference and a score of 0 everywhere; an attribute with one class gives NaN.
     scale = torch.where(gap.abs() > 1e-12, gap, torch.inf)
     scale = torch.where(gap.isnan(), torch.nan, scale)
     return weights / scale, (low + high) / 2 / scale
@@ -181,16 +181,16 @@ def _solve_gram(x: Tensor, y: Tensor, gram: Tensor, penalty: float) -> Tensor:
     return x.T @ dual  # whose columns sum to 0, as the targets do, so x need not be centred
 
 
-def _recentred(scores: Tensor, y: Tensor, fold: Tensor, folds: int) -> Tensor:
-    """Move each fold's threshold to the middle between the classes' mean scores in the other folds, held out too.
+def _recentred(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> Tensor:
+    """Move each fold's threshold to the midpoint between the classes' mean held-out scores in the other folds.
 
-    In the samples that it was fitted on, an observer scores the rarer class too high, so that its own middle would miss
-    most of that class in new ones.
+    On the samples that it was fitted on, an observer scores the rarer class too high, so its own midpoint would miss
+    most of that class in new samples.
     """
     known = scores.isfinite()
     sides = [torch.where(known & (y == value), 1.0, 0.0).to(scores.dtype) for value in (0, 1)]
     filled = scores.nan_to_num(nan=0.0)
-    by_fold = torch.nn.functional.one_hot(fold, folds).to(scores.dtype).T
+    by_fold = torch.nn.functional.one_hot(fold, num_folds).to(scores.dtype).T
     middles = []
     for side in sides:
         sums, counts = by_fold @ (filled * side), by_fold @ side

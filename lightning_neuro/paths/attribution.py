@@ -1,15 +1,15 @@
-"""How much each unit does for each class: scores of all classes from one forward and one backward pass."""
+"""How much each unit contributes to each class: scores of all classes from one forward and one backward pass."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_neuro.paths.gates import GatedModel, still
-from lightning_neuro.paths.sites import Layers, path_layers
-
-ABLATIONS = ("zero", "mean")
+from lightning_neuro.checks import check_choice, finite_rows
+from lightning_neuro.paths.gates import GatedModel, evaluating
+from lightning_neuro.paths.layer_outputs import check_same_length, integer_labels, modules_of
+from lightning_neuro.paths.options import Ablation, Layers
 
 
 def attribution_scores(
@@ -19,32 +19,34 @@ def attribution_scores(
     layers: Layers = None,
     *,
     concepts: Tensor | None = None,
-    ablation: str = "zero",
+    ablation: Ablation = "zero",
 ) -> dict[str, Tensor]:
-    """What ablating each unit would take from each class's logit, to first order.
+    """Compute by how much ablating each unit would lower each class's logit, to first order.
 
-    For a unit with activation a, a sample of class y and the logit z_y it is sum over positions of a dz_y/da; the score
-    is the mean over the samples of a class, with its sign. One forward and one backward pass give it for all classes:
-    the logits of the samples' own classes are summed, and each sample's part of the gradient is its own. The logit and
-    not the loss, whose gradient vanishes on samples that the model is sure of.
+    For a unit with activation a, a sample of class y and the logit z_y, a unit's contribution is the sum over positions
+    of a dz_y/da; its score for a class is the mean contribution over the samples of the class, with its sign. One
+    forward and one backward pass compute it for all classes: the logits of the samples' own classes are summed, and the
+    gradient with respect to a sample's activations depends on its own logit only. The logit is used and not the loss,
+    whose gradient vanishes on samples that the model classifies with confidence.
 
-    The model runs in evaluation mode and is left as it was; the gradients of its parameters are not touched. Samples
-    with NaN or infinite activations or logits are left out, with a warning.
+    The model runs in evaluation mode and is restored afterwards; the gradients of its parameters are not touched.
+    Samples with NaN or infinite activations or logits are left out, with a warning.
 
     Args:
         model: Any model that returns logits, (N, classes), or a mapping or tuple that holds them.
-        inputs: What the model takes, for N samples.
-        targets: (N,) class labels.
-        layers: Which layers; see `path_layers`.
-        concepts: (N,) whole numbers, what the samples are grouped by; default: the classes. Negative: in no group.
-        ablation: What stands for an ablated unit: `"zero"`, or its `"mean"` over samples and positions, for which the
-            score is that of a - mean.
+        inputs: The model's input, for N samples.
+        targets: (N,) class labels, integers.
+        layers: Names or globs as for `Probe(layers=...)`, modules by name, or None for the default layers. Name
+            residual blocks to follow paths through their outputs, such as `"layer?.?"` for torchvision's ResNets.
+        concepts: (N,) integers by which the samples are grouped; negative for no group. Default: the classes.
+        ablation: What replaces the output of an ablated unit: `"zero"`, or its `"mean"` over samples and positions; in
+            that case, a is replaced by a - mean in the score.
 
     Returns:
         Layer -> float64 (classes, units); a row of NaN for a class without samples.
 
     Raises:
-        ValueError: If the model returns no logits, a layer does not run, or a target is no class.
+        ArgumentError: If the model returns no logits, a layer is not called, or a target is not a class of the model.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
@@ -53,15 +55,17 @@ def attribution_scores(
         >>> attribution_scores(net, torch.eye(2), torch.tensor([0, 1]))["1"].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    check_ablation(ablation)
-    groups = targets if concepts is None else concepts
-    with still(model):
-        gated = GatedModel(model, path_layers(model, layers), model)
-        seen = gated.watch(inputs, targets, gradients=ablation == "mean")
-        explain_silent(gated)
+    check_choice("ablation", ablation, get_args(Ablation))
+    targets = integer_labels(targets)
+    groups = targets if concepts is None else integer_labels(concepts, name="concepts")
+    check_same_length(groups, targets)
+    with evaluating(model):
+        gated = GatedModel(model, modules_of(model, layers))
+        seen = gated.attribute(inputs, targets, gradients=ablation == "mean")
+        gated.require_all_layers()
     num_groups = int(groups.max()) + 1 if concepts is not None else seen.logits.shape[1]
     everything = [*seen.contributions.values(), *seen.features.values()]
-    finite = torch.stack([values.isfinite().all(1) for values in everything]).all(0)
+    finite = torch.stack([finite_rows(values) for values in everything]).all(0)
     if not finite.all():
         lost = int((~finite).sum())
         rank_zero_warn(f"{lost} of {len(finite)} samples have NaN or infinite activations or logits and are left out.")
@@ -81,33 +85,17 @@ def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor,
 
     Args:
         values: (N, units), finite.
-        groups: (N,) whole numbers below `num_groups`; negative: in no group.
+        groups: (N,) integers below `num_groups`; negative for no group.
         num_groups: K.
 
     Returns:
-        float64 (K, units) and the float64 number of rows, (K,).
+        float64 (K, units) sums, and float64 (K,) numbers of rows.
     """
-    # A product and not `index_add`, which sums in any order on a GPU.
-    member = (groups.to(values.device)[:, None] == torch.arange(num_groups, device=values.device)).double()
+    # A matrix product, because `index_add` sums in an arbitrary order on a GPU.
+    member = membership(groups.to(values.device), num_groups)
     return member.T @ values.double(), member.sum(0)
 
 
-def check_ablation(ablation: str) -> None:
-    """Refuse an unknown ablation.
-
-    Raises:
-        ValueError: Saying which there are.
-    """
-    if ablation not in ABLATIONS:
-        raise ValueError(f"ablation must be 'zero' or 'mean', got {ablation!r}.")
-
-
-def explain_silent(gated: GatedModel) -> None:
-    """Refuse layers that did not run or have no units.
-
-    Raises:
-        ValueError: Naming them and saying why.
-    """
-    why = "the forward pass does not call it"
-    if reasons := [f"layer '{name}': {gated.failures.get(name, why)}" for name in gated.silent()]:
-        raise ValueError("Paths cannot run through " + "; ".join(reasons) + ".")
+def membership(groups: Tensor, num_groups: int) -> Tensor:
+    """float64 (N, K): 1 where the sample of the row is in the group of the column."""
+    return (groups[:, None] == torch.arange(num_groups, device=groups.device)).double()

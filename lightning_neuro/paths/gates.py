@@ -1,39 +1,80 @@
-"""A gate at every unit: the one device behind attribution, masked passes and the learned masks.
+"""A gate at every unit: the common mechanism of attribution, masked passes and learned masks.
 
-A gate g multiplies a unit's output a at all positions; what it takes away is replaced by a fill, zero or the unit's
-mean m: the unit passes on m + g (a - m). At g = 1 nothing is changed. The derivative of a logit with respect to the
-gate, at g = 1, is sum_positions (a - m) dz/da: the first-order effect of ablating the unit. A gate of 0 is the ablation
-itself. So every derivative here is with respect to gates, and none with respect to parameters; and since a gated output
-is a new tensor, in-place activations behind it do no harm.
+A gate g multiplies a unit's output a at all positions. What it removes is replaced by a fill m, zero or the unit's
+mean: the output becomes m + g (a - m). At g = 1 nothing changes. The derivative of a logit with respect to the gate, at
+g = 1, is sum over positions of (a - m) dz/da: the effect of ablating the unit, to first order. A gate of 0 is the
+ablation itself. So every derivative here is with respect to gates, and none with respect to parameters; and since a
+gated output is a new tensor, in-place activations after it do no harm.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from lightning_neuro.capture import MAX_CALLS, uncompiled
+from lightning_neuro.batches import first_tensor
+from lightning_neuro.capture import MAX_CALLS_AS_LAYERS, uncompiled
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import evaluation_mode, without_inference_mode
-from lightning_neuro.layers import first_tensor, latest_layout
-from lightning_neuro.paths.sites import broadcast, check_targets, class_scores, unit_axes, unit_means, with_tensor
+from lightning_neuro.layers import named_layers, resolve_layers
+from lightning_neuro.paths.layer_outputs import (
+    UnitAxes,
+    broadcast,
+    check_classes,
+    class_scores,
+    unit_axes,
+    unit_means,
+    with_tensor,
+)
+from lightning_neuro.units import latest_layout
 
-Call = tuple[str, int]
-Act = Callable[[Call, Tensor], Tensor]
+
+class Site(NamedTuple):
+    """A place in the forward pass where units have gates: one call of a layer.
+
+    Attributes:
+        layer: Name of the layer.
+        call: Which of the layer's calls in the pass, from 1.
+    """
+
+    layer: str
+    call: int
+
+    def name(self, num_calls: int) -> str:
+        """The key of the site in scores and paths: the layer's name, with the call if there is more than one."""
+        return self.layer if num_calls == 1 else f"{self.layer}.call{self.call}"
 
 
-@dataclass(frozen=True)
-class Watched:
-    """What one forward and one backward pass tell of N samples.
+def modules_of_sites(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The layers to which the sites of scores or paths belong, as modules by name.
+
+    A layer of exactly that name has precedence over a call of another layer.
+
+    Raises:
+        MisconfigurationException: If a name is neither a layer nor a call of one.
+    """
+    layers = named_layers(model)
+    calls = {
+        Site(layer, call).name(MAX_CALLS_AS_LAYERS): layer
+        for layer in layers
+        for call in range(1, MAX_CALLS_AS_LAYERS + 1)
+    }
+    return resolve_layers(model, [name if name in layers else calls.get(name, name) for name in names])
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Contributions of all units for N samples, from one forward and one backward pass.
 
     Attributes:
         logits: (N, classes).
         contributions: Site -> (N, units), sum over positions of a dz_y/da.
-        gradients: Site -> (N, units), sum over positions of dz_y/da; empty unless asked for.
+        gradients: Site -> (N, units), sum over positions of dz_y/da; empty unless requested.
         features: Site -> (N, units), mean over positions of a.
     """
 
@@ -43,88 +84,95 @@ class Watched:
     features: dict[str, Tensor]
 
 
-@dataclass
 class GatedModel:
-    """A model with a gate at every unit of some layers.
+    """Puts a gate at every unit of some layers of a model.
 
-    A module that runs several times in a pass (a shared ReLU) is a site for each of its first eight calls, named
+    A layer that is called several times in a pass (a shared ReLU) is a site for each of its first eight calls, named
     `<layer>.call1`, `<layer>.call2`, ...
 
-    Attributes:
+    Args:
         model: The model.
         layers: Module by name.
-        forward: Runs the model: inputs -> what it returns.
-        axes: Site -> the dimensions of its output that count samples and units; known after a pass of `watch` or
-            `learn`.
-        failures: Layer -> why it cannot be gated.
+        forward: Runs the model on its inputs. Default: the model itself.
+
+    Attributes:
+        names: Site -> its key in scores and paths; available after a pass of `attribute` or `locate_units`.
+        axes: Name of a site -> dimensions of samples and units in its output; available after such a pass.
+        failures: Layer -> why its units cannot be gated.
     """
 
-    model: nn.Module
-    layers: Mapping[str, nn.Module]
-    forward: Callable[[Any], Any]
-    axes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], forward: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.model = model
+        self.layers = dict(layers)
+        self.forward: Callable[[Any], Any] = model if forward is None else forward
+        self.names: dict[Site, str] = {}
+        self.axes: dict[str, UnitAxes] = {}
+        self.failures: dict[str, str] = {}
 
-    def watch(self, inputs: Any, targets: Tensor, *, gradients: bool = False) -> Watched:
-        """The contributions of all units to the logit of each sample's own class: one forward, one backward pass.
+    def attribute(self, inputs: Any, targets: Tensor, *, gradients: bool = False) -> Attribution:
+        """Compute the contributions of all units to the logit of each sample's class: one forward, one backward pass.
 
         Args:
-            inputs: What the model takes.
-            targets: (N,) class labels.
-            gradients: Whether to give the gradients without the activations, too: mean ablation needs them.
+            inputs: The model's input.
+            targets: int64 (N,), class labels.
+            gradients: Whether to also return the gradients without the activations, which mean ablation needs.
+
+        Returns:
+            Logits, contributions, gradients and mean activations.
 
         Raises:
-            ValueError: If the model returns no logits, or they depend on no site.
+            ArgumentError: If the model returns no logits, they depend on no site, or a label is not a class.
         """
-        gates: dict[Call, Tensor] = {}
-        shifts: dict[Call, Tensor] = {}
-        features: dict[Call, Tensor] = {}
+        gates: dict[Site, Tensor] = {}
+        shifts: dict[Site, Tensor] = {}
+        features: dict[Site, Tensor] = {}
 
-        def act(call: Call, output: Tensor) -> Tensor:
-            axes = self._axes[call]
-            shape = output.shape[axes[0]], output.shape[axes[1]]
-            gates[call] = output.new_ones(shape).requires_grad_()
-            features[call] = _countable(unit_means(output.detach(), axes))
-            output = output * broadcast(gates[call], output, axes)
+        def act(site: Site, output: Tensor, axes: UnitAxes) -> Tensor:
+            shape = output.shape[axes.samples], output.shape[axes.units]
+            gates[site] = output.new_ones(shape).requires_grad_()
+            features[site] = _summable(unit_means(output.detach(), axes))
+            output = output * broadcast(gates[site], output, axes)
             if gradients:
-                shifts[call] = output.new_zeros(shape).requires_grad_()
-                output = output + broadcast(shifts[call], output, axes)
+                shifts[site] = output.new_zeros(shape).requires_grad_()
+                output = output + broadcast(shifts[site], output, axes)
             return output
 
         with torch.enable_grad():
-            logits, calls = self._learning(inputs, len(targets), act)
+            logits = self._locating_pass(inputs, len(targets), act)
             targets = targets.to(logits.device)
-            check_targets(targets, logits.shape[1])
+            check_classes(targets, logits.shape[1])
             if not logits.requires_grad:
-                raise ValueError("The logits depend on none of the layers: " + ", ".join(self.layers))
-            own = logits.gather(1, targets.long()[:, None]).sum()
-            wanted = [*gates.values(), *shifts.values()]
-            found = torch.autograd.grad(own, wanted, allow_unused=True)
-        sound = logits.detach().isfinite().all(1)
-        undefined = torch.where(sound, 0.0, float("nan"))[:, None]
+                raise ArgumentError(f"The logits must depend on one of the layers: {', '.join(self.layers)}.")
+            own = logits.gather(1, targets[:, None]).sum()
+            leaves = [*gates.values(), *shifts.values()]
+            found = torch.autograd.grad(own, leaves, allow_unused=True)
+        finite = logits.detach().isfinite().all(1)
+        undefined = torch.where(finite, 0.0, float("nan"))[:, None]
         # A layer that the logits do not depend on (an auxiliary head) has no effect on them.
         effects = [
-            _countable((torch.zeros_like(gate) if effect is None else effect) + undefined)
-            for gate, effect in zip(wanted, found, strict=True)
+            _summable((torch.zeros_like(leaf) if effect is None else effect) + undefined)
+            for leaf, effect in zip(leaves, found, strict=True)
         ]
-        names = [_site(call, calls) for call in gates]
-        return Watched(
-            _countable(logits.detach()),
-            dict(zip(names, effects[: len(names)], strict=True)),
-            dict(zip(names, effects[len(names) :], strict=False)),
-            dict(zip(names, features.values(), strict=True)),
+        names = [self.names[site] for site in gates]
+        return Attribution(
+            logits=_summable(logits.detach()),
+            contributions=dict(zip(names, effects[: len(names)], strict=True)),
+            gradients=dict(zip(names, effects[len(names) :], strict=True)) if gradients else {},
+            features=dict(zip(names, features.values(), strict=True)),
         )
 
-    def learn(self, inputs: Any, num_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """A clean pass, which finds where the units lie: the logits, and each site's means over all positions."""
-        means: dict[Call, Tensor] = {}
+    def locate_units(self, inputs: Any, num_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the model unchanged, and find the units; returns the logits, and each site's means over positions."""
+        means: dict[Site, Tensor] = {}
 
-        def act(call: Call, output: Tensor) -> Tensor:
-            means[call] = unit_means(output, self._axes[call]).mean(0)
+        def act(site: Site, output: Tensor, axes: UnitAxes) -> Tensor:
+            means[site] = unit_means(output, axes).mean(0)
             return output
 
-        logits, calls = self._learning(inputs, num_samples, act)
-        return logits, {_site(call, calls): mean for call, mean in means.items()}
+        logits = self._locating_pass(inputs, num_samples, act)
+        return logits, {self.names[site]: mean for site, mean in means.items()}
 
     def run(
         self,
@@ -135,94 +183,108 @@ class GatedModel:
         *,
         outputs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The logits with gates at the units; differentiable with respect to the gates.
+        """Run the model with gates at the units; differentiable with respect to the gates.
 
         Args:
-            inputs: What the model takes.
+            inputs: The model's input.
             num_samples: N.
             gates: Site -> (N, units) or (1, units); a site without gates is left as it is.
-            fill: Site -> (units,), what stands for a unit that is gated away; default: zero.
-            outputs: If given, filled with the output of every known site, behind its gates.
+            fill: Site -> (units,), what replaces the output of a unit whose gate is 0; default: zero.
+            outputs: If given, filled with the output of every known site, after its gates.
+
+        Returns:
+            (N, classes) logits.
         """
 
-        def act(call: Call, output: Tensor) -> Tensor:
-            site = call[0] if call[0] in self.axes else f"{call[0]}.call{call[1]}"
-            if site in gates:
-                gate = broadcast(gates[site].to(output), output, self.axes[site])
-                if fill is None or site not in fill:
+        def act(site: Site, output: Tensor) -> Tensor:
+            name = self.names.get(site)
+            if name is None:
+                return output
+            if name in gates:
+                gate = broadcast(gates[name].to(output), output, self.axes[name])
+                if fill is None or name not in fill:
                     output = output * gate
                 else:
-                    mean = broadcast(fill[site].to(output)[None], output, self.axes[site])
+                    mean = broadcast(fill[name].to(output)[None], output, self.axes[name])
                     output = torch.lerp(mean, output, gate)
-            if outputs is not None and site in self.axes:
+            if outputs is not None:
                 # A copy, because an in-place activation may follow.
-                outputs[site] = output.clone()
+                outputs[name] = output.clone()
             return output
 
-        # The hook is global and tells modules by identity: a model that copies or examines itself in the middle of a
+        # The hook is global and recognises modules by identity, so a model that copies or inspects itself during a
         # masked pass finds no hook on itself.
-        hook = _Hook({id(module): name for name, module in self.layers.items()}, act)
+        hook = _OutputHook({id(module): name for name, module in self.layers.items()}, act)
         handle = register_module_forward_hook(hook)
         try:
             return class_scores(self._forward(inputs), num_samples)
         finally:
             handle.remove()
 
-    def _learning(self, inputs: Any, num_samples: int, act: Act) -> tuple[Tensor, Mapping[str, int]]:
-        """A pass in which every site's axes are found; the logits, and how often each layer ran."""
-        self._axes: dict[Call, tuple[int, int]] = {}
+    def missing(self) -> dict[str, str]:
+        """Layers whose units have no gates after the last locating pass, each with the reason."""
+        located = {site.layer for site in self.names}
+        reasons = dict.fromkeys(self.layers, "the forward pass does not call it") | self.failures
+        return {layer: reasons[layer] for layer in self.layers if layer not in located}
+
+    def require_all_layers(self) -> None:
+        """Require that the units of every layer have gates.
+
+        Raises:
+            ArgumentError: If a layer was not called or has no units; the message names them.
+        """
+        if reasons := [f"layer '{name}': {reason}" for name, reason in self.missing().items()]:
+            raise ArgumentError(f"`layers` must name layers that paths can run through; got {'; '.join(reasons)}.")
+
+    def _locating_pass(self, inputs: Any, num_samples: int, act: Callable[[Site, Tensor, UnitAxes], Tensor]) -> Tensor:
+        """Run the model, find the axes of every site and pass them to `act`; returns the logits."""
+        found: dict[Site, UnitAxes] = {}
         handles = []
 
-        def look(call: Call, output: Tensor) -> Tensor:
+        def locate(site: Site, output: Tensor) -> Tensor:
             try:
-                if call[1] > MAX_CALLS:
-                    raise ValueError(f"it ran more than {MAX_CALLS} times in one pass; the later calls are left out")
-                self._axes[call] = unit_axes(output, num_samples, layout(output))
+                if site.call > MAX_CALLS_AS_LAYERS:
+                    raise ValueError(
+                        f"it ran more than {MAX_CALLS_AS_LAYERS} times in one pass; the later calls are left out"
+                    )
+                found[site] = unit_axes(output, num_samples, layout(output))
             except ValueError as error:
-                self.failures[call[0]] = str(error)
+                self.failures[site.layer] = str(error)
                 return output
-            return act(call, output)
+            return act(site, output, found[site])
 
-        hook = _Hook({id(module): name for name, module in self.layers.items()}, look)
+        hook = _OutputHook({id(module): name for name, module in self.layers.items()}, locate)
         with latest_layout(self.model) as layout:
             try:
-                # After those of the layout, which must have seen a layer before it is asked.
+                # Registered after the hooks of the layout, which must have seen a layer before it is queried.
                 handles = [module.register_forward_hook(hook) for module in self.layers.values()]
                 logits = class_scores(self._forward(inputs), num_samples)
             finally:
                 for handle in handles:
                     handle.remove()
-        self.axes = {_site(call, hook.calls): axes for call, axes in self._axes.items()}
-        return logits, hook.calls
+        self.names = {site: site.name(hook.calls[site.layer]) for site in found}
+        self.axes = {self.names[site]: axes for site, axes in found.items()}
+        return logits
 
     def _forward(self, inputs: Any) -> Any:
-        # The recurrent layers of cuDNN have no derivative in evaluation mode; torch's own have.
+        # The recurrent layers of cuDNN have no derivative in evaluation mode; torch's native ones do.
         recurrent = torch.is_grad_enabled() and any(isinstance(part, nn.RNNBase) for part in self.model.modules())
         with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
             return self.forward(inputs)
 
-    def silent(self) -> list[str]:
-        """Layers that did not run in the last learning pass, or cannot be gated."""
-        ran = {site.split(".call")[0] for site in self.axes} | set(self.axes)
-        return [name for name in self.layers if name not in ran]
 
-
-def _countable(tensor: Tensor) -> Tensor:
-    """On a device that has float64, in which sums are taken."""
+def _summable(tensor: Tensor) -> Tensor:
+    """The tensor on a device that supports float64, in which sums are computed."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
-def _site(call: Call, calls: Mapping[str, int]) -> str:
-    return call[0] if calls[call[0]] == 1 else f"{call[0]}.call{call[1]}"
-
-
-class _Hook:
-    """Hands the outputs of known modules to `act`, which may replace them.
+class _OutputHook:
+    """Passes the outputs of known modules to `act`, which may replace them.
 
     A class and not a closure, so that the hooked model can be pickled and copied; the copy's hook does nothing.
     """
 
-    def __init__(self, names: Mapping[int, str], act: Act | None) -> None:
+    def __init__(self, names: Mapping[int, str], act: Callable[[Site, Tensor], Tensor] | None) -> None:
         self.names = names
         self.act = act
         self.calls: Counter[str] = Counter()
@@ -236,15 +298,15 @@ class _Hook:
             tensor = first_tensor(output)
         except TypeError:
             return None
-        return with_tensor(output, tensor, self.act((name, self.calls[name]), tensor))
+        return with_tensor(output, tensor, self.act(Site(name, self.calls[name]), tensor))
 
-    def __reduce__(self) -> tuple[type["_Hook"], tuple[dict[int, str], None]]:
-        return _Hook, ({}, None)
+    def __reduce__(self) -> tuple[type["_OutputHook"], tuple[dict[int, str], None]]:
+        return _OutputHook, ({}, None)
 
 
 @contextmanager
-def unfused() -> Iterator[None]:
-    """Run compiled models eagerly, and transformer layers step by step: in fused code no hook fires."""
+def without_fused_kernels() -> Iterator[None]:
+    """Run compiled models eagerly, and transformer layers unfused, because no hook fires in fused code."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -255,10 +317,10 @@ def unfused() -> Iterator[None]:
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, ordinary tensors, nothing fused; the model is left as it was."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, ordinary tensors, no fused kernels; the model is restored afterwards."""
     with ExitStack() as stack:
         stack.enter_context(without_inference_mode())
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(unfused())
+        stack.enter_context(without_fused_kernels())
         yield

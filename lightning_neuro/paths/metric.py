@@ -1,17 +1,19 @@
 """The paths through one layer as a torchmetrics metric."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lightning_neuro.metric import ResultMetric
-from lightning_neuro.paths.attribution import check_ablation, group_sums
-from lightning_neuro.paths.measures import tree_kinship
+from lightning_neuro.checks import ArgumentError, ArrayLike, as_activations, as_labels, check_choice, finite_rows
+from lightning_neuro.layer_result import ResultMetric
+from lightning_neuro.paths.attribution import group_sums, membership
+from lightning_neuro.paths.class_tree import tree_kinship
+from lightning_neuro.paths.options import DEFAULT_DENSITY, Ablation
 from lightning_neuro.paths.result import PathResult
-from lightning_neuro.paths.selection import check_density, concept_paths
+from lightning_neuro.paths.top_units import check_density, concept_paths
+from lightning_neuro.ranks import gather_padded, stack_padded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,18 +22,19 @@ _GROWING = ("sums", "gradients", "features", "counts", "confusion")
 
 
 class LayerPaths(ResultMetric):
-    """Which units of a layer each concept's path keeps, from the contributions of the units to the logits.
+    """Computes the units of a layer that each concept's path keeps, from the contributions of the units to the logits.
 
-    The states are sums over samples, so that batches, shards and ranks add up to what one pass gives.
+    The states are sums over samples, so the result does not depend on how the samples are split into batches or over
+    ranks.
 
     Args:
-        density: Share of the units that a path keeps; see `concept_paths`.
+        density: Fraction of the units that a path keeps; see `concept_paths`.
         ablation: `"zero"` or `"mean"`; see `attribution_scores`.
-        hierarchy: A tree of the classes, nested sequences of their numbers; see `tree_kinship`.
+        hierarchy: A tree of the classes, as nested sequences of class numbers; see `tree_kinship`.
         **kwargs: Options of torchmetrics.Metric.
 
     Raises:
-        ValueError: For a wrong option.
+        ArgumentError: If an option is invalid.
 
     Example:
         >>> metric = LayerPaths(density=0.5)
@@ -54,17 +57,20 @@ class LayerPaths(ResultMetric):
     def __init__(
         self,
         *,
-        density: float = 0.3,
-        ablation: str = "zero",
+        density: float = DEFAULT_DENSITY,
+        ablation: Ablation = "zero",
         hierarchy: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_density(density)
-        check_ablation(ablation)
+        check_choice("ablation", ablation, get_args(Ablation))
         if hierarchy is not None:
             tree_kinship(hierarchy)
-        super().__init__(**kwargs)
-        self.density, self.ablation, self.hierarchy = density, ablation, hierarchy
+        # Ranks may have seen different numbers of concepts.
+        super().__init__(**{"dist_sync_fn": gather_padded} | kwargs)
+        self.density = density
+        self.ablation = ablation
+        self.hierarchy = hierarchy
         float64 = torch.float64
         self.add_state("sums", torch.zeros(2, 1, 1, dtype=float64), dist_reduce_fx="sum")
         self.add_state("gradients", torch.zeros(2, 1, 1, dtype=float64), dist_reduce_fx="sum")
@@ -75,87 +81,87 @@ class LayerPaths(ResultMetric):
 
     def update(
         self,
-        contributions: Tensor,
-        concepts: Tensor | None = None,
+        contributions: ArrayLike,
+        concepts: ArrayLike | None = None,
         *,
-        turns: Tensor | None = None,
-        gradients: Tensor | None = None,
-        features: Tensor | None = None,
-        predictions: Tensor | None = None,
+        numbers: Tensor | None = None,
+        gradients: ArrayLike | None = None,
+        features: ArrayLike | None = None,
+        predictions: ArrayLike | None = None,
         num_concepts: int = 0,
     ) -> None:
         """Add a batch. Samples with a NaN or infinite value are left out and counted.
 
         Args:
             contributions: (N, units), sum over positions of a dz_y/da.
-            concepts: (N,) whole numbers; negative: none.
-            turns: (N,) each sample's number within its concept, as `assign_turns` gives them: even ones belong to the
-                first half, negative ones are left out. Default: in the order in which they come.
+            concepts: (N,) integers, negative for none.
+            numbers: int64 (N,), each sample's number within its concept, as `numbers_in_concept` returns it: even ones
+                belong to the first half, negative ones are left out. Default: in the order of arrival.
             gradients: (N, units), the same without a; needed for `ablation="mean"`.
             features: (N, units), activations, for the mean and the control.
-            predictions: (N,) predicted classes, where concepts are classes.
-            num_concepts: How many concepts there are at least, so that all ranks have states of one size.
+            predictions: (N,) predicted classes, integers, if the concepts are classes.
+            num_concepts: Minimum number of concepts for which states are kept.
 
         Raises:
-            ValueError: For a wrong shape, missing concepts, or what mean ablation lacks.
+            ArgumentError: If a shape or dtype is wrong, `concepts` is missing, or `gradients` or `features` are missing
+                for mean ablation.
         """
-        if contributions.ndim != 2 or concepts is None or concepts.shape != contributions.shape[:1]:
-            shape = None if concepts is None else tuple(concepts.shape)
-            raise ValueError(
-                f"Paths need contributions of shape (N, units) and concepts of shape (N,), got"
-                f" {tuple(contributions.shape)} and {shape}."
-            )
-        if self.ablation == "mean" and (gradients is None or features is None):
-            raise ValueError("ablation='mean' needs gradients and features beside the contributions.")
-        # What is kept must be usable outside of the inference mode in which Trainer.validate runs.
+        known_units = self.sums.shape[2] if self.sums.shape[2] > 1 else 0
+        values = as_activations(contributions, num_units=known_units, name="contributions")
+        shape = values.shape[1]
+        slopes = None if gradients is None else as_activations(gradients, num_units=shape, name="gradients")
+        means = None if features is None else as_activations(features, num_units=shape, name="features")
+        groups = as_labels(concepts, len(values), name="concepts")
+        predicted = as_labels(predictions, len(values), name="predictions")
+        if groups is None:
+            raise ArgumentError(f"`concepts` must be integers of shape ({len(values)},), one per sample; got None.")
+        if self.ablation == "mean" and (slopes is None or means is None):
+            raise ArgumentError("`gradients` and `features` must be given for `ablation='mean'`; got None.")
+        # State tensors must be usable outside of the inference mode in which Trainer.validate runs.
         with torch.inference_mode(False), torch.no_grad():
-            concepts = concepts.long()
-            turns = self._count_on(concepts) if turns is None else turns.to(concepts.device)
-            used = (turns >= 0) & (concepts >= 0)
-            values = [part for part in (contributions, gradients, features) if part is not None]
-            finite = torch.stack([part.isfinite().all(1) for part in values]).all(0)
+            groups = groups.to(self.counts.device)
+            numbers = self._next_numbers(groups) if numbers is None else numbers.to(groups.device)
+            used = (numbers >= 0) & (groups >= 0)
+            rows = [finite_rows(part).to(groups.device) for part in (values, slopes, means) if part is not None]
+            finite = torch.stack(rows).all(0)
             self.num_nonfinite = self.num_nonfinite + (used & ~finite).sum()
-            used = used & finite
-            largest = int(concepts.max()) + 1 if len(concepts) else 0
-            self._grow(max(num_concepts, largest), contributions.shape[1])
-            groups = torch.where(used, concepts, -1)
+            largest = int(groups.max()) + 1 if len(groups) else 0
+            self._grow(max(num_concepts, largest), values.shape[1])
+            groups = torch.where(used & finite, groups, -1)
             for half in (0, 1):
-                mine = torch.where(turns % 2 == half, groups, -1)
-                self._add("sums", contributions, mine, half)
-                if gradients is not None:
-                    self._add("gradients", gradients, mine, half)
-                self.counts[half] += self._member(mine).sum(0)
-            if features is not None:
-                self._add("features", features, groups)
-            if predictions is not None:
-                self.confusion += self._member(groups).T @ self._member(predictions.to(groups.device))
+                mine = torch.where(numbers % 2 == half, groups, -1)
+                self._add(self.sums[half], values, mine)
+                if slopes is not None:
+                    self._add(self.gradients[half], slopes, mine)
+                self.counts[half] += membership(mine, self.counts.shape[1]).sum(0)
+            if means is not None:
+                self._add(self.features, means, groups)
+            if predicted is not None:
+                classes = membership(predicted.to(groups.device), self.counts.shape[1])
+                self.confusion += membership(groups, self.counts.shape[1]).T @ classes
 
-    def _count_on(self, concepts: Tensor) -> Tensor:
-        """Numbers within the concepts that go on from those already counted."""
-        turns = torch.full_like(concepts, -1)
+    def _next_numbers(self, concepts: Tensor) -> Tensor:
+        """Numbers within the concepts that continue those already counted."""
+        numbers = torch.full_like(concepts, -1)
         for concept in sorted(set(concepts[concepts >= 0].tolist())):
             mine = concepts == concept
             seen = int(self.counts[:, concept].sum()) if concept < self.counts.shape[1] else 0
-            turns[mine] = torch.arange(seen, seen + int(mine.sum()), device=turns.device)
-        return turns
+            numbers[mine] = torch.arange(seen, seen + int(mine.sum()), device=numbers.device)
+        return numbers
 
-    def _member(self, groups: Tensor) -> Tensor:
-        return (groups[:, None] == torch.arange(self.counts.shape[1], device=groups.device)).double()
+    def _add(self, total: Tensor, values: Tensor, groups: Tensor) -> None:
+        kept = torch.where((groups >= 0)[:, None], values.to(groups.device), 0.0)
+        total += group_sums(kept, groups, self.counts.shape[1])[0]
 
-    def _add(self, state: str, values: Tensor, groups: Tensor, half: int | None = None) -> None:
-        kept = torch.where((groups >= 0)[:, None], values, 0.0)
-        sums, _ = group_sums(kept, groups, self.counts.shape[1])
-        total = getattr(self, state)
-        (total if half is None else total[half]).add_(sums)
-
-    def _grow(self, num_concepts: int, units: int) -> None:
-        """Bring the states to the number of concepts and units."""
-        known = self.sums.shape[2]
-        if known not in (1, units):
-            raise ValueError(f"contributions must have {known} units like the earlier ones, but have {units}.")
+    def _grow(self, num_concepts: int, num_units: int) -> None:
+        """Pad the states with zeros to at least this number of concepts and units."""
         num_concepts = max(num_concepts, self.counts.shape[1])
         for name in _GROWING:
-            setattr(self, name, _padded(getattr(self, name), name, num_concepts, units))
+            state = getattr(self, name)
+            columns = num_concepts if name in ("counts", "confusion") else num_units
+            size = (*state.shape[:-2], 2 if name == "counts" else num_concepts, columns)
+            if state.shape != size:
+                setattr(self, name, stack_padded([state, state.new_zeros(size)])[0].clone())
 
     def compute(self) -> PathResult:
         """The paths of all samples since the last reset."""
@@ -179,27 +185,27 @@ class LayerPaths(ResultMetric):
             num_nonfinite=int(self.num_nonfinite),
         )
 
-    def plot(self, result: PathResult | None = None) -> "Figure":
-        """Draw how alike the concepts' paths are; see `plot_overlap`.
+    def plot(
+        self, result: PathResult | None = None, *, layer: str = "", class_names: Sequence[str] | None = None
+    ) -> "Figure":
+        """Draw how similar the concepts' paths are; see `plot_overlap`.
 
         Args:
-            result: What to draw, by default `compute()`.
+            result: The result to draw; default: that of `compute()`.
+            layer: Name of the layer, for the title.
+            class_names: Names of the concepts.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.paths.plot import plot_overlap
 
-        return plot_overlap({"layer": self.compute() if result is None else result})
+        return plot_overlap({layer: self.compute() if result is None else result}, class_names=class_names)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        num_concepts = max(self.counts.shape[1], incoming_state["counts"].shape[1])
-        units = max(self.sums.shape[2], incoming_state["sums"].shape[2])
-        self._grow(num_concepts, units)
-        grown = {name: _padded(incoming_state[name], name, num_concepts, units) for name in _GROWING}
-        super()._reduce_states(incoming_state | grown)
-
-
-def _padded(state: Tensor, name: str, num_concepts: int, units: int) -> Tensor:
-    """A state with zeros for the concepts and units that it lacks; a copy, so that the default stays zero."""
-    columns = {"counts": num_concepts, "confusion": num_concepts}.get(name, units)
-    rows = 2 if name == "counts" else num_concepts
-    missing = (0, columns - state.shape[-1], 0, rows - state.shape[-2])
-    return pad(state, missing) if any(missing) else state
+        """Pad both states to the same size; torchmetrics adds them up."""
+        padded = {}
+        for name in _GROWING:
+            own, padded[name] = stack_padded([getattr(self, name), incoming_state[name]])
+            setattr(self, name, own)
+        super()._reduce_states(incoming_state | padded)

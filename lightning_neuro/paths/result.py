@@ -1,12 +1,14 @@
-"""What the paths of all concepts look like in one layer."""
+"""The result of concept paths for one layer."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_neuro.paths import measures
+from lightning_neuro.paths.class_tree import hierarchy_correlation
+from lightning_neuro.paths.similarity import TOP, confusion_top3, cosine, mean_between, path_similarity, reuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,15 +16,17 @@ class PathResult:
     """The paths of K concepts in one layer; all tensors are on the CPU.
 
     Attributes:
-        scores: float64 (2, K, units), each unit's score for each concept, from either half of the samples; NaN where a
+        scores: float64 (2, K, units), each unit's score for each concept, from either half of the samples; NaN if a
             half has no sample of the concept.
         paths: bool (2, K, units), the units that the concept's path keeps, found on either half.
-        counts: float64 (2, K), samples.
+        counts: float64 (2, K), numbers of samples.
         features: float64 (K, units), each concept's mean activation.
-        confusion: float64 (K, K), how often a sample of the row's class was taken for the column's; empty where
+        confusion: float64 (K, K), how often a sample of the row's class was predicted as the column's; empty if the
             concepts are not classes.
-        kinship: float64 (K, K) depth at which two classes part in the user's tree, or None.
-        gates: float64 (2, K, units), the learned gate logits where paths are learned: positive inside the path.
+        kinship: float64 (K, K), the depth at which two classes separate in the user's tree, or None.
+        gates: float64 (2, K, units), the gate logits if paths are learned, positive for units on the path; or None.
+        stability: Similarity to the paths of the previous evaluation, 0 to 1 (see `stability`); NaN if undefined. Only
+            `ConceptPaths` sets it.
         num_nonfinite: Samples left out because an activation, a gradient or a logit was NaN or infinite.
     """
 
@@ -33,11 +37,12 @@ class PathResult:
     confusion: Tensor
     kinship: Tensor | None = None
     gates: Tensor | None = None
+    stability: float = math.nan
     num_nonfinite: int = 0
 
     @property
     def masks(self) -> Tensor:
-        """Bool (K, units): the paths found on the first half, which all measures are of."""
+        """Bool (K, units): the paths found on the first half, from which all measures are computed."""
         return self.paths[0]
 
     @property
@@ -47,23 +52,28 @@ class PathResult:
 
     @property
     def num_units(self) -> int:
-        """Units in the layer."""
+        """Number of units in the layer."""
         return self.paths.shape[2]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples used, in both halves."""
+        return int(self.counts.sum())
 
     @cached_property
     def similarity(self) -> Tensor:
-        """float64 (K, K): intersection over union of the paths beyond chance, NaN where one is not defined."""
-        return measures.path_similarity(self.masks, self.masks)
+        """float64 (K, K): intersection over union of the paths beyond chance, NaN where undefined."""
+        return path_similarity(self.masks, self.masks)
 
     @cached_property
     def overlap(self) -> float:
         """The mean similarity of different concepts' paths."""
-        return measures.mean_between(self.similarity)
+        return mean_between(self.similarity)
 
     @cached_property
     def self_overlap(self) -> float:
         """The mean similarity of the paths that the two halves give for the same concept."""
-        return float(measures.path_similarity(self.paths[0], self.paths[1]).diagonal().nanmean())
+        return float(path_similarity(self.paths[0], self.paths[1]).diagonal().nanmean())
 
     @property
     def mean(self) -> Tensor:
@@ -74,39 +84,39 @@ class PathResult:
 
     @property
     def feature_similarity(self) -> Tensor:
-        """float64 (K, K): cosine of the concepts' mean activations, the control for everything said of similarity."""
-        return torch.where(self.similarity.isfinite(), measures.cosine(self.features), float("nan"))
+        """float64 (K, K): cosine of the concepts' mean activations, the control for every measure of similarity."""
+        return torch.where(self.similarity.isfinite(), cosine(self.features), float("nan"))
 
     def scalars(self) -> dict[str, float]:
-        """The layer in a few numbers; what is undefined is left out, never NaN."""
+        """Measure -> value of the layer; undefined measures are left out, never NaN."""
         paths = self.masks[self.defined]
         if not len(paths):
             return {}
-        values = {"size": float(paths.double().mean()), "overlap": self.overlap, "diversity": 1 - self.overlap}
+        values = {"path_share": float(paths.double().mean()), "overlap": self.overlap, "diversity": 1 - self.overlap}
         values["self_overlap"] = self.self_overlap
         if len(paths) > 1:
-            values |= measures.reuse(paths)
+            values |= reuse(paths)
         if len(self.confusion):
-            values["confusion_top3"] = measures.confusion_top3(self.confusion, self.similarity)
-            values["confusion_top3_features"] = measures.confusion_top3(self.confusion, self.feature_similarity)
+            values["confusion_top3"] = confusion_top3(self.confusion, self.similarity)
+            values["confusion_top3_features"] = confusion_top3(self.confusion, self.feature_similarity)
         if self.kinship is not None:
-            correlate = measures.hierarchy_correlation
-            values["hierarchy_correlation"] = correlate(self.similarity, self.kinship)
-            values["hierarchy_correlation_features"] = correlate(self.feature_similarity, self.kinship)
-        values = {name: value for name, value in values.items() if value == value}
+            values["hierarchy_correlation"] = hierarchy_correlation(self.similarity, self.kinship)
+            values["hierarchy_correlation_features"] = hierarchy_correlation(self.feature_similarity, self.kinship)
+        values["stability"] = self.stability
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
         if "confusion_top3" in values:
-            values["confusion_top3_chance"] = measures.TOP / (int(self.similarity.diagonal().isfinite().sum()) - 1)
+            values["confusion_top3_null"] = TOP / (int(self.similarity.diagonal().isfinite().sum()) - 1)
         return values
 
     def notes(self) -> dict[str, str]:
-        """What a reader of the numbers must know: samples left out, concepts without a path."""
+        """Kind -> a warning for the user: samples left out, concepts without a path."""
         notes = {}
         if self.num_nonfinite:
             notes["nonfinite"] = (
                 f"{self.num_nonfinite} samples had NaN or infinite activations, gradients or logits and were left out."
             )
         if not self.defined.any():
-            notes["undefined"] = "No concept has a path: no unit has a positive score for any of them."
+            notes["undefined"] = "No concept has a path, because no unit has a positive score for any of them."
             if not self.num_nonfinite:
                 return notes
             return {"nonfinite": f"{notes['nonfinite']} {notes['undefined']}"}
@@ -114,11 +124,11 @@ class PathResult:
         if missing:
             few = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             notes["missing"] = (
-                f"{len(missing)} of {len(self.defined)} concepts have no path here and are left out, for want of"
-                f" samples or of units that serve them: {few}."
+                f"{len(missing)} of {len(self.defined)} concepts have no path and are left out, because there are no"
+                f" samples of them or no unit has a positive score for them: {few}."
             )
         return notes
 
     def histogram(self) -> Tensor:
-        """In how many concepts' paths each unit is, (units,)."""
+        """The number of concepts whose path contains a unit, (units,)."""
         return self.masks.sum(0).double()

@@ -1,399 +1,303 @@
-"""Representation refinement as training curves: which classes made a layer what it is, exactly, while it is trained."""
+"""Representation refinement as training curves: which training samples shaped a layer, exactly, while it is trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_neuro import logging
-from lightning_neuro.callback import MetricCallback
-from lightning_neuro.isolation import why_off
-from lightning_neuro.probe import Event, Probe, ProbeBatch
-from lightning_neuro.ranks import on_any_rank
-from lightning_neuro.refinement.explanation import RefinementExplanation
+from lightning_neuro import loggers
+from lightning_neuro.batches import BatchField
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.probe import Probe
+from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
+from lightning_neuro.refinement.options import Direction, Mode, RunOptions
 from lightning_neuro.refinement.pfahler2021 import StepScores
-from lightning_neuro.refinement.plan import check_patterns, check_phases, check_sample_options, parse_bytes
 from lightning_neuro.refinement.plot import plot_refinement
-from lightning_neuro.refinement.result import RefinementResult
-from lightning_neuro.refinement.samples import Arrays, SampleTable
-from lightning_neuro.refinement.sources import check_sources, count_classes, rows_of
-from lightning_neuro.refinement.tracer import Options, Tracer
-from lightning_neuro.refinement.watch import SampleWatch
-from lightning_neuro.samples import class_labels, default_target
+from lightning_neuro.refinement.result import Divided, RefinementExplanation, RefinementResult, with_sample_gini
+from lightning_neuro.refinement.sample_table import Arrays, SampleTable, gini
+from lightning_neuro.refinement.training_hooks import TrainingHooksCallback
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MODES = ("exact", "pfahler2021")
 
+class RepresentationRefinement(TrainingHooksCallback[Divided]):
+    r"""Logs which classes of training samples shaped a layer, exactly, while the network trains.
 
-class RepresentationRefinement(MetricCallback):
-    """Shows which classes made a layer what it is, exactly, while the network trains.
-
-    A layer's output on any input is the sum of what the initial weights give and what every training step added. The
-    steps are divided among the classes of the samples in their batches (among `sources` of your own, if you like) by
-    running each class's part of the gradient through the optimiser's own recursion. So, for the probe's samples,
+    The output of a linear or convolution layer on any input is the sum of the output of its initial weights and of what
+    each training step added. The steps are divided among the classes of the samples in their batches (or among other
+    sources, see `source_fn`), by running the part of the gradient that each class caused through the recursion of the
+    optimizer. So, on the probe set,
 
         output = initial part + sum over classes and phases of training of their contributions
 
-    holds to rounding, with ordinary batches and constant memory. `completeness_error` is its measured error; nothing is
-    copied from the weights. It proves the total; `untraced_share` tells of what gradient no sample was seen.
+    holds up to rounding, with ordinary batches and constant memory. `completeness_error` measures how exactly the sum
+    holds; no weights are copied into it. `untraced_share` is the fraction of the gradient that could not be assigned to
+    any sample.
 
-    How to read it: the refinement p of a sample is all that training added to the layer's output on it; the share of a
-    class is sum <c, p> / sum |p|^2, c being what its samples contributed. Shares sum to 1; a class that works against
-    what came out has a negative one. It says who made the output, not what would be without these samples.
+    How to read it: the refinement p of a sample is what training added to the output of the layer on it. The share of a
+    class is sum <c, p> / sum |p|^2, where c is the contribution of its training samples. Shares sum to 1; they are
+    negative for classes that worked against the refinement. They attribute the output that training produced. They do
+    not predict what would happen if these samples were removed.
 
     Args:
-        layers: Names or globs of linear and convolution layers; default: the classifier head (the last of them). Each
-            costs the weight gradient once more per step, and memory for (classes + 2) copies of its weights in double
-            precision, twice with momentum or Adam.
-        probe: The samples that are explained, and when; see `Probe`. Its `layers` do not matter here.
-        mode: `"exact"`, or `"pfahler2021"` to keep, beside the ledgers, every step's change of the weights, for the
-            scores of the paper (`step_scores`): for small runs.
-        phases: Number of equal parts of the planned training, or the optimiser steps after which a phase ends.
-        sources: `"class"`, or a function of the batch that returns a whole number for each sample, (N,), such as the
-            id of the data set it comes from; numbers outside 0 .. num_sources - 1 count as "other".
-        num_sources: How many there are; default for classes: those of the probe's samples. At most 100.
-        samples: Whether to cumulate for each training sample the length of its own updates, r_i = lr x |its gradient|:
-            of the traced layers (True), of these (names or globs, `"*"` for all it can be had for), or not (False).
-            Large values belong to samples that keep pulling at the network: hard, rare or mislabelled ones.
-        sample_id: Key or position of the batch's field that holds each sample's id; default: its place in the dataset,
-            found by itself for map-style datasets, whatever the sampler and the number of workers.
-        influence_every_n_steps: Score, against the probe's first 16 samples, which training samples moved their
-            output at the last of the layers; so many steps go between two looks at them.
-        trace: Whether to keep the factors of every sample's update on disk, beside the logs or in this folder, for
-            `lightning_neuro.refinement.load_trace`.
-        trace_limit: What the trace may take on disk.
-        memory_limit: What the ledgers may take, such as `"500MB"`; above it the fit does not start.
-        name: First part of the keys, instead of `refinement`.
+        probe: The samples that are explained, and when; see `Probe`. Its `layers` are not used here.
+        layers: Names or globs of linear and convolution layers; default: the classifier head (the last of them). In
+            each step, a layer costs its weight gradient once more. Its ledger takes (classes + 2) copies of its weights
+            in double precision, and twice as many with momentum or Adam.
+        mode: `"exact"`, or `"pfahler2021"` to also keep the change of the weights in each step, for the scores of the
+            paper (`step_scores`): for small runs.
+        phases: Number of equal phases of the planned training, or the optimizer steps after which a phase ends.
+        source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
+            comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
+            "other". Default: the sources are the classes.
+        num_sources: Number of sources, at most 100; default: the number of classes in the probe set.
+        track_samples: Whether to track how much each training sample refined the layers, r_i = learning rate x
+            |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
+            `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled
+            samples.
+        sample_id_fn: Where a batch holds the id of each sample, its index in the training dataset: a key, an index, or
+            a function of the batch; see `lightning_neuro.refinement.Indexed`. Default: the ids are found in the data
+            loader, which works for map-style datasets under any sampler and number of workers.
+        influence_every_n_steps: If given, score which training samples moved the output of the last layer for the first
+            16 samples of the probe set. The activations of these 16 samples are updated every `influence_every_n_steps`
+            optimizer steps.
+        update_log: Whether to keep the factors of the update by each sample on disk: next to the logs (True), in the
+            given folder, or not at all (False); see `lightning_neuro.refinement.load_update_log`. For linear layers
+            only.
+        update_log_limit: Maximum size of the update log on disk: bytes, or a size such as `"500MB"`.
+        memory_limit: Maximum memory of the ledgers, of the tables of samples and of the records of steps, each. The fit
+            does not start if they need more.
+        name: First part of the keys; default: `refinement`.
         prog_bar: Keys or globs of keys to show in the progress bar.
-        on_error: `"warn"` or `"raise"`.
+        on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
 
     Keys:
         Each as `refinement/<measure>/<layer>`, and as `refinement/<measure>` for the mean over layers.
 
-        ======================== ========================================================== ============ ============
-        measure                  meaning                                                    range        better when
-        ======================== ========================================================== ============ ============
-        `norm`                   |p|, mean over the probe's samples                         0 ..         neither
-        `completeness_error`     max |sum of all parts - output| / max |output|             0 ..         0
-        `untraced_share`         part of the used gradient that came from no sample seen    0 ..         0
-        `own_class_share`        share of a sample's own class in its refinement            any          higher
-        `own_class_share_null`   the same for labels shuffled over the samples              any          (reference)
-        `initial_share`          share of the initial weights in the output                 any          neither
-        `sample_gini`            how unevenly the samples refine the layer (0: all alike)   0 .. 1       neither
-        ======================== ========================================================== ============ ============
+        | measure | meaning | range | better when |
+        |---|---|---|---|
+        | `norm` | mean norm of the refinement p over the probe set | 0 .. | neither |
+        | `completeness_error` | max \|sum of all parts - output\| / max \|output\| | 0 .. | 0 |
+        | `untraced_share` | fraction of the gradient that could not be assigned to any sample | 0 .. | 0 |
+        | `own_class_share` | share of the class of a sample in its refinement | any | higher |
+        | `own_class_share_null` | the same with labels shuffled over the samples | any | (reference) |
+        | `initial_share` | fraction of the output that is due to the initial weights | any | neither |
+        | `sample_gini` | how unevenly single training samples refined the layer (Gini) | 0 .. 1 | neither |
 
-    The shares and `sample_gini` exist from the first evaluation after a training step on. Also a figure (`sources`),
-    a histogram (`class_share/<layer>`), with live influence the probe's samples beside the training samples that moved
-    them most (`influence/<layer>`), and at the end of the fit the 20 samples that refined each layer most, as images
-    and as a table (`top_samples/<layer>`), and the whole table in a file `samples.csv`.
+        The class shares and `sample_gini` are available from the first evaluation after a training step. Also logged: a
+        figure (`sources`) and a histogram (`class_share/<layer>`); with `influence_every_n_steps`, samples of the probe
+        set next to the training samples that moved them most (`influence/<layer>`); at the end of the fit, the 20
+        samples that refined each layer most as images and as a table (`top_samples/<layer>`), and the whole table in a
+        file `samples.csv`.
 
-    Exact for SGD (momentum, Nesterov, dampening, decay), Adam and AdamW (amsgrad too), parameter groups, schedules,
-    accumulation, clipping, mixed precision, several optimisers, frozen and shared layers, DDP. Under another optimiser
-    each step is credited in proportion to the projection of the classes' gradients, and a warning says so. Who shaped
-    Adam's denominator is not attributed.
+    Exact for SGD (momentum, Nesterov, dampening, weight decay), Adam and AdamW (with amsgrad), parameter groups,
+    learning rate schedules, gradient accumulation, clipping, mixed precision, several optimizers, frozen and shared
+    layers, and DDP. Under other optimizers, each step is credited in proportion to the projection of the gradients of
+    the classes, and a warning says so. The denominator of Adam is not attributed to classes.
 
     Attributes:
-        ledger: Layer -> `RefinementLedger`, whose `explain(layer_inputs)` divides the layer's output on any input.
-        samples: The table of the training samples.
+        ledger: Layer -> `RefinementLedger`, whose `explain(layer_inputs)` divides the output of the layer on any input.
+        sample_table: The table of the training samples.
 
     Raises:
-        MisconfigurationException: For a wrong argument, at construction; for a layer that cannot be traced, no class
-            labels, too many sources or too much memory, before the first step.
+        ArgumentError: If an argument is invalid, at construction. Before the first step: if a layer cannot be traced,
+            class labels are missing, or there are too many sources or too little memory.
 
     Source:
-        L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for refinement and its parts by training step; the exact division
-        by class under the optimiser in use is this project's.
+        L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for refinement and its parts by training step. The exact division
+        by class under the optimizer in use is a contribution of this project.
 
     Example:
         >>> callback = RepresentationRefinement(layers="fc*", phases=5, prog_bar="refinement/own_class_share")
     """
 
     family = "refinement"
+    needs_layers = False
     charts = {  # noqa: RUF012
-        "whose samples made it": ("own_class_share", "own_class_share_null"),
-        "how much training made of it": ("norm",),
-        "what the initial weights still hold": ("initial_share",),
-        "proof: what does not add up": ("completeness_error", "untraced_share"),
+        "share of a sample's own class": ("own_class_share", "own_class_share_null"),
+        "norm of the refinement": ("norm",),
+        "part of the initial weights": ("initial_share",),
+        "errors of the sum": ("completeness_error", "untraced_share"),
     }
     histogram_name = "class_share"
     meanings = {  # noqa: RUF012
-        "norm": "length of what training added to the layer's output, the mean over samples",
-        "completeness_error": "what the sum of all contributions misses of the output: the proof",
-        "own_class_share": "share that a sample's own class has in it",
-        "own_class_share_null": "the same for shuffled labels",
-        "initial_share": "share of the initial weights in the output",
+        "norm": "norm of what training added to the output of the layer, mean over samples",
+        "completeness_error": "error of the sum of all contributions, relative to the output",
+        "own_class_share": "share of the class of a sample in its refinement",
+        "own_class_share_null": "the same with shuffled labels",
+        "initial_share": "fraction of the output that is due to the initial weights",
     }
 
     def __init__(
         self,
-        layers: str | Sequence[str] | None = None,
         probe: Probe | None = None,
         *,
-        mode: str = "exact",
+        layers: str | Sequence[str] | None = None,
+        mode: Mode = "exact",
         phases: int | Sequence[int] = 10,
-        sources: str | Callable[[Any], Any] = "class",
+        source_fn: BatchField | None = None,
         num_sources: int | None = None,
-        samples: bool | str | Sequence[str] = True,
-        sample_id: str | int | None = None,
+        track_samples: bool | str | Sequence[str] = True,
+        sample_id_fn: BatchField | None = None,
         influence_every_n_steps: int | None = None,
-        trace: bool | str | Path = False,
-        trace_limit: str = "1GB",
-        memory_limit: str = "1GB",
+        update_log: bool | str | Path = False,
+        update_log_limit: int | str = "1GB",
+        memory_limit: int | str = "1GB",
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
-        on_error: str = "warn",
+        on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        if isinstance(layers, Probe):
-            raise MisconfigurationException("`layers` comes before `probe` here: RepresentationRefinement(probe=...).")
-        if mode not in MODES:
-            raise MisconfigurationException(f"`mode` must be one of {', '.join(map(repr, MODES))}; got {mode!r}.")
-        check_phases(phases)
-        check_sources(sources, num_sources)
-        check_sample_options(influence_every_n_steps, sample_id, trace)
-        self.layers = check_patterns("layers", layers)
-        self.sources = sources
-        self.num_sources = num_sources
-        self.influence_every_n_steps = influence_every_n_steps
-        self.needs_labels = sources == "class"
-        options = Options(
-            layers=self.layers,
+        self.options = RunOptions(
+            layers=layers,
+            mode=mode,
             phases=phases,
-            samples=samples if isinstance(samples, bool) else check_patterns("samples", samples) or False,
-            sample_id=sample_id,
-            step_scores=mode == "pfahler2021",
-            influence=influence_every_n_steps is not None,
-            trace=trace,
-            trace_limit=parse_bytes("trace_limit", trace_limit),
-            memory_limit=parse_bytes("memory_limit", memory_limit),
+            source_fn=source_fn,
+            num_sources=num_sources,
+            track_samples=track_samples,
+            sample_id_fn=sample_id_fn,
+            influence_every_n_steps=influence_every_n_steps,
+            update_log=update_log,
+            update_log_limit=update_log_limit,
+            memory_limit=memory_limit,
         )
+        self.needs_labels = source_fn is None
         super().__init__(RefinementSummary(), probe, name=name, prog_bar=prog_bar, on_error=on_error)
-        self._tracer = Tracer(options, self.name, self._layer_failed)
-        self._table: SampleTable | None = None
-        self._last_influence = 0
+
+    def start_run(self) -> None:
+        """Reset the state of an earlier run."""
+        super().start_run()
+        self._whole_table: SampleTable | None = None
 
     @property
     def ledger(self) -> dict[str, RefinementLedger]:
-        """Layer -> its ledger."""
-        return self._tracer.ledgers
+        """Layer -> its ledger; empty before training."""
+        return {} if self.run is None else self.run.ledgers
 
     @property
-    def samples(self) -> Arrays:
-        """The table of the training samples, of all ranks at the last evaluation: 1-D arrays of one length.
+    def sample_table(self) -> Arrays:
+        """The table of the training samples, over all ranks at the last evaluation: 1-D arrays of the same length.
 
-        `sample_id`, `target` (-1 where unknown), `visits`, and `refinement/<layer>` for each layer; empty where the
+        `sample_id`, `target` (-1 where unknown), `visits`, and `refinement/<layer>` for each layer; empty if the
         samples have no ids.
         """
-        return {} if self._table is None else self._table.arrays()
-
-    # Lightning's hooks
-
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers and hook them, before a compiled model's first run."""
-        if not why_off(trainer):
-            self.probe.attach(pl_module, self, needs_layers=False)
-            self._tracer.attach(trainer, pl_module)
-
-    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Open the ledgers at the weights that training starts from, and follow the optimisers."""
-        if not why_off(trainer):
-            self._open(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
-    ) -> None:
-        """Say whose samples the coming backward passes are of."""
-        if self.ledger and not why_off(trainer):
-            try:
-                targets = class_labels((self.probe.target_fn or default_target)(batch))
-                if targets is None and self.sources == "class":
-                    self._warn_once("unlabelled", f"{self.name}: a training batch has no class labels: 'other'.")
-                rows = self._rows(batch, targets).to(pl_module.device)
-                self._tracer.begin(trainer, batch, targets, rows)
-            except Exception as error:
-                if isinstance(error, MisconfigurationException) and trainer.global_step == 0:
-                    raise
-                self._report("a training batch", error)
-
-    def on_train_batch_end(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """End a phase where one ends; look at the influence and evaluate where they are due."""
-        self._tracer.end(trainer.global_step)
-        every, step = self.influence_every_n_steps, trainer.global_step
-        if every is not None and self.ledger and step // every > self._last_influence // every:
-            self._last_influence = step
-            self._refresh_influence(trainer, pl_module)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Write the table of the samples beside the logs."""
-        if not why_off(trainer):
-            with self._guard("the training samples"):
-                self._tracer.finish(trainer, pl_module.device)
-
-    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Hook the layers for a `trainer.validate` after a fit."""
-        if trainer.state.fn == "validate" and not why_off(trainer):
-            self.probe.attach(pl_module, self, needs_layers=False)
-            if self.ledger:
-                self._tracer.look_only(pl_module)
-
-    def on_save_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
-    ) -> None:
-        """Save what all ranks hold together; Lightning asks every rank, after it asked each for its own state."""
-        if trainer.world_size > 1 and (saved := checkpoint.get("callbacks", {}).get(self.state_key)):
-            saved["tracer"] = self._tracer.state_dict(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's, with the ledgers and the table of the samples."""
-        return super().state_dict() | {"tracer": self._tracer.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a saved state; the ledgers when training starts."""
-        super().load_state_dict(state_dict)
-        self._tracer.saved = state_dict["tracer"]
-
-    def explain(self, pl_module: "pl.LightningModule", inputs: Any, layer: str | None = None) -> RefinementExplanation:
-        """Divide a layer's output on the model's own inputs among sources and phases; after the fit, too.
-
-        Args:
-            pl_module: The model that was trained.
-            inputs: What it is called with.
-            layer: Which layer; default: the last of those traced.
-
-        Raises:
-            ValueError: If there is no ledger of the layer, or the layer does not run.
-        """
-        return self._tracer.explain(pl_module, inputs, layer)
-
-    def influence(
-        self, top_k: int = 10, direction: str | Tensor = "refinement", *, targets: Tensor | None = None
-    ) -> Influence | None:
-        """The training samples of this rank that moved the probe's first samples most; see `LiveInfluence.top`."""
-        live = None if self._tracer.watch is None else self._tracer.watch.live
-        return None if live is None else live.top(top_k, direction, targets=targets)
+        return {} if self._whole_table is None else self._whole_table.arrays()
 
     @property
     def step_scores(self) -> dict[str, StepScores]:
-        """Layer -> the paper's scores of the steps; in mode "pfahler2021"."""
-        return self._tracer.step_scores
+        """Layer -> the scores of the steps as in the paper; in mode "pfahler2021"."""
+        return {} if self.run is None else self.run.step_scores
+
+    def explain(self, pl_module: "pl.LightningModule", inputs: Any, layer: str | None = None) -> RefinementExplanation:
+        """Divide the output of a layer on inputs of the model among sources and phases; also after the fit.
+
+        Args:
+            pl_module: The model that was trained.
+            inputs: The inputs with which it is called.
+            layer: Name of the layer; default: the last of the traced layers.
+
+        Returns:
+            The contributions, the part of the initial weights, and the output.
+
+        Raises:
+            ArgumentError: If there is no ledger of the layer, or the forward pass does not call the layer.
+        """
+        if self.run is None:
+            raise ArgumentError("`explain` must be called once training has started; got no ledgers yet.")
+        return self.run.explain(pl_module, inputs, layer, self.probe.forward_fn)
+
+    def influence(
+        self, top_k: int = 10, direction: Direction | Tensor = "refinement", *, targets: Tensor | None = None
+    ) -> Influence | None:
+        """The training samples of this rank that moved the first samples of the probe set most.
+
+        Args:
+            top_k: Number of training samples for each of them.
+            direction: "refinement", "contrast" or a tensor; see `InfluenceTable.scores`.
+            targets: (Q,) classes for "contrast"; default: the predicted classes.
+
+        Returns:
+            The strongest training samples; None without `influence_every_n_steps`, or before the first update.
+        """
+        table = None if self.tracking is None else self.tracking.influence_table
+        return None if table is None else table.top(top_k, direction, targets=targets)
 
     # One evaluation
 
-    def begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Get ready for a pass of the probe."""
-        super().begin(trainer, pl_module)
-        # Here too: another callback's `on_train_start` may ask for the first pass, before ours is called.
-        self._open(trainer, pl_module)
-        self._record(True)
-
-    def _open(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.state.fn == "fit" and not self._tracer.opened:
-            # Without the probe's samples the classes cannot be counted: then there are no ledgers.
-            with self._guard("the probe's samples"):
-                self._tracer.open(trainer, self.num_sources or count_classes(self.probe, trainer, pl_module))
+    def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Start to record the inputs and outputs of the layers, for the coming pass."""
+        if trainer.state.fn == "fit":
+            # Here too, because another callback may ask for the first pass before our `on_train_start`.
+            self.open_run(trainer, pl_module)
+        if self.hooks is not None:
+            self.hooks.record(lambda: self.probe_pass.num_forwards)
 
     def observe(self, batch: ProbeBatch) -> None:
-        """Take in one batch of the probe's pass, as the layers' inputs and outputs."""
-        if self.needs_labels and batch.targets is None:
-            super().observe(batch)
-        broken = {} if self._tracer.recorder is None else self._tracer.recorder.broken
-        self._failed |= {layer: error for layer, error in broken.items() if layer not in self._failed}
-        recorded = {} if self._tracer.recorder is None else self._tracer.recorder.taps.recorded
+        """Process one batch of the pass: the inputs and outputs of the layers."""
+        if self.run is None or self.hooks is None:
+            return
+        for layer, error in self.run.broken.items():
+            self.note_failure(layer, error)
         for layer in self.ledger:
-            if layer not in recorded:
-                self._warn_once(layer, f"{self.name}: layer '{layer}' did not run: nothing is told of it.")
-            try:
-                for inputs, outputs in recorded.get(layer, ()):
-                    metric: Any = self.metric_at(layer, outputs.device)
-                    rows = self._rows(batch.batch, batch.targets)
-                    # A function for several views of a training batch does not fit the one view here.
-                    metric.update(inputs, outputs, rows if len(rows) == batch.num_samples else None)
-            except Exception as error:
-                self._failed.setdefault(layer, error)
+            if layer not in self.hooks.recorded:
+                self.warn_once(layer, f"{self.name}: layer '{layer}' was not called, so it is left out.")
+            for inputs, outputs in self.hooks.recorded.get(layer, ()):
+                self._summarise_layer(layer, inputs, outputs, batch)
 
-    def _rows(self, batch: Any, targets: Tensor | None) -> Tensor:
-        return rows_of(batch, targets, self.sources, self._tracer.num_sources)
-
-    def _record(self, on: bool) -> None:
-        recorder = self._tracer.recorder
-        if recorder is not None:
-            recorder.taps.record(lambda: self.probe.num_looks if on else None)
+    def _summarise_layer(self, layer: str, inputs: Tensor, outputs: Tensor, batch: ProbeBatch) -> None:
+        try:
+            assert self.run is not None
+            rows = self.run.rows(batch.batch, batch.targets)
+            # A `source_fn` that is written for several views of a training batch does not fit the single view here.
+            targets = rows if len(rows) == batch.num_samples else None
+            cast("RefinementSummary", self.metric_at(layer, outputs.device)).update(inputs, outputs, targets)
+        except Exception as error:
+            self.note_failure(layer, error)
 
     def metric_at(self, layer: str, device: torch.device) -> Metric:
-        """The summary of one layer's ledger."""
-        metric = self._metrics.get(layer)
+        """The `RefinementSummary` of one layer."""
+        metric = self.layer_metrics.get(layer)
         if not isinstance(metric, RefinementSummary) or metric.ledger is not self.ledger[layer]:
-            self._metrics[layer] = RefinementSummary(self.ledger[layer], own=self.sources == "class")
-        return self._metrics[layer].to(device)
+            metric = RefinementSummary(self.ledger[layer], own=self.options.source_fn is None)
+            self.layer_metrics[layer] = metric
+        return metric.to(device)
 
-    def draw(self, results: Mapping[str, RefinementResult]) -> dict[str, "Figure"]:
-        """Which classes made the output for which classes, and when."""
-        return {"sources": plot_refinement(results)}
+    def finalize(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        results: dict[str, Divided],
+    ) -> dict[str, Divided]:
+        """Sum the tables of the samples over the ranks, and add their Gini coefficients to the results."""
+        if self.hooks is not None:
+            self.hooks.stop_recording()
+        if trainer.state.fn == "fit" and self.tracking is not None:
+            self._whole_table = self.tracking.table_over_ranks(trainer)
+        if not results or self._whole_table is None:
+            return results
+        for kind, note in self._whole_table.notes().items():
+            self.warn_once(f"samples/{kind}", f"{self.name}: {note}")
+        return with_sample_gini(
+            results, {layer: gini(self._whole_table.values(layer)) for layer in self._whole_table.layers}
+        )
 
-    def _results(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> dict[str, Any]:
-        try:
-            results = super()._results(trainer, pl_module, event)
-        finally:
-            self._record(False)
-        if trainer.state.fn == "fit" and self._tracer.watch is not None:
-            self._table = self._tracer.watch.over_ranks(trainer)
-        return results
+    def draw(self, results: Mapping[str, Divided]) -> dict[str, "Figure"]:
+        """Draw which classes of training samples shaped the output for which classes, and when."""
+        divided = {layer: result for layer, result in results.items() if isinstance(result, RefinementResult)}
+        return {"sources": plot_refinement(divided, self.class_names)} if divided else {}
 
-    def _measured(self, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-        measured = super()._measured(results)
-        if results and self._table is not None and (ginis := SampleWatch.ginis(self._table)):
-            measured["sample_gini"] = ginis
-            for kind, note in self._table.notes().items():
-                self._warn_once(f"samples/{kind}", f"{self.name}: {note}")
-        return measured
-
-    def _log_pictures(self, trainer: "pl.Trainer") -> None:
-        watch = self._tracer.watch
-        # First what the ranks do together: the rest may fail on one of them.
-        top = None if watch is None else watch.influence(trainer)
-        super()._log_pictures(trainer)
-        if watch is not None:
-            figures = watch.draw_influence(trainer, top)
-            logging.log_figures(trainer, lambda: {f"{self.name}/{tag}": figure for tag, figure in figures.items()})
-
-    def _refresh_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Score the coming samples against how the network sees the probe's first samples now."""
-        watch, recorder = self._tracer.watch, self._tracer.recorder
-        assert watch is not None and recorder is not None
-        self._record(True)
-        error: Exception | None = None
-        try:
-            watch.look(trainer, pl_module, self.probe, recorder.taps)
-        except Exception as failure:
-            error = failure
-        finally:
-            self._record(False)
-        if on_any_rank(trainer, error is not None):
-            self._report("the influence of training samples", error)
-        else:
-            watch.refresh(trainer)
-
-    def _layer_failed(self, layer: str, error: Exception) -> None:
-        self._report(f"layer '{layer}' in a training step", error)
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._tracer = Tracer(self._tracer.options, self.name, self._layer_failed)
-        self._table, self._last_influence = None, 0
-
-    def _release(self) -> None:
-        super()._release()
-        self._tracer.close()
+    def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, Divided]) -> None:
+        """Draw samples of the probe set next to the training samples that moved them most."""
+        tracking = self.tracking
+        if tracking is None or trainer.state.fn != "fit":
+            return
+        top = tracking.top_over_ranks(trainer)
+        with self.guarded("the figure of influence"):
+            loggers.log_figures(trainer, self.name, lambda: tracking.draw_influence(trainer, top, self.class_names))

@@ -1,4 +1,4 @@
-"""The exact account of one layer's weights: how much of them each source of training samples made, and when."""
+"""Ledgers: the weights of a layer, divided exactly among the sources of its training samples and phases of training."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -8,54 +8,57 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_neuro.refinement.explanation import RefinementExplanation
-from lightning_neuro.refinement.operators import (
+from lightning_neuro.checks import ArgumentError, check_int, require
+from lightning_neuro.refinement.layer_gradients import (
     Operator,
-    Sources,
-    apply,
-    ledger_dtype,
+    layer_output,
     parameters_of,
     source_gradients,
     why_unsupported,
 )
-from lightning_neuro.refinement.optimisers import momentum_before, step_parts, used_gradient, why_inexact
+from lightning_neuro.refinement.optimizer_steps import momentum_before, step_parts, used_gradient, why_inexact
+from lightning_neuro.refinement.result import RefinementExplanation
+from lightning_neuro.refinement.sources import Sources, ledger_dtype
 
 Parts = dict[str, Tensor]
-# In units of the rounding error: a gradient below this share of its parts' absolute values is what rounding left of
-# parts that cancel, as at a bias before BatchNorm.
+# In units of the rounding error: a gradient smaller than this, relative to the absolute values of its parts, is the
+# rounding error of parts that cancel, for example at a bias before BatchNorm.
 _CANCELLED = 64
+# Attributes that are saved, without their leading underscore.
+_STATE = ("parts", "means", "snapshots", "rest", "used")
 
 
 class RefinementLedger:
-    """Divides a layer's weights among the sources of its training samples, exactly, while the optimiser trains it.
+    """Divides the weights of a layer exactly among the sources of its training samples, while it is trained.
 
-    Each source's part of the gradient runs through the optimiser's own recursion, decay and momentum included, so that
-    at any time
+    The part of the gradient that each source caused is run through the recursion of the optimizer, with its decay and
+    momentum. So at any time
 
-        weights = initial part + sum over sources of their parts
+        weights = initial part + sum over the sources of their parts
 
-    and, the layer being linear, the same holds for its output on any input. What the optimiser does is computed a
-    second time from its options; the weights are never copied into the ledger, so the difference between the sum and
-    the real output (`RefinementExplanation.residual`) proves the numbers right.
+    and, because the layer is linear in its weights, the same holds for its output on any input. The steps are computed
+    a second time from the options of the optimizer; weights are never copied into the ledger. The difference between
+    the sum of the parts and the real output (`RefinementExplanation.residual`) therefore verifies the sum.
 
-    Rows of the parts: the sources 0 .. num_sources - 1, then "other" (samples whose label is none of them, and
-    gradients of which no sample is known), then the initial weights.
+    Rows of the parts: the sources 0 .. num_sources - 1; then "other", for samples without one of these sources and for
+    gradients that could not be assigned to a sample; then the initial weights.
 
-    Optimisers other than SGD, Adam and AdamW fall back: each step's change of the weights is credited to its sources in
-    proportion to the projection of their gradients; then the total is exact by construction and proves nothing.
+    Other optimizers than SGD, Adam and AdamW use an approximation: the change of the weights in each step is credited
+    to the sources in proportion to the projection of their gradients. Then the sum is exact by construction, and its
+    error verifies nothing.
 
     Args:
-        module: The layer, at its weights before training: `nn.Linear` or a convolution.
+        module: The layer, `nn.Linear` or a convolution, with its weights before training.
         num_sources: Number of sources.
-        names: Their names; default: their numbers.
+        names: Names of the sources; default: their numbers.
         num_phases: Number of phases; `end_phase` ends one.
 
     Raises:
-        ValueError: For a layer of another kind, or options that do not fit.
+        ArgumentError: If the layer is of another type, or the options do not fit.
 
     Source:
-        L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for the refinement p = sum of the steps' effects; splitting it
-        exactly by source under the optimiser's recursion is this project's.
+        L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for the refinement p, the sum of what all steps contribute. The
+        exact split by source under the recursion of the optimizer is a contribution of this project.
 
     Example:
         >>> from torch import nn
@@ -76,11 +79,11 @@ class RefinementLedger:
         self, module: Operator, *, num_sources: int, names: Sequence[str] | None = None, num_phases: int = 1
     ) -> None:
         if reason := why_unsupported(module):
-            raise ValueError(f"The refinement of this layer cannot be traced: {reason}.")
-        if num_sources < 1 or num_phases < 1:
-            raise ValueError(f"num_sources and num_phases must be at least 1; got {num_sources} and {num_phases}.")
-        if names is not None and len(names) != num_sources:
-            raise ValueError(f"names must name the {num_sources} sources; got {len(names)} names.")
+            raise ArgumentError(f"`module` must be a layer that can be traced; {reason}.")
+        check_int("num_sources", num_sources, minimum=1)
+        check_int("num_phases", num_phases, minimum=1)
+        if names is not None:
+            require(len(names) == num_sources, "names", f"hold one name for each of the {num_sources} sources", names)
         self.module = module
         self.num_sources = num_sources
         self.num_phases = num_phases
@@ -93,16 +96,14 @@ class RefinementLedger:
             dtype = torch.promote_types(value.dtype, ledger_dtype(value.device))
             self._parts[name] = torch.zeros(num_sources + 2, *value.shape, dtype=dtype, device=value.device)
             self._parts[name][-1] = value.detach()
-        self._rest, self._used = torch.zeros(2, dtype=dtype, device=value.device)
+        self._rest = torch.zeros((), dtype=dtype, device=value.device)
+        self._used = torch.zeros((), dtype=dtype, device=value.device)
         self._pending: Parts = {}
         self._counts = torch.zeros(num_sources + 1, dtype=dtype, device=value.device)
 
     @property
-    def bytes(self) -> int:
-        """Size when training is under way: parts and running means, what a step and an evaluation need, and the phases.
-
-        The phases lie on the CPU.
-        """
+    def num_bytes(self) -> int:
+        """Memory in training: parts, running means, what steps and evaluations need, and phases (on the CPU)."""
         numel = sum(parts[0].numel() for parts in self._parts.values())
         rows, size = self.num_sources + 2, next(iter(self._parts.values())).element_size()
         kept, step, evaluation = 2 * rows, 4 * rows, 2 * (rows - 1)
@@ -110,32 +111,46 @@ class RefinementLedger:
 
     @property
     def untraced_share(self) -> float:
-        """How much of the used gradients came from no sample that was seen, as a ratio of norms: 0 is right.
+        """Fraction of the gradient (ratio of norms) that could not be assigned to any sample; it should be 0.
 
-        Rounding gives about 1e-6 (1e-2 in half precision); a layer whose weight is used outside its module, more.
+        Rounding gives about 1e-6 (1e-2 in half precision). It is larger if the weight is used outside its module.
         """
         return float((self._rest / self._used).sqrt()) if self._used > 0 else 0.0
 
     # While training
 
+    def is_moved_by(self, optimizer: Optimizer) -> bool:
+        """Whether a step of this optimizer changes the layer, so that the ledger must repeat it."""
+        return any(True for _ in self._moved_by(optimizer))
+
     def join(self, mean_over_ranks: Callable[[Tensor], Tensor] | None) -> None:
-        """Take part in the ranks' sum with nothing, where this rank's ledger is broken."""
+        """Contribute zeros to the mean over ranks, because the ledger failed on this rank.
+
+        Call it after each step that moves the layer (`is_moved_by`), and after no other.
+        """
         if mean_over_ranks is not None:
             self.drop()
-            self._seen(mean_over_ranks)
+            self._pending_rows(mean_over_ranks)
 
     def see(self, module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources) -> None:
-        """Take in one backward pass: what the layer was given, and the gradient of the loss at its output."""
+        """Process one backward pass: split the gradient of the weights by source, one row per source.
+
+        Args:
+            module: The module that was called.
+            inputs: Its input, (B, ..., features) or (B, channels, ...).
+            gradients: Gradient of the loss with respect to its output, in the same layout.
+            sources: The sources of the B samples, num_sources + 1 of them with "other".
+        """
         split = source_gradients(module, inputs, gradients, sources)
         for name, value in parameters_of(self.module).items():
-            # Modules that share the weight may have biases of their own.
+            # Modules that share a weight may have different biases.
             if parameters_of(module).get(name) is value:
                 part = split[name]
                 self._pending[name] = self._pending[name] + part if name in self._pending else part
         self._counts = self._counts + sources.counts
 
     def drop(self) -> None:
-        """Forget what was seen since the last step: its gradients were zeroed, or the step was skipped."""
+        """Discard what was seen since the last step, because the gradients were reset or the step was skipped."""
         self._pending = {}
         self._counts = torch.zeros_like(self._counts)
 
@@ -146,35 +161,36 @@ class RefinementLedger:
         elementwise: bool = False,
         mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
-        """Make the step that an optimiser has just made.
+        """Repeat the step that an optimizer has just made, for each row.
 
         Args:
-            optimizer: After its step, the gradients still there.
-            elementwise: Whether gradients may have been changed element by element in between, as clipping by value
-                does, and not by one factor.
-            mean_over_ranks: Averages a tensor over processes that train together.
+            optimizer: The optimizer after its step, before its gradients are reset.
+            elementwise: Whether each element of a gradient may have been multiplied by a factor of its own, as when
+                clipping by value, and not all by the same factor.
+            mean_over_ranks: Averages a tensor over the processes that train together.
 
         Returns:
-            What the weight's gradient was multiplied with (unscaling, clipping) before the optimiser used it; None
-            where this optimiser did not move the weight.
+            The factor by which the gradient of the weight was multiplied (unscaling, clipping) before the optimizer
+            used it; None if this optimizer did not move the weight.
         """
         mine = list(self._moved_by(optimizer))
         if not mine:
             return None
         self.inexact = self.inexact or why_inexact(optimizer)
-        pending, counts = self._seen(mean_over_ranks)
+        pending, counts = self._pending_rows(mean_over_ranks)
         weight_scale: Tensor | None = None
         for name, parameter, group in mine:
             state, split = optimizer.state[parameter], pending[name]
             assert parameter.grad is not None
             used = used_gradient(group, state, parameter.grad).to(split.dtype)
-            # Only where the step divides by the gradient's own size: elsewhere, what cancels is as good as the rest.
+            # Rounding only matters if the step divides by the size of the gradient, or if factors are elementwise.
             rounding = 0.0 if isinstance(optimizer, SGD) and not elementwise else torch.finfo(parameter.dtype).eps
             factor, scale = _used_over_raw(used, split, elementwise, rounding)
             split[:-1] *= factor
             rest = used - split.sum(0)
-            self._rest, self._used = self._rest + rest.square().sum(), self._used + used.square().sum()
-            # Back to the gradient that was really used: Adam blows rounding up where it divides by almost nothing.
+            self._rest = self._rest + rest.square().sum()
+            self._used = self._used + used.square().sum()
+            # Make the rows add up to the used gradient: Adam amplifies rounding errors where it divides by almost 0.
             split[:-1] += counts.view(-1, *[1] * rest.ndim) * rest
             if self.inexact:
                 self._credit(name, parameter, split)
@@ -187,17 +203,17 @@ class RefinementLedger:
         return weight_scale
 
     def start(self, optimizer: Optimizer) -> None:
-        """Before the first step: take over the optimiser's running mean, which belongs to the time before."""
+        """Credit the running mean that the optimizer holds before the first step to the initial weights."""
         for name, parameter, _ in self._moved_by(optimizer, frozen=True):
             mean = momentum_before(optimizer.state.get(parameter, {}))
             if mean is None:
-                self._means.pop(name, None)  # a new optimiser for trained weights
+                self._means.pop(name, None)  # a new optimizer for weights that were trained before
             elif name not in self._means:
                 self._means[name] = torch.zeros_like(self._parts[name])
                 self._means[name][-1] = mean
 
     def end_phase(self) -> None:
-        """What the sources do from here on belongs to the next phase; after the last one, nothing happens."""
+        """End the current phase of training; the last one does not end."""
         if len(self._snapshots) < self.num_phases - 1:
             self._snapshots.append({name: parts[:-1].float().cpu() for name, parts in self._parts.items()})
 
@@ -210,8 +226,8 @@ class RefinementLedger:
                 if id(parameter) in names and (frozen or parameter.grad is not None):
                     yield names[id(parameter)], parameter, group
 
-    def _seen(self, mean_over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[Parts, Tensor]:
-        """The split gradients with a row of zeros for the initial weights, and each source's share of the samples."""
+    def _pending_rows(self, mean_over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[Parts, Tensor]:
+        """Gradients by source, with zeros for the initial weights, and the fraction of samples per source."""
         split = {name: torch.zeros_like(parts) for name, parts in self._parts.items()}
         for name, part in self._pending.items():
             split[name][:-1] = part
@@ -221,34 +237,37 @@ class RefinementLedger:
             *flats, counts = torch.split(flat, [*(part.numel() for part in split.values()), len(counts)])
             split = {name: one.view_as(split[name]) for name, one in zip(split, flats, strict=True)}
         shares = counts / counts.sum()
-        # Without a sample it is nobody's: "other".
-        nobody = torch.zeros_like(shares)
-        nobody[-1] = 1
-        return split, torch.where(counts.sum() > 0, shares, nobody)
+        # A gradient without any sample is credited to "other".
+        other = torch.zeros_like(shares)
+        other[-1] = 1
+        return split, torch.where(counts.sum() > 0, shares, other)
 
-    def _mean(self, name: str, group: dict[str, Any]) -> tuple[Tensor, bool]:
+    def _mean(self, name: str, group: dict[str, Any]) -> tuple[Tensor | None, bool]:
+        """The running mean of each row, if the optimizer has one, and whether it begins with this step."""
         if group.get("momentum", 1) == 0:
-            return self._parts[name], False  # not looked at
+            return None, False
         first = name not in self._means
-        return self._means.setdefault(name, torch.zeros_like(self._parts[name]) if first else self._parts[name]), first
+        if first:
+            self._means[name] = torch.zeros_like(self._parts[name])
+        return self._means[name], first
 
     def _credit(self, name: str, parameter: Tensor, split: Tensor) -> None:
-        """The fallback: the step's change, in proportion to the projection of the sources' gradients."""
+        """Approximate a step: credit its change of the weights in proportion to the projection of the gradients."""
         total = split.sum(0)
         shares = (split * total).flatten(1).sum(1) / total.square().sum()
         shares = torch.where(total.any(), shares, 0.0)
-        shares[-2] += 1 - shares.sum()  # a step without a gradient is nobody's
+        shares[-2] += 1 - shares.sum()  # a step without a gradient is credited to "other"
         parts = self._parts[name]
         parts += shares.view(-1, *[1] * total.ndim) * (parameter.detach() - parts.sum(0))
 
     # Afterwards
 
     def weights(self) -> Parts:
-        """The parts at this moment: `"weight"` and `"bias"`, (num_sources + 2, *shape); not to be changed."""
+        """The current parts, `"weight"` and `"bias"`: (num_sources + 2, *shape). Do not change them."""
         return dict(self._parts)
 
     def by_phase(self) -> Parts:
-        """(phases, num_sources + 1, *shape): what each source did to the weights in each phase; 0 in those to come."""
+        """What each source contributed to the weights in each phase: (phases, num_sources + 1, *shape)."""
         found: Parts = {}
         for name, parts in self._parts.items():
             marks = [snapshot[name].to(parts) for snapshot in self._snapshots]
@@ -260,17 +279,17 @@ class RefinementLedger:
 
     @torch.no_grad()
     def explain(self, inputs: Tensor) -> RefinementExplanation:
-        """Divide the layer's output on any input among sources and phases.
+        """Divide the output of the layer on any input among sources and phases.
 
         Args:
-            inputs: What the layer is given: (samples, ..., features) or (samples, channels, ...).
+            inputs: Input of the layer, (samples, ..., features) or (samples, channels, ...).
 
         Returns:
-            Contributions of (num_sources + 1) sources x phases, the initial weights' part, and the residual.
+            The contributions of num_sources + 1 sources in each phase, the part of the initial weights, and the output.
         """
         current = {name: value.detach() for name, value in parameters_of(self.module).items()}
         outputs = self._apply(inputs.to(self.module.weight), current)
-        # In double precision, for the parts may be large where they cancel.
+        # In double precision, because parts that cancel can be large.
         inputs = inputs.to(self._parts["weight"])
         initial = {name: parts[-1].to(inputs) for name, parts in self._parts.items()}
         phases = self.by_phase()
@@ -288,26 +307,31 @@ class RefinementLedger:
         )
 
     def _apply(self, inputs: Tensor, weights: Parts) -> Tensor:
-        return apply(self.module, inputs, weights["weight"], weights.get("bias"))
+        return layer_output(self.module, inputs, weights["weight"], weights.get("bias"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain Python; what was seen since the last step is not part of it."""
+        """The whole ledger as tensors and plain Python, without what was seen since the last step."""
         return {name: copy.deepcopy(getattr(self, f"_{name}")) for name in _STATE} | {"inexact": self.inexact}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another ledger of the same layer stopped.
+        """Continue from the state of another ledger of the same layer.
+
+        Args:
+            state: What `state_dict` returned.
 
         Raises:
-            ValueError: If the state is of a layer of another shape, or of another number of sources.
+            ArgumentError: If the state has another shape, another number of sources, or too many finished phases.
         """
         for name, parts in self._parts.items():
             if (saved := state["parts"].get(name)) is None or saved.shape != parts.shape:
                 seen = "none" if saved is None else tuple(saved.shape)
-                raise ValueError(f"The saved ledger has a {name} of shape {seen}, but {tuple(parts.shape)} is needed.")
+                raise ArgumentError(
+                    f"The {name} of the saved ledger must have the shape {tuple(parts.shape)}; got {seen}."
+                )
         if len(state["snapshots"]) >= self.num_phases:
-            raise ValueError(
-                f"The saved ledger is in phase {len(state['snapshots']) + 1} of training, but only"
-                f" {self.num_phases} are planned."
+            raise ArgumentError(
+                f"The saved ledger must be in one of the {self.num_phases} planned phases of training; got phase"
+                f" {len(state['snapshots']) + 1}."
             )
         self.inexact = state["inexact"]
         for name in _STATE:
@@ -315,26 +339,25 @@ class RefinementLedger:
         self.to(self.module.weight.device)
 
     def to(self, device: torch.device) -> None:
-        """Move the parts to a device; the phases stay on the CPU."""
+        """Move the parts to a device. The phases stay on the CPU."""
         for parts in (self._parts, self._means):
             parts.update({name: part.to(device) for name, part in parts.items()})
-        self._rest, self._used, self._counts = (part.to(device) for part in (self._rest, self._used, self._counts))
-
-
-_STATE = ("parts", "means", "snapshots", "rest", "used")
+        self._rest = self._rest.to(device)
+        self._used = self._used.to(device)
+        self._counts = self._counts.to(device)
 
 
 def _used_over_raw(used: Tensor, split: Tensor, elementwise: bool, rounding: float) -> tuple[Tensor, Tensor]:
-    """What the parts' sum was multiplied with, as factors to apply to the parts, and as one number (by projection).
+    """The factor by which the raw gradient was multiplied: elementwise, and as one number (by projection).
 
-    0 for elements where the parts cancel to nothing: Adam makes whole steps of their rounding errors, and each part
+    It is 0 for elements whose parts cancel. Adam makes steps of full size from their rounding errors, so each part
     would become many orders of magnitude larger than the sum.
 
     Args:
-        used: (*shape), the gradient that the optimiser used.
+        used: (*shape), the gradient that the optimizer used.
         split: (parts, *shape), the gradients that were seen.
-        elementwise: Whether each element may have been multiplied with a factor of its own.
-        rounding: Relative error of the gradient; 0 to keep what cancels, for one factor only.
+        elementwise: Whether each element may have been multiplied by a factor of its own.
+        rounding: Relative rounding error of the gradient; 0 keeps parts that cancel, and needs a single factor.
     """
     raw = split.sum(0)
     square = raw.square().sum()

@@ -1,31 +1,37 @@
-"""A ledger's account of many samples, as a torchmetrics metric with additive state."""
+"""How a ledger divides the outputs of a layer on many samples, as a torchmetrics metric with additive state."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_neuro.metric import ResultMetric
+from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_rows
+from lightning_neuro.layer_result import ResultMetric
+from lightning_neuro.refinement.layer_gradients import layer_output, layer_samples_first, source_gradients
 from lightning_neuro.refinement.ledger import RefinementLedger
-from lightning_neuro.refinement.operators import Sources, apply, ledger_dtype, samples_first, source_gradients
 from lightning_neuro.refinement.result import RefinementResult
+from lightning_neuro.refinement.sources import Sources, ledger_dtype
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class RefinementSummary(ResultMetric):
-    """Whose samples made a layer's output on the samples that it is shown, by class.
+    """Divides the output of a layer on the given samples among the sources of its training samples, by class.
 
-    The shares sum <A_s h, p> / sum |p|^2 of all sources s need no pass per source: the sum over samples is the inner
-    product of A_s with one matrix, the sum of p h^T. So the state is one such matrix per class, however many samples,
-    sources and phases there are. The sums are divided and not each sample's ratio averaged: where p passes through 0,
-    as that of a single logit does, single ratios have no bound.
+    The share of source s is sum <A_s h, p> / sum |p|^2, where h is the input of the layer, A_s the part of source s of
+    its weights, and p the refinement. All shares are computed in one pass: the sum over samples is the inner product of
+    A_s with one matrix, the sum of p h^T. So the state is one such matrix per class, independent of the number of
+    samples, sources and phases. The share is a ratio of sums and not a mean of ratios, because the ratio of a single
+    sample is unbounded where p passes through 0, as a single logit does.
 
     Args:
-        ledger: The layer's ledger.
+        ledger: The ledger of the layer.
         own: Whether the sources are the classes.
         kwargs: Further options of `torchmetrics.Metric`.
+
+    Raises:
+        ArgumentError: If it is updated or computed without a ledger.
 
     Example:
         >>> from torch import nn
@@ -41,7 +47,6 @@ class RefinementSummary(ResultMetric):
     higher_is_better = None
     full_state_update = False
 
-    num_samples: Tensor
     num_nonfinite: Tensor
     norms: Tensor
     initial_products: Tensor
@@ -52,6 +57,7 @@ class RefinementSummary(ResultMetric):
     squares: Tensor
     weight: Tensor
     bias: Tensor
+    num_samples: Tensor
 
     def __init__(self, ledger: RefinementLedger | None = None, *, own: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -74,49 +80,54 @@ class RefinementSummary(ResultMetric):
             shape = parts[name][:-1].shape if name in parts else (0,)
             self.add_state(name, zero.new_zeros(shape), dist_reduce_fx="sum")
 
-    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor | None = None) -> None:
+    def update(self, inputs: ArrayLike, outputs: ArrayLike, targets: ArrayLike | None = None) -> None:
         """Add a batch.
 
         Args:
-            inputs: What the layer was given, (N, ...).
-            outputs: What it returned.
-            targets: (N,) integer classes, as the ledger's sources number them; others count as without a class.
+            inputs: Input of the layer, (N, ...), a tensor or NumPy array in the dtype of the layer.
+            outputs: Its output, (N, ...).
+            targets: (N,) integer classes, numbered like the sources of the ledger. Samples with other numbers, or
+                without targets, have no class.
 
         Raises:
+            ArgumentError: If the targets are not one integer per sample.
             ValueError: If the samples are not in the first dimension.
         """
-        assert self.ledger is not None
-        module, weights = self.ledger.module, self.ledger.weights()
-        if targets is None:
-            targets = torch.full((len(inputs),), -1, device=inputs.device)
-        inputs, outputs = samples_first(module, inputs, outputs, len(targets))
-        finite = inputs.flatten(1).isfinite().all(1) & outputs.flatten(1).isfinite().all(1)
+        ledger = self._opened()
+        module, weights = ledger.module, ledger.weights()
+        inputs, outputs = torch.as_tensor(inputs), torch.as_tensor(outputs)
+        labels = torch.full((len(inputs),), -1) if targets is None else as_labels(targets, len(targets))
+        assert labels is not None
+        labels = labels.to(inputs.device)
+        inputs, outputs = layer_samples_first(module, inputs, outputs, len(labels))
+        finite = finite_rows(inputs.flatten(1)) & finite_rows(outputs.flatten(1))
         self.num_nonfinite = self.num_nonfinite + (~finite).sum()
-        inputs, outputs, targets = inputs[finite], outputs[finite], targets[finite]
-        if not len(targets):
+        inputs, outputs, labels = inputs[finite], outputs[finite], labels[finite]
+        if not len(labels):
             return
-        # Summed up in double precision, applied in the layer's own: the parts may cancel.
-        initial, refined = (
-            apply(module, inputs, summed["weight"], summed.get("bias"))
-            for rows in (slice(-1, None), slice(None, -1))
-            for summed in [{name: parts[rows].sum(0).to(inputs) for name, parts in weights.items()}]
-        )
+
+        def output_of(rows: slice) -> Tensor:
+            # Summed in double precision because parts may cancel, then applied in the precision of the layer.
+            summed = {name: parts[rows].sum(0).to(inputs) for name, parts in weights.items()}
+            return layer_output(module, inputs, summed["weight"], summed.get("bias"))
+
+        initial, refined = output_of(slice(-1, None)), output_of(slice(None, -1))
         error = (initial + refined - outputs).abs().max()
         initial, refined, outputs = (part.flatten(1).to(self.norms.dtype) for part in (initial, refined, outputs))
-        self.num_samples = self.num_samples + len(targets)
+        self.num_samples = self.num_samples + len(labels)
         self.norms = self.norms + refined.norm(dim=1).sum()
         self.initial_products = self.initial_products + (initial * outputs).sum()
         self.output_squares = self.output_squares + outputs.square().sum()
         self.largest_error = torch.maximum(self.largest_error, error.to(self.norms.dtype))
         self.largest_output = torch.maximum(self.largest_output, outputs.abs().max())
-        self._add_shares(inputs, refined, targets)
+        self._add_shares(inputs, refined, labels)
 
-    def _add_shares(self, inputs: Tensor, refined: Tensor, targets: Tensor) -> None:
-        assert self.ledger is not None
-        num = self.ledger.num_sources
-        rows = torch.where((targets >= 0) & (targets < num), targets, num)
-        module = self.ledger.module
-        shape = apply(module, inputs, module.weight, module.bias).shape
+    def _add_shares(self, inputs: Tensor, refined: Tensor, labels: Tensor) -> None:
+        ledger = self._opened()
+        num = ledger.num_sources
+        rows = torch.where((labels >= 0) & (labels < num), labels, num)
+        module = ledger.module
+        shape = layer_output(module, inputs, module.weight, module.bias).shape
         split = source_gradients(module, inputs, refined.view(shape).to(inputs.dtype), Sources(rows, num + 1))
         self.weight = self.weight + split["weight"]
         if "bias" in split:
@@ -125,17 +136,19 @@ class RefinementSummary(ResultMetric):
         self.squares = self.squares.index_add(0, rows, refined.square().sum(1))
 
     def compute(self) -> RefinementResult:
-        """The means over all samples seen."""
-        assert self.ledger is not None
-        weights, phases = self.ledger.weights(), self.ledger.by_phase()
-        classes, sources = len(self.counts), self.ledger.num_sources + 1
+        """The result for all samples since the last reset."""
+        ledger = self._opened()
+        weights, phases = ledger.weights(), ledger.by_phase()
+        classes, sources = len(self.counts), ledger.num_sources + 1
         shares = self.counts.new_zeros(classes, sources)
-        by_phase = self.counts.new_zeros(self.ledger.num_phases, sources)
+        by_phase = self.counts.new_zeros(ledger.num_phases, sources)
         for name, parts in weights.items():
             seen = getattr(self, name).flatten(1)
             shares += seen @ parts[:-1].flatten(1).to(seen).T
             by_phase += phases[name].flatten(2).to(seen) @ seen.sum(0)
         return RefinementResult(
+            num_units=ledger.module.weight.shape[0],
+            num_samples=int(self.num_samples),
             num_nonfinite=int(self.num_nonfinite),
             norm=float(self.norms / self.num_samples),
             completeness_error=self._error(),
@@ -144,9 +157,9 @@ class RefinementSummary(ResultMetric):
             phase_shares=(by_phase.T / self.squares.sum()).cpu(),
             counts=self.counts.cpu(),
             squares=self.squares.cpu(),
-            untraced_share=self.ledger.untraced_share,
-            names=self.ledger.names,
-            inexact=self.ledger.inexact,
+            untraced_share=ledger.untraced_share,
+            names=ledger.names,
+            inexact=ledger.inexact,
             own=self.own,
         )
 
@@ -155,8 +168,21 @@ class RefinementSummary(ResultMetric):
             return float("nan")
         return float(self.largest_error / self.largest_output if self.largest_output > 0 else self.largest_error)
 
-    def plot(self, result: RefinementResult | None = None) -> "Figure":
-        """Which classes made which classes, and when."""
+    def _opened(self) -> RefinementLedger:
+        if self.ledger is None:
+            raise ArgumentError("`ledger` must be given before the metric is updated or computed; got None.")
+        return self.ledger
+
+    def plot(self, result: RefinementResult | None = None, *, layer: str = "") -> "Figure":
+        """Draw which classes of training samples shaped the output for which classes, and in which phase.
+
+        Args:
+            result: The result to draw; default: that of `compute()`.
+            layer: Name of the layer, for the titles.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
         from lightning_neuro.refinement.plot import plot_refinement
 
-        return plot_refinement({"": result or self.compute()})
+        return plot_refinement({layer: result or self.compute()})

@@ -1,15 +1,15 @@
-"""Mode "pfahler2021": the scores of Pfahler and Morik, from the whole change of the weights in each step.
+"""Mode "pfahler2021": the scores of Pfahler and Morik, from the change of all weights in each step.
 
-For an input of the layer in the final network, h, the change of the layer's weights in step t, D_t = W_t - W_{t-1},
-gives c_t = D_t h, and all steps together the refinement p = W_T h - W_0 h = sum_t c_t, under any optimiser. A step's
-score is its cosine with p, cos_t = <c_t, p> / (|p| |c_t|), or its share of p's length, |c_t| cos_t; it is given to all
-training samples, or the class, of the step's batch. So it is a score of single samples only where a batch holds one
-sample, and of classes only where it holds one class: `ClassBatchSampler` makes such batches. Every D_t is kept, so this
-is for small runs; the ledgers and the scores of single samples need neither.
+For an input h of the layer in the final network, the change of the weights in step t, D_t = W_t - W_{t-1}, contributes
+c_t = D_t h, and the contributions of all steps sum to the refinement p = W_T h - W_0 h, under any optimizer. The score
+of a step is its cosine with p, cos_t = <c_t, p> / (|p| |c_t|), or its part of the length of p, |c_t| cos_t. It is
+assigned to all training samples of the batch, or to its class. So it is a score of single samples only if a batch holds
+one sample, and of classes only if a batch holds one class: `ClassBatchSampler` makes such batches. Every D_t is kept,
+so this mode is for small runs; ledgers and per-sample tables need no D_t.
 
 Source: L. Pfahler, K. Morik, *Explaining Deep Learning Representations by Tracing the Training Process*,
-arXiv 2109.05880 (2021). `form="projection"` is the authors' form of 2022. Ours: the bias counts, as a weight on a
-constant input of 1, so that W_T h is the layer's whole output.
+arXiv 2109.05880 (2021). `form="projection"` is the form that the authors used in 2022. In contrast to the paper, the
+bias counts as a weight with a constant input of 1, so that W_T h is the whole output of the layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from lightning_neuro.refinement.batch import TrainBatch
+from lightning_neuro.checks import ArgumentError, check_choice, check_int, describe, require
 from lightning_neuro.refinement.influence import Influence, strongest
+from lightning_neuro.refinement.layer_gradients import OPERATORS, layer_output, parameters_of, weights_on_cpu
+from lightning_neuro.refinement.options import FORMS, Form, parse_bytes
+from lightning_neuro.refinement.training_steps import TrainBatch
 
-FORMS = ("cosine", "projection")
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EPSILON = 1e-14
 
 Parameters = list[Tensor]
@@ -32,12 +33,12 @@ Parameters = list[Tensor]
 
 @dataclass(frozen=True, eq=False)
 class StepScore:
-    """What each of T steps did to the layer's output for Q inputs; float64, on the CPU.
+    """What each of T steps contributed to the output of the layer for Q inputs; float64, on the CPU.
 
     Attributes:
         cosine: (T, Q), <c_t, p> / (|p| |c_t| + 1e-14), in -1 ... 1.
-        norm: (T, Q), |c_t|, in units of the layer's output.
-        length: (Q,), |p|. The projections norm x cosine of an input's steps sum to it.
+        norm: (T, Q), |c_t|, in units of the output of the layer.
+        length: (Q,), |p|. The projections norm x cosine of all steps sum to it.
     """
 
     cosine: Tensor
@@ -46,21 +47,21 @@ class StepScore:
 
     @property
     def projection(self) -> Tensor:
-        """(T, Q), <c_t, p> / |p|: each step's share of |p|."""
+        """(T, Q), <c_t, p> / |p|: the part of |p| that each step contributed."""
         return self.norm * self.cosine
 
 
 def step_score(changes: Tensor) -> StepScore:
-    """The scores of the steps from what each made of the output.
+    """The scores of the steps from what each contributed to the output.
 
     Args:
         changes: c_t, (T, Q, ...), floating.
 
     Returns:
-        Cosine, norm and the length of the whole.
+        Cosine and norm of each step, and the length of the refinement.
 
     Raises:
-        ValueError: If the shape is another.
+        ArgumentError: If the tensor has another shape or is not floating.
 
     Example:
         >>> import torch
@@ -68,8 +69,7 @@ def step_score(changes: Tensor) -> StepScore:
         >>> score.length.tolist(), [round(part, 6) for part in score.projection.flatten().tolist()]
         ([5.0], [1.8, 3.2])
     """
-    if changes.ndim < 3 or not changes.is_floating_point():
-        raise ValueError(f"changes must be a floating (T, Q, ...) tensor; got {changes.dtype} {tuple(changes.shape)}.")
+    require(changes.ndim >= 3 and changes.is_floating_point(), "changes", "be a floating (T, Q, ...) tensor", changes)
     c = changes.cpu().double().flatten(2)
     p = c.sum(0)
     norm, length = c.norm(dim=2), p.norm(dim=1)
@@ -77,82 +77,111 @@ def step_score(changes: Tensor) -> StepScore:
 
 
 class StepScores:
-    """Records a layer's weights after each step, and who was in the batch; scores inputs at the end.
+    """Keeps the change of the weights of a layer in each step and the samples of its batch, and scores inputs later.
 
-    Memory: one copy of the layer's weights a step, on the CPU.
+    It is a `StepListener` of training steps. Memory: one copy of the weights per step, on the CPU.
 
     Args:
-        module: `nn.Linear`, `nn.Conv1d`, `Conv2d` or `Conv3d`, before training.
-        steps: How many steps will be recorded, for the check of the memory.
-        memory_limit: Bytes that the records may take.
+        module: `nn.Linear`, `nn.Conv1d`, `Conv2d` or `Conv3d`, with its weights before training.
+        num_steps: Number of steps that will be recorded; it determines the memory.
+        layer: Name of the layer, as `see` is given it.
+        memory_limit: What the records may take: bytes, or a size such as "500MB".
 
     Raises:
-        ValueError: If the layer is of another type or the records would not fit.
+        ArgumentError: If the layer is of another type, or the records would take more than `memory_limit`.
 
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 1, bias=False)
-        >>> recorder = StepScores(layer, steps=1)
+        >>> scores = StepScores(layer, num_steps=1)
         >>> with torch.no_grad():
         ...     layer.weight += torch.tensor([[1.0, 0.0]])
-        >>> recorder.record(ids=torch.tensor([7]), classes=torch.tensor([2]))
-        >>> recorder.scores(torch.tensor([[3.0, 5.0]])).projection.round().tolist()
+        >>> scores.record(ids=torch.tensor([7]), classes=torch.tensor([2]))
+        >>> scores.scores(torch.tensor([[3.0, 5.0]])).projection.round().tolist()
         [[3.0]]
     """
 
-    def __init__(self, module: nn.Module, steps: int, *, memory_limit: int = 10**9) -> None:
-        if not isinstance(module, _LAYERS):
-            raise ValueError(f"module must be nn.Linear, nn.Conv1d, Conv2d or Conv3d; got {type(module).__name__}.")
-        size = steps * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-        if size > memory_limit:
-            raise ValueError(
-                f"{steps:,} steps of {module} take {size:,} bytes, more than memory_limit={memory_limit:,}. Record a"
-                " smaller layer or fewer steps, raise the limit, or use the ledgers, which need no record of the steps."
+    def __init__(self, module: nn.Module, num_steps: int, *, layer: str = "", memory_limit: int | str = "1GB") -> None:
+        if not isinstance(module, OPERATORS):
+            raise ArgumentError(f"`module` must be nn.Linear, nn.Conv1d, Conv2d or Conv3d; got {describe(module)}.")
+        check_int("num_steps", num_steps, minimum=1)
+        limit = parse_bytes("memory_limit", memory_limit)
+        size = num_steps * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+        if size > limit:
+            raise ArgumentError(
+                f"`memory_limit` must be at least {size:,} bytes for {num_steps:,} steps of {module}; got {limit:,}."
+                " Raise it, use a smaller layer or fewer steps, or use `mode='exact'`, which keeps no steps."
             )
-        self.module, self.steps = module, steps
-        self._before = self._weights()
+        self.module = module
+        self.num_steps = num_steps
+        self.layer = layer
+        self._before = weights_on_cpu(module)
         self._changes: list[Parameters] = []
         self._ids: list[Tensor] = []
         self._classes: list[Tensor] = []
+        self._pending: list[TrainBatch] = []
 
     def __len__(self) -> int:
         return len(self._changes)
 
     def record(self, ids: Tensor, classes: Tensor) -> None:
-        """Take in one optimiser step, after it.
+        """Record the optimizer step that has just been made.
 
         Args:
-            ids: (B,) the batch's samples, ghosts left out.
+            ids: (B,) ids of the samples of the batch, without ghosts.
             classes: (B,) their classes.
 
         Raises:
-            ValueError: If more steps are recorded than were announced.
+            ArgumentError: If there are more steps than `num_steps`.
         """
-        if len(self) >= self.steps:
-            raise ValueError(f"{self.steps} steps were announced and are recorded; this is one more.")
-        after = self._weights()
+        if len(self) >= self.num_steps:
+            raise ArgumentError(f"`num_steps` must be at least the number of steps; got {self.num_steps} and one more.")
+        after = weights_on_cpu(self.module)
         self._changes.append([new - old for new, old in zip(after, self._before, strict=True)])
         self._before = after
         self._ids.append(ids.to("cpu", torch.int64, copy=True))
         self._classes.append(classes.to("cpu", torch.int64, copy=True))
 
+    def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
+        """Remember the samples of the coming step."""
+        if layer == self.layer and batch not in self._pending:
+            self._pending.append(batch)
+
+    def commit(self, layer: str, rate: Tensor) -> None:
+        """Record the step. Samples whose id or class is not known are recorded with -1."""
+        if layer != self.layer:
+            return
+        batches = [batch for batch in self._pending if batch.ids is not None or batch.targets is not None]
+        self._pending = []
+        if batches:
+            ids = [_known_or(batch.ids, batch.targets) for batch in batches]
+            classes = [_known_or(batch.targets, batch.ids) for batch in batches]
+            self.record(torch.cat(ids), torch.cat(classes))
+
+    def drop(self, layer: str) -> None:
+        """Discard the samples of the coming step."""
+        if layer == self.layer:
+            self._pending = []
+
     def scores(self, inputs: Tensor) -> StepScore:
-        """The scores of all steps for Q inputs of the layer, (Q, ...), taken in the final network, eval mode."""
+        """The scores of all steps for Q inputs of the layer, (Q, ...), in the final network in evaluation mode."""
         return step_score(self._outputs(inputs))
 
-    def influence(self, inputs: Tensor, top_k: int = 10, *, form: str = "projection") -> Influence:
-        """The strongest training samples, each with the sum of the scores of the steps whose batch held it.
+    def influence(self, inputs: Tensor, top_k: int = 10, *, form: Form = "projection") -> Influence:
+        """The strongest training samples; the score of a sample is the sum over the steps whose batch held it.
 
         Args:
-            inputs: As for `scores`.
-            top_k: How many for each input.
-            form: "cosine": sums of max(cos, 0) (2021), or "projection": sums of |c_t| cos (2022).
+            inputs: As in `scores`.
+            top_k: Number of samples for each input.
+            form: "cosine": sums of max(cos_t, 0) (2021), or "projection": sums of |c_t| cos_t (2022).
+
+        Returns:
+            The strongest samples, their scores and classes.
 
         Raises:
-            ValueError: If the form is another or nothing is recorded.
+            ArgumentError: If the form is unknown, or no step is recorded.
         """
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}.")
+        check_choice("form", form, FORMS)
         score = self.scores(inputs)
         by_step = score.cosine.clamp(min=0) if form == "cosine" else score.projection
         members, place = torch.unique(torch.cat(self._ids), return_inverse=True)
@@ -162,16 +191,22 @@ class StepScores:
         return strongest(summed, members, classes, top_k=top_k, direction="refinement")
 
     def by_class(self, inputs: Tensor) -> list[dict[int, Tensor]]:
-        """The data of the paper's ridge plot, for each of Q inputs: class -> (steps, 2) pairs (cosine, norm).
+        """The data of the ridge plot in the paper.
+
+        Args:
+            inputs: As in `scores`.
+
+        Returns:
+            For each of Q inputs: class -> (steps, 2), the cosine and norm of each step.
 
         Raises:
-            ValueError: If a batch held more than one class.
+            ArgumentError: If a batch held more than one class.
         """
         mixed = [number for number, classes in enumerate(self._classes) if len(set(classes.tolist())) != 1]
         if mixed:
-            raise ValueError(
-                f"{len(mixed)} of {len(self)} steps had samples of several classes (first: step {mixed[0]}), so that"
-                " their scores are no class's. Train with the batches of `ClassBatchSampler`."
+            raise ArgumentError(
+                f"`by_class` must be used with batches of one class each; got several classes in {len(mixed)} of"
+                f" {len(self)} steps (first: step {mixed[0]}). Train with the batches of `ClassBatchSampler`."
             )
         score = self.scores(inputs)
         pairs = torch.stack([score.cosine, score.norm], 2)
@@ -183,82 +218,52 @@ class StepScores:
     def _outputs(self, inputs: Tensor) -> Tensor:
         """c_t of each step, (T, Q, ...)."""
         if not self._changes:
-            raise ValueError("no step is recorded.")
+            raise ArgumentError("`inputs` can only be scored once at least one step is recorded; got no step.")
         inputs = inputs.detach().cpu().double()
-        changes = [[part.double() for part in parts] for parts in self._changes]
-        return torch.stack([_forward(self.module, inputs, parts[0], (*parts, None)[1]) for parts in changes])
-
-    def _weights(self) -> Parameters:
-        weights = (self.module.weight, self.module.bias)
-        return [weight.detach().to("cpu", copy=True) for weight in weights if weight is not None]
+        names = list(parameters_of(self.module))
+        outputs = []
+        for change in self._changes:
+            parts = dict(zip(names, (part.double() for part in change), strict=True))
+            outputs.append(layer_output(self.module, inputs, parts["weight"], parts.get("bias")))
+        return torch.stack(outputs)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """What a resumed run needs."""
         return {"before": self._before, "changes": [*self._changes], "ids": [*self._ids], "classes": [*self._classes]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state."""
-        self._before, self._changes = list(state["before"]), list(state["changes"])
-        self._ids, self._classes = list(state["ids"]), list(state["classes"])
+        """Continue from a saved state."""
+        self._before = list(state["before"])
+        self._changes = list(state["changes"])
+        self._ids = list(state["ids"])
+        self._classes = list(state["classes"])
 
 
-class StepWatch:
-    """Has each optimiser step recorded; an `Observer` of training steps.
-
-    Args:
-        scores: Layer -> its record.
-    """
-
-    def __init__(self, scores: Mapping[str, StepScores]) -> None:
-        self.scores = dict(scores)
-        self._pending: dict[str, list[TrainBatch]] = {}
-
-    def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Note whose samples the coming step is of."""
-        batches = self._pending.setdefault(layer, [])
-        if batch not in batches:
-            batches.append(batch)
-
-    def commit(self, layer: str, rate: Tensor) -> None:
-        """Record the step; samples without an id or a class count as -1."""
-        batches = self._pending.pop(layer, [])
-        known = [tensor for batch in batches for tensor in (batch.ids, batch.targets) if tensor is not None]
-        if layer in self.scores and known:
-            ids, classes = (
-                torch.cat([_or_none(getattr(batch, name), batch) for batch in batches]) for name in ("ids", "targets")
-            )
-            self.scores[layer].record(ids, classes)
-
-    def drop(self, layer: str) -> None:
-        """Forget what was noted."""
-        self._pending.pop(layer, None)
-
-
-def _or_none(values: Tensor | None, batch: TrainBatch) -> Tensor:
+def _known_or(values: Tensor | None, other: Tensor | None) -> Tensor:
+    """The values; if they are not known, -1 for each element of `other`."""
     if values is not None:
         return values
-    other = batch.targets if batch.ids is None else batch.ids
     assert other is not None
     return torch.full_like(other, -1)
 
 
 class ClassBatchSampler(Sampler[list[int]]):
-    """Batches of one class each, as the paper trains: pass it as `DataLoader(batch_sampler=...)`.
+    """Draws batches of one class each, as in the paper: `DataLoader(batch_sampler=ClassBatchSampler(...))`.
 
-    A network with BatchNorm cannot be trained so: every batch would be normalised to itself, classes and all. The paper
-    adds ghosts: `ghosts` samples of all classes at the end of each batch, whose only use is BatchNorm's statistics.
-    Leave them out of the loss, and of what is recorded: `logits[:-ghosts]`, `targets[:-ghosts]`. (On CIFAR-10 the paper
-    takes 88 samples and 40 ghosts.)
+    A network with BatchNorm cannot be trained on such batches, because the statistics would be those of one class. The
+    paper therefore adds ghosts: samples of all classes at the end of each batch, which are only used for the statistics
+    of BatchNorm. Leave them out of the loss and of what is recorded: `logits[:-num_ghosts]`, `targets[:-num_ghosts]`.
+    On CIFAR-10 the paper uses 88 samples and 40 ghosts.
 
     Args:
-        labels: The class of each sample of the dataset.
-        batch_size: Samples of the class in a batch; the last batches of the classes may be smaller.
-        ghosts: Samples of all classes that are added to each batch.
-        seed: Of the order, which changes from epoch to epoch. The global generators are left alone.
+        labels: (N,) class of each sample of the dataset.
+        batch_size: Number of samples of the class in a batch; the last batch of each class may be smaller.
+        num_ghosts: Number of samples of all classes that are added to each batch.
+        seed: Seed of the order, which changes from epoch to epoch. Global random generators are not used.
         drop_last: Whether to leave out batches that are not full.
 
     Raises:
-        ValueError: If a size is not possible.
+        ArgumentError: If the labels are not integers, or an option is out of range.
 
     Example:
         >>> list(ClassBatchSampler([0, 1, 0, 1, 1], batch_size=2, seed=1))
@@ -270,23 +275,24 @@ class ClassBatchSampler(Sampler[list[int]]):
         labels: Tensor | Sequence[int],
         batch_size: int,
         *,
-        ghosts: int = 0,
+        num_ghosts: int = 0,
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
         self.labels = torch.as_tensor(labels)
-        if self.labels.ndim != 1 or not len(self.labels) or self.labels.is_floating_point():
-            raise ValueError(f"labels must be one whole number per sample; got {tuple(self.labels.shape)}.")
-        if batch_size < 1 or not 0 <= ghosts <= len(self.labels):
-            raise ValueError(
-                f"batch_size must be at least 1 and ghosts between 0 and the {len(self.labels)} samples; got"
-                f" {batch_size} and {ghosts}."
-            )
-        self.batch_size, self.ghosts, self.seed, self.drop_last = batch_size, ghosts, seed, drop_last
+        integers = self.labels.ndim == 1 and len(self.labels) > 0 and not self.labels.is_floating_point()
+        require(integers, "labels", "be one integer for each sample", self.labels)
+        check_int("batch_size", batch_size, minimum=1)
+        check_int("num_ghosts", num_ghosts, minimum=0)
+        require(num_ghosts <= len(self.labels), "num_ghosts", f"be at most {len(self.labels)}", num_ghosts)
+        self.batch_size = batch_size
+        self.num_ghosts = num_ghosts
+        self.seed = seed
+        self.drop_last = drop_last
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order. Epochs follow each other by themselves; call this after a resume."""
+        """Choose the order of the next epoch. It advances by itself; call this only after a resume."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -300,17 +306,9 @@ class ClassBatchSampler(Sampler[list[int]]):
             if len(batch) == self.batch_size or not self.drop_last
         ]
         for number in torch.randperm(len(batches), generator=generator).tolist():
-            ghosts = torch.randperm(len(self.labels), generator=generator)[: self.ghosts]
+            ghosts = torch.randperm(len(self.labels), generator=generator)[: self.num_ghosts]
             yield torch.cat([batches[number], ghosts]).tolist()
 
     def __len__(self) -> int:
         counts = torch.unique(self.labels, return_counts=True)[1].tolist()
         return sum(count // self.batch_size if self.drop_last else -(-count // self.batch_size) for count in counts)
-
-
-def _forward(module: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's own forward pass with other weights: any padding and stride, and no hooks."""
-    if isinstance(module, nn.Linear):
-        return nn.functional.linear(inputs, weight, bias)
-    output: Tensor = module._conv_forward(inputs, weight, bias)  # type: ignore[operator]
-    return output

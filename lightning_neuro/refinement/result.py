@@ -1,40 +1,51 @@
-"""Who shaped a layer: what a ledger says of the probe's samples at one evaluation."""
+"""Results: how a ledger divides the output of a layer, as means over the probe set and for single inputs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-# Rounding explains no more than this.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# A larger completeness error cannot be explained by rounding.
 TOLERANCE = 1e-3
 UNTRACED = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RefinementResult:
-    """Means over the probe's samples, at one layer.
+    """How the output of one layer divides among the sources of the training samples: means over the probe set.
 
-    A sample's refinement p is what training made of the layer's output on it: the output less the part of the initial
-    weights. A source's share is sum <c, p> / sum |p|^2 over the samples, c being the source's contribution; the shares
-    of all sources sum to 1.
+    The refinement p of a sample is the output of the layer on it, minus the part of the initial weights. The share of a
+    source is sum <c, p> / sum |p|^2 over the samples, where c is the contribution of the source; the shares of all
+    sources sum to 1.
 
     Attributes:
-        num_nonfinite: Samples left out because the layer's input or output was NaN or infinite.
+        num_units: Number of output units (channels) of the layer.
+        num_samples: Number of samples over which the means are taken.
+        num_nonfinite: Number of samples left out because the input or output of the layer was NaN or infinite.
         norm: Mean |p|.
-        completeness_error: max |initial + sum of contributions - output| / max |output|: the proof of the numbers.
-        initial_share: Share of the initial weights in the output z, sum <z_initial, z> / sum |z|^2; 1 before training.
+        completeness_error: max |initial part + sum of contributions - output| / max |output|. It verifies the sum.
+        initial_share: Fraction of the output z that is due to the initial weights, sum <z_initial, z> / sum |z|^2; 1
+            before training.
         shares: (classes + 1, sources) share of each source in the refinement of the samples of each class; the last row
-            is of samples without a class. NaN for a class without a refinement.
-        phase_shares: (sources, phases) the same over all samples.
-        counts: (classes + 1,) samples.
-        squares: (classes + 1,) sum |p|^2 over them.
-        untraced_share: See `RefinementLedger.untraced_share`.
+            is for samples without a class. NaN for a class without a refinement.
+        phase_shares: (sources, phases) share of each source and phase of training, over all samples.
+        counts: (classes + 1,) number of samples.
+        squares: (classes + 1,) sum of |p|^2 over them.
+        untraced_share: Fraction of the gradient that could not be assigned to any sample.
         names: Names of the sources.
-        inexact: Why the optimiser's steps could only be divided in proportion; empty where they were divided exactly.
-        own: Whether row and source of the same number mean the same class.
+        inexact: Why the optimizer steps could only be divided approximately; empty if they were divided exactly.
+        own: Whether the sources are the classes.
+        sample_gini: Gini coefficient of the refinement of the layer by single training samples; NaN if not tracked.
     """
 
+    num_units: int
+    num_samples: int
     num_nonfinite: int
     norm: float
     completeness_error: float
@@ -47,17 +58,18 @@ class RefinementResult:
     names: tuple[str, ...]
     inexact: str
     own: bool
+    sample_gini: float = float("nan")
 
     @property
     def own_class_share(self) -> float:
-        """Share of the samples' own class in their refinement; NaN where there is none."""
+        """Share of a sample's own class in its refinement, over samples with a class; NaN without a refinement."""
         if not self.own or not self._any():
             return float("nan")
         return float((self.shares.diagonal() * self._of_labelled(self.squares)).nansum())
 
     @property
     def own_class_share_null(self) -> float:
-        """The same for labels shuffled over the samples."""
+        """The expected `own_class_share` if the labels are shuffled over the samples."""
         if not self.own or not self._any():
             return float("nan")
         weighted = self._of_labelled(self.squares)[:, None] * self.shares.nan_to_num(0.0)
@@ -67,13 +79,13 @@ class RefinementResult:
         return bool(self.squares[:-1].sum() > 0)
 
     def _of_labelled(self, values: Tensor) -> Tensor:
-        """Each class's part in a sum over the samples that have a class."""
+        """Values per class as fractions of their sum over the samples that have a class."""
         labelled = values.clone()
         labelled[-1] = 0
         return labelled / labelled.sum()
 
     def scalars(self) -> Mapping[str, float]:
-        """Measure -> value; the shares from the first step on."""
+        """Measure -> value. The class shares are available after the first training step."""
         found = {
             "norm": self.norm,
             "completeness_error": self.completeness_error,
@@ -81,44 +93,155 @@ class RefinementResult:
             "initial_share": self.initial_share,
             "own_class_share": self.own_class_share,
             "own_class_share_null": self.own_class_share_null,
+            "sample_gini": self.sample_gini,
         }
         if self.inexact:
             del found["completeness_error"]  # 0 by construction
         return {measure: value for measure, value in found.items() if isfinite(value)}
 
     def notes(self) -> Mapping[str, str]:
-        """What must be known to read the numbers."""
-        notes: dict[str, str] = {}
+        """Kind -> a warning for the user, shown once."""
+        notes = {}
         if self.num_nonfinite:
             notes["nonfinite"] = (
                 f"{self.num_nonfinite} samples with NaN or infinite values at its input or output are left out."
             )
         if self.inexact:
             notes["inexact"] = (
-                f"{self.inexact}. Each step's change of the weights is credited to the sources of its samples in"
-                " proportion to the projection of their gradients. There is no completeness error: it would be 0"
-                " whatever the shares are."
+                f"{self.inexact}. So the change of the weights in each step is credited to the sources of its samples"
+                " in proportion to the projection of their gradients. No completeness error is logged, because it is 0"
+                " by construction."
             )
         if self.completeness_error > TOLERANCE:
             notes["incomplete"] = (
-                f"the completeness error is {self.completeness_error:.1e}: the weights were changed by something other"
-                " than the optimiser's steps (weight averaging, pruning, a reload, weights kept in half precision), and"
-                " the contributions do not add up to the layer's output."
+                f"the completeness error is {self.completeness_error:.1e}, so the contributions do not sum to the"
+                " output of the layer. Its weights were changed by something other than the steps of the optimizer"
+                " (weight averaging, pruning, a reload), or are kept in half precision."
             )
-        if self.own and float(self.phase_shares[-1].sum().abs()) > UNTRACED:
+        other = float(self.phase_shares[-1].sum())
+        if self.own and abs(other) > UNTRACED:
             notes["other"] = (
-                f"{float(self.phase_shares[-1].sum()):.0%} of its refinement came from training samples without a class"
-                " label that the probe's samples have, or from gradients of no known sample ('other')."
+                f"{other:.0%} of its refinement came from training samples whose class label is missing, or does not"
+                " occur in the probe set, or from gradients that could not be assigned to a sample (source 'other')."
             )
         if self.untraced_share > UNTRACED:
             notes["untraced"] = (
-                f"{self.untraced_share:.0%} of its gradient came from no sample that the hooks saw (a weight used"
-                " outside its module, a fused or compiled kernel, a gradient changed by hand); it is spread over the"
-                " sources in the batch, or credited to 'other'."
+                f"{self.untraced_share:.0%} of its gradient could not be assigned to any sample (a weight that is used"
+                " outside its module, a fused or compiled kernel, or a gradient that is changed by hand). This part is"
+                " spread over the sources in the batch, or credited to 'other'."
             )
         return notes
 
     def histogram(self) -> Tensor:
-        """Each class's share in its own samples' refinement."""
+        """The share of each class in the refinement of its own samples."""
         own: Tensor = self.shares.diagonal()[:-1] if self.own else self.shares.flatten()
         return own[own.isfinite()]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSpread:
+    """The result for a layer whose samples are tracked, but whose weights are not divided by a ledger.
+
+    Attributes:
+        sample_gini: Gini coefficient of the refinement of the layer by single training samples.
+    """
+
+    sample_gini: float
+
+    def scalars(self) -> Mapping[str, float]:
+        """Measure -> value."""
+        return {"sample_gini": self.sample_gini}
+
+    def notes(self) -> Mapping[str, str]:
+        """No notes."""
+        return {}
+
+    def histogram(self) -> Tensor:
+        """An empty tensor: no distribution is logged."""
+        return torch.zeros(0)
+
+
+Divided = RefinementResult | SampleSpread
+"""The result for one layer."""
+
+
+def with_sample_gini(results: Mapping[str, Divided], ginis: Mapping[str, float]) -> dict[str, Divided]:
+    """Add the Gini coefficients of layers to their results; layers without a result get one of their own."""
+    found = dict(results)
+    for layer, value in ginis.items():
+        result = found.get(layer)
+        if isinstance(result, RefinementResult):
+            found[layer] = replace(result, sample_gini=value)
+        elif isfinite(value):
+            found[layer] = SampleSpread(value)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class RefinementExplanation:
+    """How the output of a layer on some inputs divides among sources and phases of training.
+
+    `contributions` summed over sources and phases, plus `initial`, is the output; `residual` measures how exactly.
+
+    Attributes:
+        contributions: (sources, phases, samples, *output shape).
+        initial: (samples, *output shape), the part of the initial weights (after weight decay).
+        outputs: (samples, *output shape), the real output of the layer.
+        sources: Names of the sources; the last one is "other".
+    """
+
+    contributions: Tensor
+    initial: Tensor
+    outputs: Tensor
+    sources: tuple[str, ...]
+
+    @property
+    def refinement(self) -> Tensor:
+        """The refinement p, the sum of all contributions: (samples, *output shape)."""
+        return self.contributions.sum((0, 1))
+
+    @property
+    def residual(self) -> float:
+        """Largest difference between the sum of the parts and the real output, relative to the largest output."""
+        largest = self.outputs.abs().max()
+        error = (self.refinement + self.initial - self.outputs).abs().max()
+        return float(error / largest) if largest > 0 else float(error)
+
+    def norms(self) -> Tensor:
+        """Norm of each contribution: (sources, phases, samples)."""
+        norms: Tensor = self.contributions.flatten(3).norm(dim=-1)
+        return norms
+
+    def shares(self) -> Tensor:
+        """Share of each contribution in the refinement, <c, p> / |p|^2.
+
+        Shares sum to 1 over sources and phases. They are negative for contributions that point away from p, and NaN for
+        a sample without a refinement.
+
+        Returns:
+            (sources, phases, samples).
+        """
+        refinement: Tensor = self.refinement.flatten(1)
+        shares: Tensor = (self.contributions.flatten(3) * refinement).sum(-1) / refinement.square().sum(-1)
+        return shares
+
+    def cosines(self) -> Tensor:
+        """Cosine between each contribution and the refinement: (sources, phases, samples); 0 if either is 0."""
+        refinement, norms = self.refinement.flatten(1), self.norms()
+        product: Tensor = (self.contributions.flatten(3) * refinement).sum(-1)
+        lengths: Tensor = norms * refinement.norm(dim=-1)
+        return product / lengths.clamp_min(1e-14)
+
+    def plot(self, sample: int = 0, *, predicted: int | None = None) -> "Figure":
+        """Draw the contributions to the output of one sample as a ridge plot, and their shares by phase as a heat map.
+
+        Args:
+            sample: Number of the sample.
+            predicted: The source to highlight; default: the largest output, if the layer has one output per source.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
+        from lightning_neuro.refinement.plot import plot_explanation
+
+        return plot_explanation(self, sample, predicted=predicted)

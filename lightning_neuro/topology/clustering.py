@@ -1,37 +1,39 @@
-"""DBSCAN by blocks of a matrix product."""
+"""DBSCAN on blocks of a matrix product.
+
+scikit-learn's DBSCAN gives the same labels. On the many small intervals of a Mapper graph it takes 1.6 times as long
+for 512 points, 1.8 times for 10,000 points of 64 units and 2.2 to 2.5 times for 10,000 to 30,000 points of 512 units
+(one core), and it does not run on a GPU.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_neuro.topology.inputs import check_whole
+from lightning_neuro.topology.options import Distance
 
-METRICS = ("euclidean", "cosine")
-_ROWS = 192  # at a time, where one half of a symmetric matrix is computed
+_ROWS = 192  # rows at a time, if one half of a symmetric matrix is computed
 _BLOCK = 2**24  # distances at a time
-_KEPT = 2**30  # pairs whose nearness is kept: one byte each
-_PAIRS = 2**22  # numbers at a time where pairs are looked at one by one
+_KEPT = 2**30  # maximum number of pairs that are kept, as one byte each
+_PAIRS = 2**22  # numbers at a time, if pairs are compared one by one
 
 Labels = npt.NDArray[np.int64]
-Nearness = npt.NDArray[np.bool_]
+Near = npt.NDArray[np.bool_]
 
 
-def dbscan(points: Tensor, *, eps: float, min_samples: int, metric: str = "euclidean") -> Labels:
-    """Cluster points by density, with the very labels of scikit-learn's DBSCAN.
+def dbscan(points: Tensor, *, eps: float, min_samples: int, distance: Distance = "euclidean") -> Labels:
+    """Cluster points by density, with the same labels as scikit-learn's DBSCAN.
 
-    A core point has at least `min_samples` points within `eps`, itself included; core points within `eps` of each other
-    share a cluster; any other point within `eps` of a core point joins the first such cluster; the rest is noise.
+    A core point has at least `min_samples` points within `eps`, itself included. Core points within `eps` of each other
+    share a cluster. Any other point within `eps` of a core point joins the first such cluster. The rest is noise.
 
     Args:
         points: (m, units) finite float32 or float64.
         eps: Radius, inclusive, at least 0.
-        min_samples: Points that make a neighbourhood dense.
-        metric: `"euclidean"` or `"cosine"`. By cosine a zero vector has distance 1 from all, itself included.
+        min_samples: Number of points that make a neighbourhood dense.
+        distance: `"euclidean"` or `"cosine"`. A zero vector has the cosine distance 1 to all points, itself included.
 
     Returns:
         int64 (m,): clusters numbered by their first core point; -1 for noise.
@@ -39,30 +41,34 @@ def dbscan(points: Tensor, *, eps: float, min_samples: int, metric: str = "eucli
     m = len(points)
     if m < min_samples:
         return np.full(m, -1, dtype=np.int64)
-    cloud = _Cloud.of(points, eps, metric)
+    within = _neighbourhoods(points, eps, distance)
     if m * m <= _KEPT:
-        kept = cloud.all_near()
+        kept = _all_pairs(within, m, points.device)
         counts = kept.sum(axis=1)
 
-        def near(rows: Labels) -> Nearness:
+        def near(rows: Labels) -> Near:
             return kept[rows]
 
     else:
-        near = cloud.rows_near
+
+        def near(rows: Labels) -> Near:
+            found: Near = within(torch.from_numpy(rows).to(points.device), 0).cpu().numpy()
+            return found
+
         counts = np.concatenate([near(rows).sum(axis=1) for rows in _split(np.arange(m), m)])
     core = counts >= min_samples
     labels = _spread(near, core)
     border = np.full(m, m, dtype=np.int64)
     for rows in _split(np.nonzero(~core & (counts > 1))[0], m):
-        pairs = np.nonzero(near(rows) & core)  # few: a row has less than min_samples
+        pairs = np.nonzero(near(rows) & core)  # few: a row has fewer than min_samples
         np.minimum.at(border, rows[pairs[0]], labels[pairs[1]])
     return np.where((labels < 0) & (border < m), border, labels)
 
 
-def _spread(near: Callable[[Labels], Nearness], core: Nearness) -> Labels:
-    """Cluster of each core point, -1 for the others: from the first one to all in reach, then from the next one left.
+def _spread(near: Callable[[Labels], Near], core: Near) -> Labels:
+    """The cluster of each core point, -1 for other points: all core points reachable from the first one, and so on.
 
-    Each row of the matrix is looked at once, in as many steps as a cluster is wide: there is no list of pairs.
+    Each row of the matrix is read once, in as many steps as a cluster is wide; no list of pairs is built.
     """
     labels = np.full(len(core), -1, dtype=np.int64)
     left = core.copy()
@@ -86,78 +92,62 @@ def _split(rows: Labels, m: int) -> list[Labels]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-@dataclass(frozen=True)
-class _Cloud:
-    """Points ready for products: which of them are within the radius.
+def _all_pairs(within: Callable[[Tensor, int], Tensor], m: int, device: torch.device) -> Near:
+    """The whole symmetric matrix, of which only one half is computed."""
+    near = torch.empty(m, m, dtype=torch.bool, device=device)
+    for start in range(0, m, _ROWS):
+        rows = torch.arange(start, min(start + _ROWS, m), device=device)
+        part = within(rows, start)
+        near[start : start + _ROWS, start:] = part
+        near[start:, start : start + _ROWS] = part.T
+    result: Near = near.cpu().numpy()
+    return result
 
-    The rounding error of the product is bounded; the few pairs that it leaves in doubt are measured one by one, in
-    float64. So float32 points give the clusters of their float64 copies.
+
+def _neighbourhoods(points: Tensor, eps: float, distance: Distance) -> Callable[[Tensor, int], Tensor]:
+    """A function (rows, start) -> bool (rows, m - start): which of the points from `start` on are within the radius.
+
+    The rounding error of the matrix product is bounded; the few pairs that are within this bound of the radius are
+    measured one by one, in float64. So float32 points give the clusters of their float64 copies.
     """
+    x = _conditioned(points, distance)
+    euclidean = distance == "euclidean"
+    # For cosine distances they sum to 1, so that the product of two rows is compared with 1 - eps.
+    norms = x.square().sum(dim=1) if euclidean else x.new_full((len(x),), 0.5)
+    factor, limit = (-2, eps * eps) if euclidean else (-1, eps)
+    slack = 4 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps * max(float(norms.max()), 0.0 if euclidean else 1.0)
 
-    points: Tensor
-    x: Tensor  # the points, conditioned
-    norms: Tensor  # squared; for cosine 1, so that the product of two rows is compared with 1 - eps
-    factor: int
-    limit: float
-    slack: float
-    metric: str
-
-    @classmethod
-    def of(cls, points: Tensor, eps: float, metric: str) -> "_Cloud":
-        x = _conditioned(points, metric)
-        euclidean = metric == "euclidean"
-        norms = x.square().sum(dim=1) if euclidean else x.new_full((len(x),), 0.5)
-        slack = 4 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps * max(float(norms.max()), 0.0 if euclidean else 1.0)
-        return cls(points, x, norms, -2 if euclidean else -1, eps * eps if euclidean else eps, slack, metric)
-
-    def all_near(self) -> Nearness:
-        """The whole symmetric matrix, of which one half is computed."""
-        m = len(self.x)
-        near = torch.empty(m, m, dtype=torch.bool, device=self.x.device)
-        for start in range(0, m, _ROWS):
-            rows = torch.arange(start, min(start + _ROWS, m), device=self.x.device)
-            part = self._near(rows, start)
-            near[start : start + _ROWS, start:] = part
-            near[start:, start : start + _ROWS] = part.T
-        result: Nearness = near.cpu().numpy()
-        return result
-
-    def rows_near(self, rows: Labels) -> Nearness:
-        """Some rows of the matrix."""
-        result: Nearness = self._near(torch.from_numpy(rows).to(self.x.device), 0).cpu().numpy()
-        return result
-
-    def _near(self, rows: Tensor, start: int) -> Tensor:
-        """Which of the points from `start` on are within the radius of each of the rows."""
-        others = self.x[start:]
-        half = torch.addmm(self.norms[start:], self.x[rows], others.T, alpha=self.factor)
-        rest = (self.limit - self.norms[rows])[:, None]
-        near = half <= rest + self.slack
-        sure = half <= rest - self.slack
+    def within(rows: Tensor, start: int) -> Tensor:
+        half = torch.addmm(norms[start:], x[rows], x[start:].T, alpha=factor)
+        rest = (limit - norms[rows])[:, None]
+        near = half <= rest + slack
+        sure = half <= rest - slack
         if not torch.equal(near, sure):
             doubtful = torch.nonzero(near ^ sure)
-            for pairs in torch.split(doubtful, max(1, _PAIRS // self.x.shape[1])):
-                a, b = self.points[rows[pairs[:, 0]]], self.points[start + pairs[:, 1]]
-                near[pairs[:, 0], pairs[:, 1]] = _exactly(a, b, self.metric) <= self.limit
+            for pairs in torch.split(doubtful, max(1, _PAIRS // x.shape[1])):
+                a, b = points[rows[pairs[:, 0]]], points[start + pairs[:, 1]]
+                near[pairs[:, 0], pairs[:, 1]] = _exactly(a, b, distance) <= limit
         return near
 
+    return within
 
-def _conditioned(points: Tensor, metric: str) -> Tensor:
-    """Points whose products give distances with few digits lost: centred, or of length 1 (0 for a zero vector)."""
+
+def _conditioned(points: Tensor, distance: Distance) -> Tensor:
+    """Points whose products give accurate distances: centred, or scaled to length 1 (0 for a zero vector)."""
     if not _products_are_exact():
         points = points.double()
-    if metric == "cosine":
+    if distance == "cosine":
         return unit_length(points.double()).to(points.dtype)
     centred = points - points.mean(dim=0)
-    # The square of a float32 beyond 1e19 is infinite.
+    # The square of a float32 above 1e19 is infinite.
     return centred if centred.square().sum(dim=1).isfinite().all() else points.double() - points.double().mean(dim=0)
 
 
 def _products_are_exact() -> bool:
-    """Whether float32 products keep their digits; the user may have let them be rounded to far fewer."""
+    """Whether float32 products have full precision; the user may have allowed torch to use less."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # torch refuses to say where some `torch.backends...fp32_precision` was set
+    except RuntimeError:  # torch raises if some `torch.backends...fp32_precision` was set
         return False
 
 
@@ -167,20 +157,6 @@ def unit_length(points: Tensor) -> Tensor:
     return points / torch.where(norms > 10 * torch.finfo(torch.float64).eps, norms, 1)  # as scikit-learn does
 
 
-def _exactly(a: Tensor, b: Tensor, metric: str) -> Tensor:
+def _exactly(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
     a, b = a.double(), b.double()
-    return (a - b).square().sum(dim=1) if metric == "euclidean" else 1 - (unit_length(a) * unit_length(b)).sum(dim=1)
-
-
-def check_clustering(metric: Any, eps: Any, min_samples: Any) -> None:
-    """Refuse options that DBSCAN cannot work with.
-
-    Raises:
-        ValueError: Naming the argument.
-    """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, but it is {metric!r}.")
-    check_whole("min_samples", min_samples, at_least=1)
-    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
-    if eps is not None and not (number and 0 <= eps < float("inf")):
-        raise ValueError(f"eps must be None or a finite number of at least 0, but it is {eps!r}.")
+    return (a - b).square().sum(dim=1) if distance == "euclidean" else 1 - (unit_length(a) * unit_length(b)).sum(dim=1)

@@ -1,39 +1,42 @@
-"""The lens, one number for each point, and the overlapping intervals that cover its values."""
+"""The lens, which maps each point to a number, and the overlapping intervals that cover its values."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_neuro.topology.inputs import check_whole
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.topology.options import Cover, Lens
 
-LENSES = ("l2", "l1", "knn", "pc1")
-COVERS = ("uniform", "quantile")
 NEIGHBOURS = 5
 ROUNDING = 1e-12
 
-Lens = str | Callable[[Tensor], Any]
 Values = npt.NDArray[np.float64]
 
 
 def lens_values(points: Tensor, lens: Lens) -> Values:
-    """One number for each of the finite (N, units) points, as float64 (N,).
+    """The value of the lens for each point.
 
-    `"l2"` and `"l1"` are norms; `"knn"` is the distance to the fifth nearest other point (large where points are
-    sparse); `"pc1"` the first principal component, its sign such that its largest loading is positive.
+    `"l2"` and `"l1"` are norms. `"knn"` is the distance to the fifth nearest other point, which is large where points
+    are sparse. `"pc1"` is the first principal component, with the sign that makes its largest loading positive.
+
+    Args:
+        points: (N, units), finite.
+        lens: Name of the lens, or a function of the points.
+
+    Returns:
+        float64 (N,).
 
     Raises:
-        ValueError: If a lens of the user's own does not give a finite number for each point.
+        ArgumentError: If a custom lens does not return one finite number for each point.
     """
     if callable(lens):
         values = torch.as_tensor(lens(points)).detach().cpu().double().numpy()
         if values.shape != (len(points),) or not np.isfinite(values).all():
-            raise ValueError(
-                f"lens must give a finite number for each of the {len(points)} points, but gave shape {values.shape}"
+            raise ArgumentError(
+                f"`lens` must return one finite number for each of the {len(points)} points; got shape {values.shape}"
                 f" with {int((~np.isfinite(values)).sum())} values that are not finite."
             )
         return values
@@ -69,13 +72,24 @@ def _first_component(x: Tensor) -> Tensor:
     return torch.mv(centred, direction) * sign
 
 
-def intervals_of(values: Values, *, intervals: int, overlap: float, cover: str) -> tuple[Values, Values]:
-    """Lower and upper ends of the intervals, both inside them.
+def cover_intervals(
+    values: Values, *, num_intervals: int, overlap_fraction: float, cover: Cover
+) -> tuple[Values, Values]:
+    """Lower and upper ends of the intervals, both inclusive.
 
-    `"uniform"` is KeplerMapper's geometry: centres at equal distances over the range R of the values, half-width
-    R / (2 n (1 - overlap)), so that neighbours share `overlap` of their width. `"quantile"` is the same over the ranks
-    of the values, so that each interval holds as many points. Intervals that coincide are one; so values that differ by
-    rounding alone have a single interval.
+    `"uniform"` is KeplerMapper's geometry: centres at equal distances over the range R of the values and half-width R /
+    (2 n (1 - overlap_fraction)), so that neighbours share that fraction of their width. `"quantile"` is the same over
+    the ranks of the values, so that each interval holds equally many points. Intervals that coincide are merged; values
+    that differ only by rounding have a single interval.
+
+    Args:
+        values: float64 (N,), the values of the lens.
+        num_intervals: n.
+        overlap_fraction: Fraction of its width that an interval shares with the next one.
+        cover: `"uniform"` or `"quantile"`.
+
+    Returns:
+        Two float64 (intervals,) arrays; at most n intervals.
     """
     if len(values) == 0:
         return np.zeros(0), np.zeros(0)
@@ -83,9 +97,9 @@ def intervals_of(values: Values, *, intervals: int, overlap: float, cover: str) 
         return values.min(keepdims=True), values.max(keepdims=True)
     low, high = (values.min(), values.max()) if cover == "uniform" else (0.0, 1.0)
     span = high - low
-    inset = (span - ((intervals - 1) / intervals) * span) / 2
-    centres = np.linspace(low + inset, high - inset, num=intervals)
-    half = span / (2 * intervals * (1 - overlap))
+    inset = (span - ((num_intervals - 1) / num_intervals) * span) / 2
+    centres = np.linspace(low + inset, high - inset, num=num_intervals)
+    half = span / (2 * num_intervals * (1 - overlap_fraction))
     lower, upper = centres - half, centres + half
     if cover == "quantile":
         lower, upper = (np.quantile(values, ends.clip(0, 1)) for ends in (lower, upper))
@@ -93,23 +107,7 @@ def intervals_of(values: Values, *, intervals: int, overlap: float, cover: str) 
     return np.array([a for a, _ in distinct]), np.array([b for _, b in distinct])
 
 
-def default_intervals(num_points: int) -> int:
-    """The cube root of the number of points, rounded up: 8 for 512, 70 for the 300,000 of the paper's figures."""
+def default_num_intervals(num_points: int) -> int:
+    """The cube root of the number of points, rounded up: 8 for 512, 67 for 300,000 (the paper's figures use 70)."""
     root: float = num_points ** (1 / 3)
     return max(1, math.ceil(round(root, 9)))
-
-
-def check_cover(lens: Any, intervals: Any, overlap: Any, cover: Any) -> None:
-    """Refuse a lens or cover that is none.
-
-    Raises:
-        ValueError: Naming the argument.
-    """
-    if not callable(lens) and lens not in LENSES:
-        raise ValueError(f"lens must be one of {', '.join(map(repr, LENSES))} or a function, but it is {lens!r}.")
-    if intervals is not None:
-        check_whole("intervals", intervals, at_least=1)
-    if not isinstance(overlap, (int, float)) or isinstance(overlap, bool) or not 0 <= overlap < 1:
-        raise ValueError(f"overlap must be at least 0 and below 1, but it is {overlap!r}.")
-    if cover not in COVERS:
-        raise ValueError(f"cover must be one of {', '.join(map(repr, COVERS))}, but it is {cover!r}.")

@@ -1,4 +1,4 @@
-"""Exact distances between points, and the trees that hold together what is close."""
+"""Exact distances between points, their scale, and the lengths of their minimum spanning tree."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 SCALE_QUANTILE = 0.9
-_ROWS = 512  # at a time: one half of the matrix is computed
+_ROWS = 512  # rows at a time; one half of the matrix is computed
 
 Matrix = npt.NDArray[np.float64]
+Pairs = npt.NDArray[np.float64]
 
 
 def distance_matrix(points: Tensor) -> Matrix:
@@ -21,7 +22,7 @@ def distance_matrix(points: Tensor) -> Matrix:
         rows = slice(start, start + _ROWS)
         sums = norms[rows, None] + norms[start:]
         squared = torch.addmm(sums, x[rows], x[start:].T, alpha=-2)
-        # What rounding leaves between coinciding points, 1e-8 of their norm, would be bars of that length.
+        # Rounding leaves distances of 1e-8 of their norm between coinciding points, which would become bars.
         part = squared.masked_fill_(squared <= 1e-14 * sums, 0).sqrt_()
         corner = part[:, : len(part)]
         corner.copy_(corner.triu(1) + corner.triu(1).T)  # the product is not symmetric to the last digit
@@ -31,38 +32,24 @@ def distance_matrix(points: Tensor) -> Matrix:
     return result
 
 
-def pairs_of(distances: Matrix) -> Matrix:
-    """The entries above the diagonal, row after row."""
+def pairs_of(distances: Matrix) -> Pairs:
+    """The entries above the diagonal, row after row: scipy's condensed form."""
     rows = [row[i + 1 :] for i, row in enumerate(distances)]
     return np.concatenate(rows) if rows else np.zeros(0)
 
 
-def scale_of(distances: Matrix) -> float:
-    """The length by which distances are divided, so that a cloud that only grows keeps its shape: their .9 quantile.
+def scale_of(pairs: Pairs) -> float:
+    """The .9 quantile of condensed distances; 1 if it is 0 (nearly all points coincide).
 
-    1 where this is 0 (the points all but coincide).
+    Lengths are divided by it, so that rescaling a cloud does not change its measures.
     """
-    pairs = pairs_of(distances)
-    scale = float(np.quantile(pairs, SCALE_QUANTILE, overwrite_input=True)) if len(pairs) else 0.0
+    scale = float(np.quantile(pairs, SCALE_QUANTILE)) if len(pairs) else 0.0
     return scale if scale > 0 else 1.0
 
 
-def tree_lengths(distances: Matrix) -> Matrix:
-    """The edge lengths of a minimum spanning tree of a dense (N, N) distance matrix, ascending, (N - 1,).
+def tree_lengths(pairs: Pairs) -> Pairs:
+    """Edge lengths of a minimum spanning tree of condensed distances, ascending, (N - 1,), by single linkage."""
+    from scipy.cluster.hierarchy import linkage
 
-    Prim's algorithm, one row at a time: N vector operations of length N. Zero distances are edges like any other, which
-    sparse formats would read as "no edge".
-    """
-    n = len(distances)
-    lengths = np.empty(max(n - 1, 0))
-    outside = np.ones(n, dtype=bool)
-    nearest = np.full(n, np.inf)
-    current = 0
-    for step in range(n - 1):
-        outside[current] = False
-        nearest[current] = np.inf
-        np.minimum(nearest, distances[current], out=nearest, where=outside)
-        current = int(nearest.argmin())
-        lengths[step] = nearest[current]
-    lengths.sort()
+    lengths: Pairs = linkage(pairs, "single")[:, 2] if len(pairs) else np.zeros(0)
     return lengths

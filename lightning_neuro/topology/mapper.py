@@ -1,63 +1,48 @@
 """Mapper: the shape of a cloud of points as a graph of overlapping clusters."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_neuro.topology.clustering import check_clustering, dbscan
-from lightning_neuro.topology.cover import Lens, check_cover, default_intervals, intervals_of, lens_values
-from lightning_neuro.topology.graph import MapperGraph
-from lightning_neuro.topology.inputs import as_labels, as_points, finite_rows
+from lightning_neuro.checks import ArrayLike, as_activations, as_labels, finite_rows
+from lightning_neuro.topology.clustering import dbscan
+from lightning_neuro.topology.cover import cover_intervals, default_num_intervals, lens_values
+from lightning_neuro.topology.mapper_graph import MapperGraph
+from lightning_neuro.topology.options import MapperOptions, MapperSettings
 from lightning_neuro.topology.radius import adaptive_eps
 
 Group = npt.NDArray[np.int64]
 
 
-def mapper(
-    points: Any,
-    *,
-    lens: Lens = "l2",
-    intervals: int | None = None,
-    overlap: float = 0.3,
-    cover: str = "uniform",
-    metric: str = "euclidean",
-    eps: float | None = None,
-    min_samples: int = 5,
-    targets: Any = None,
+def compute_mapper(
+    points: ArrayLike, *, targets: ArrayLike | None = None, **options: Unpack[MapperOptions]
 ) -> MapperGraph:
-    """Summarise a cloud of points as a graph: its pieces, branches and loops.
+    """Summarise a cloud of points as a Mapper graph: its connected components, branches and loops.
 
-    A lens gives each point one number. Overlapping intervals cover the numbers; inside each interval the points are
-    clustered by DBSCAN; a cluster is a node, and nodes that share points are joined. Read it as a map: which samples
-    lie together, and how groups hang together as the lens value grows. Do not read small features: a loop or a branch
-    of few points comes and goes with the parameters, and with chance.
+    A lens maps each point to a number. Overlapping intervals cover these numbers. Inside each interval the points are
+    clustered by DBSCAN; a cluster is a node, and nodes that share points are joined by an edge. Read it as a map: which
+    samples lie together, and how groups are connected as the lens value grows. Do not interpret small features: a loop
+    or a branch of few points depends on the options and on chance.
 
-    On the same parameters nodes and edges are those of KeplerMapper with scikit-learn's DBSCAN, except that a lens of
-    one value only has one interval here.
+    With the same options, nodes and edges are those of KeplerMapper with scikit-learn's DBSCAN, except that a lens that
+    is constant over the points has a single interval here.
 
     Args:
-        points: (N, units) NumPy array or tensor; on a CUDA tensor the distances are computed there. Rows with NaN or
-            infinity are counted and left out.
-        lens: `"l2"` (norm), `"l1"`, `"knn"` (distance to the fifth nearest other point), `"pc1"` (first principal
-            component), or a function of the finite points that gives one number for each.
-        intervals: How many; default: the cube root of N, rounded up.
-        overlap: Share of its width that an interval shares with the next, at least 0 and below 1.
-        cover: `"uniform"` (intervals of equal width) or `"quantile"` (of equally many points).
-        metric: `"euclidean"` or `"cosine"` distance.
-        eps: Radius of DBSCAN; default: one knee for the whole cloud, see `adaptive_eps`.
-        min_samples: Points within `eps`, itself included, that make a point a core point.
-        targets: (N,) integer class labels, negative where there is none.
+        points: (N, units) NumPy array or tensor; on a CUDA tensor the distances are computed on the GPU. Rows with NaN
+            or infinite values are counted and left out.
+        targets: (N,) integer class labels, negative if unlabelled.
+        options: The options from `lens` on in `TopologyOptions`.
 
     Returns:
-        The graph; without nodes where no interval has `min_samples` points close together. Points that all coincide
-        are one node.
+        The graph. It has no nodes if no interval has `min_samples` points close together. Points that all coincide
+        form one node.
 
     Raises:
-        ValueError: For a wrong argument, naming it.
+        ArgumentError: If an argument is invalid; the message names it.
 
     Source:
         G. Singh, F. Mémoli, G. Carlsson (2007); for activations: A. Rathore, N. Chalapathi, S. Palande, B. Wang,
@@ -67,24 +52,30 @@ def mapper(
         >>> import torch
         >>> angle = torch.linspace(0, 6.2832, 201)[:-1]
         >>> circle = torch.stack([angle.cos(), angle.sin()], dim=1)
-        >>> graph = mapper(circle, lens=lambda points: points[:, 0], intervals=6, eps=0.1)
-        >>> graph.num_nodes, graph.num_edges, graph.loops
+        >>> graph = compute_mapper(circle, lens=lambda points: points[:, 0], num_intervals=6, eps=0.1)
+        >>> graph.num_nodes, graph.num_edges, graph.num_loops()
         (10, 10, 1)
     """
-    check_cover(lens, intervals, overlap, cover)
-    check_clustering(metric, eps, min_samples)
-    points = as_points(points)
+    return mapper_of(points, targets, MapperSettings(**options))
+
+
+def mapper_of(points: ArrayLike, targets: ArrayLike | None, settings: MapperSettings) -> MapperGraph:
+    """Compute the Mapper graph with checked settings; see `compute_mapper`."""
+    points = as_activations(points, name="points")
     labels = as_labels(targets, len(points))
-    finite = finite_rows(points)
+    finite = torch.nonzero(finite_rows(points)).flatten()
     kept = points[finite] if len(finite) < len(points) else points
 
-    values = lens_values(kept, lens)
-    wanted = default_intervals(len(kept)) if intervals is None else intervals
-    lower, upper = intervals_of(values, intervals=wanted, overlap=overlap, cover=cover)
+    values = lens_values(kept, settings.lens)
+    wanted = default_num_intervals(len(kept)) if settings.num_intervals is None else settings.num_intervals
+    lower, upper = cover_intervals(
+        values, num_intervals=wanted, overlap_fraction=settings.overlap_fraction, cover=settings.cover
+    )
     groups = [np.nonzero((values >= a) & (values <= b))[0] for a, b in zip(lower, upper, strict=True)]
+    eps = settings.eps
     if eps is None:
-        eps = adaptive_eps(kept, groups, min_samples=min_samples, metric=metric)
-    members, interval = _nodes(kept, groups, eps, min_samples, metric)
+        eps = adaptive_eps(kept, groups, min_samples=settings.min_samples, distance=settings.distance)
+    members, interval = _nodes(kept, groups, eps, settings)
     edges, weights = _edges(members, len(kept))
     original = finite.cpu()
     return MapperGraph(
@@ -98,18 +89,18 @@ def mapper(
         num_nonfinite=len(points) - len(kept),
         num_intervals=len(groups),
         eps=float(eps),
-        min_samples=min_samples,
-        targets=labels,
+        min_samples=settings.min_samples,
+        targets=None if labels is None else labels.cpu(),
     )
 
 
 def _nodes(
-    points: Tensor, groups: Sequence[Group], eps: float, min_samples: int, metric: str
+    points: Tensor, groups: Sequence[Group], eps: float, settings: MapperSettings
 ) -> tuple[list[Group], list[int]]:
     members, interval = [], []
     for number, group in enumerate(groups):
         inside = points[torch.from_numpy(group).to(points.device)]
-        labels = dbscan(inside, eps=eps, min_samples=min_samples, metric=metric)
+        labels = dbscan(inside, eps=eps, min_samples=settings.min_samples, distance=settings.distance)
         for label in range(labels.max(initial=-1) + 1):
             members.append(group[labels == label])
             interval.append(number)

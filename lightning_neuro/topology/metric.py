@@ -1,23 +1,33 @@
 """The shape of activations as a torchmetrics metric."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neuro.metric import ResultMetric
-from lightning_neuro.samples import stratified
-from lightning_neuro.topology.clustering import check_clustering
-from lightning_neuro.topology.cover import Lens, check_cover
-from lightning_neuro.topology.distances import Matrix, distance_matrix, scale_of
-from lightning_neuro.topology.graph import MapperGraph
-from lightning_neuro.topology.inputs import as_labels, as_points, check_whole, finite_rows
-from lightning_neuro.topology.mapper import mapper as mapper_graph
-from lightning_neuro.topology.null import null_measures
-from lightning_neuro.topology.persistence import condensed, persistence_of_distances, scaled
+from lightning_neuro.checks import (
+    ArgumentError,
+    ArrayLike,
+    as_activations,
+    as_labels,
+    check_bool,
+    check_int,
+    finite_rows,
+    require,
+)
+from lightning_neuro.layer_result import ResultMetric
+from lightning_neuro.topology.distances import Matrix, distance_matrix, pairs_of, scale_of
+from lightning_neuro.topology.drift import scaled
+from lightning_neuro.topology.gaussian_null import null_measures
+from lightning_neuro.topology.mapper import mapper_of
+from lightning_neuro.topology.mapper_graph import MapperGraph
+from lightning_neuro.topology.options import MapperOptions, MapperSettings
+from lightning_neuro.topology.persistence import persistence_of_distances
 from lightning_neuro.topology.result import TopologyResult
+from lightning_neuro.topology.sample_choice import content_order, number_hashes, random_order, rank_and_world
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,30 +38,25 @@ _SPREAD = ("h0_total", "h0_longest", "h0_entropy", "h1_total", "h1_longest", "h1
 
 
 class ActivationShape(ResultMetric):
-    """The Mapper graph and the homology of a layer's activations, one point a sample.
+    """Computes the Mapper graph and the persistent homology of a layer's activations, one point per sample.
 
-    The points are kept, because both need them all at once; of more than `max_points` a fixed choice. It does not
-    matter in which order, or on which rank, they came. The radius of the clusters is found anew in the first `warm_up`
-    computations and then frozen, because graphs of different radii cannot be compared, and goes into the `state_dict`.
-    It is frozen in units of the .9 quantile of the distances: a cloud that only grows keeps its graph.
+    The points are stored, because both need all of them at once; if there are more than `max_points`, a fixed random
+    choice is used. The result does not depend on the order of the points or on how they are distributed over ranks. The
+    first `warm_up` computations each estimate a radius of the clusters; that of the next one is frozen, because graphs
+    with different radii cannot be compared, and saved in the `state_dict`. It is frozen relative to the .9 quantile of
+    the distances, so that rescaling a cloud does not change its graph. The options of torchmetrics are attributes:
+    `metric.sync_on_compute = False`.
 
     Args:
-        mapper: Whether to build the Mapper graph.
-        homology: Whether to find pieces and loops, in at most 1,000 of the points.
-        subsamples: Random halves of the points, stratified by class, whose spread is the measures' error bar; 0: none.
-        lens: See :func:`mapper`; so for the next five.
-        intervals: See :func:`mapper`.
-        overlap: See :func:`mapper`.
-        cover: See :func:`mapper`.
-        distance: Of the Mapper graph, `"euclidean"` or `"cosine"`.
-        eps: See :func:`mapper`; a radius given is used as it is, however much activations grow.
-        min_samples: See :func:`mapper`.
-        warm_up: Computations before the radius is frozen.
-        max_points: Points kept.
-        kwargs: Further options of :class:`torchmetrics.Metric`.
+        mapper: See `TopologyOptions`, as for the next four.
+        homology: See `TopologyOptions`.
+        num_subsamples: See `TopologyOptions`.
+        warm_up: See `TopologyOptions`.
+        max_points: See `TopologyOptions`.
+        options: Options of the Mapper graph; see `TopologyOptions`.
 
     Raises:
-        ValueError: At construction, for an option that is none; it is named.
+        ArgumentError: If an option is invalid; the message names it.
 
     Example:
         >>> import torch
@@ -75,138 +80,142 @@ class ActivationShape(ResultMetric):
         *,
         mapper: bool = True,
         homology: bool = True,
-        subsamples: int = 3,
-        lens: Lens = "l2",
-        intervals: int | None = None,
-        overlap: float = 0.3,
-        cover: str = "uniform",
-        distance: str = "euclidean",
-        eps: float | None = None,
-        min_samples: int = 5,
+        num_subsamples: int = 3,
         warm_up: int = 1,
         max_points: int = 10_000,
-        **kwargs: Any,
+        **options: Unpack[MapperOptions],
     ) -> None:
-        for name, switch in (("mapper", mapper), ("homology", homology)):
-            if not isinstance(switch, bool):
-                raise ValueError(f"{name} must be True or False, but it is {switch!r}.")
-        if not mapper and not homology:
-            raise ValueError("mapper and homology are both False, so there is nothing to measure.")
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(f"distance must be 'euclidean' or 'cosine', but it is {distance!r}.")
-        check_cover(lens, intervals, overlap, cover)
-        check_clustering(distance, eps, min_samples)
-        check_whole("subsamples", subsamples, at_least=0)
-        if subsamples == 1:
-            raise ValueError("subsamples must be 0, or at least 2 for a spread, but it is 1.")
-        check_whole("warm_up", warm_up, at_least=0)
-        check_whole("max_points", max_points, at_least=2)
-        super().__init__(**kwargs)
-        self.mapper, self.homology, self.subsamples = mapper, homology, subsamples
-        self.graph_options: dict[str, Any] = {
-            **{"lens": lens, "intervals": intervals, "overlap": overlap, "cover": cover, "metric": distance},
-            "min_samples": min_samples,
-        }
-        self.eps, self.warm_up, self.max_points = eps, warm_up, max_points
+        check_bool("mapper", mapper)
+        check_bool("homology", homology)
+        require(mapper or homology, "homology", "be True if `mapper` is False", homology)
+        check_int("num_subsamples", num_subsamples, minimum=0)
+        require(num_subsamples != 1, "num_subsamples", "be 0, or at least 2 for a standard deviation", num_subsamples)
+        check_int("warm_up", warm_up, minimum=0)
+        check_int("max_points", max_points, minimum=2)
+        super().__init__()
+        self.mapper = mapper
+        self.homology = homology
+        self.num_subsamples = num_subsamples
+        self.warm_up = warm_up
+        self.max_points = max_points
+        self.settings = MapperSettings(**options)
         self.frozen_eps: float | None = None
         self.evaluations = 0
         self.add_state("width", torch.tensor(0), dist_reduce_fx="max")
         self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
-        # Flat vectors of (sample number, class, activations) rows: a rank without samples then still gathers.
+        # Flat vectors of (sample number, class, activations) rows, so that a rank without samples can still gather.
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, activations: Tensor, targets: Tensor | None = None) -> None:
+    def update(self, activations: ArrayLike, targets: ArrayLike | None = None) -> None:
         """Add a batch.
 
         Args:
-            activations: (N, units) of any real dtype, kept in float32 (float64 stays).
-            targets: (N,) integer classes, negative where there is none.
+            activations: (N, units) of any real dtype, stored in float32 (float64 stays float64).
+            targets: (N,) integer class labels, negative if unlabelled.
 
         Raises:
-            ValueError: If a shape is wrong, or the number of units is not that of the earlier batches.
+            ArgumentError: If a shape or dtype is wrong, or the number of units differs from that of earlier batches.
         """
-        points = as_points(activations, "activations")
+        points = as_activations(activations, num_units=int(self.width))
         labels = as_labels(targets, len(points))
-        if self.width and self.width != points.shape[1]:
-            raise ValueError(
-                f"activations must have {int(self.width)} units like the earlier ones, but have {points.shape[1]}."
-            )
         self.width = torch.full_like(self.width, points.shape[1])
-        # The number of a sample is the same however the samples are dealt out to ranks, one at a time to each.
-        rank, world = _rank_and_world()
+        # Samples are assigned to ranks in turn, so a sample has the same number for any number of ranks.
+        rank, world = rank_and_world()
         number = (torch.arange(len(points)) + int(self.seen)) * world + rank
         self.seen = self.seen + len(points)
-        facts = torch.stack([number, torch.full_like(number, -1) if labels is None else labels], dim=1)
+        facts = torch.stack([number, torch.full_like(number, -1) if labels is None else labels.cpu()], dim=1)
         self.rows.append(torch.cat([facts.to(points), points], dim=1).flatten())
         if self.seen > 2 * self.max_points:
             self.rows = [self._kept(self._table()).flatten()]
 
     def compute(self) -> TopologyResult:
-        """The shape of what was seen so far; undefined measures are left out and explained, never an error."""
+        """The shape of all samples so far; undefined measures are left out and explained in the notes."""
         table = self._kept(self._table())
         samples, labels, points = table[:, 0].long().cpu(), table[:, 1].long().cpu(), table[:, 2:]
         targets = labels if (labels >= 0).any() else None
-        order = _choice(samples, labels, draw=0)[:HOMOLOGY_POINTS].to(points.device)
-        chosen = order[finite_rows(points[order])]
+        finite = finite_rows(points)
+        order = random_order(samples, labels)[:HOMOLOGY_POINTS].to(points.device)
+        chosen = order[finite[order]]
         distances = distance_matrix(points[chosen])
         # Angles do not grow with the activations, so cosine distances need no scale.
-        scale = scale_of(distances) if self.graph_options["metric"] == "euclidean" else 1.0
+        scale = scale_of(pairs_of(distances)) if self.settings.distance == "euclidean" else 1.0
         graph: MapperGraph | None = None
         null: dict[str, float] = {}
         if self.mapper:
             graph = self._graph(points, targets, scale)
-            null = null_measures(points[finite_rows(points)], self._graph_without_structure, draws=3)
-        if not self.homology:
-            return TopologyResult(samples, graph, None, scale, null)
-        used = chosen.cpu()
-        return TopologyResult(
+            null = null_measures(points[finite], self._measures_without_structure, num_null_samples=3)
+        result = TopologyResult(
             samples,
             graph,
-            persistence_of_distances(distances, num_nonfinite=len(order) - len(chosen)),
+            None,
             scale,
-            null=null | null_measures(points[chosen], _homology_without_structure, draws=1),
-            spread=self._spread(distances, samples[used], labels[used]),
-            drift_samples=samples[used[:DRIFT_POINTS]],
-            drift_distances=condensed(scaled(distances[:DRIFT_POINTS, :DRIFT_POINTS])),
+            null,
+            num_units=points.shape[1] if self.width else 0,
+            num_samples=int(finite.sum()),
+            num_nonfinite=int((~finite).sum()),
         )
+        return self._with_homology(result, points, distances, chosen, labels, len(order)) if self.homology else result
 
-    def plot(self, result: TopologyResult | None = None) -> "Figure":
-        """Draw the Mapper graph, or without one the diagrams.
+    def plot(self, result: TopologyResult | None = None, *, layer: str = "") -> "Figure":
+        """Draw the Mapper graph, or the persistence diagrams if there is none.
 
         Args:
-            result: What to draw, by default what `compute` returns.
+            result: The result to draw; default: that of `compute()`.
+            layer: Name of the layer, for the title.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
         """
         from lightning_neuro.topology.plot import plot_graphs
-        from lightning_neuro.topology.plot_homology import plot_homology
+        from lightning_neuro.topology.plot_diagrams import plot_homology
 
-        results = {"": self.compute() if result is None else result}
-        return plot_graphs(results) if results[""].graph is not None else plot_homology(results)
+        found = self.compute() if result is None else result
+        return plot_graphs({layer: found}) if found.graph is not None else plot_homology({layer: found})
 
     def refreeze(self) -> None:
-        """Find the radius anew in the next computation, and freeze that."""
-        self.frozen_eps, self.evaluations = None, max(self.evaluations, self.warm_up)
+        """Estimate the radius again in the next computation, and freeze it."""
+        self.frozen_eps = None
+        self.evaluations = max(self.evaluations, self.warm_up)
 
     def _graph(self, points: Tensor, targets: Tensor | None, scale: float) -> MapperGraph:
-        # In an order of their own: a point between two clusters goes to the first.
-        order = _by_content(points)
-        eps = self.frozen_eps * scale if self.eps is None and self.frozen_eps is not None else self.eps
-        labels = None if targets is None else targets[order]
-        graph = mapper_graph(points[order.to(points.device)], targets=labels, eps=eps, **self.graph_options)
+        # In an order that depends only on the content, because a point between two clusters joins the first.
+        order = content_order(points)
+        settings = self.settings
+        if settings.eps is None and self.frozen_eps is not None:
+            settings = replace(settings, eps=self.frozen_eps * scale)
+        graph = mapper_of(points[order.to(points.device)], None if targets is None else targets[order], settings)
         self.evaluations += 1
-        # A radius of 0, of points that coincide (a dead layer), would leave every point alone once they part.
+        # A radius of 0, from coinciding points (a dead layer), would make all points noise once they differ.
         if self.frozen_eps is None and self.evaluations > self.warm_up and graph.num_nodes and graph.eps > 0:
             self.frozen_eps = graph.eps / scale
         return replace(graph, members=tuple(order[own].sort().values for own in graph.members), targets=targets)
 
-    def _graph_without_structure(self, points: Tensor) -> dict[str, float]:
-        # With a radius of its own: by that of the data most of these points would be alone.
-        graph = mapper_graph(points, **self.graph_options)
-        return {"loops": graph.large_loops(), "branches": len(graph.branches())}
+    def _measures_without_structure(self, points: Tensor) -> dict[str, float]:
+        # With a separate radius: within that of the data most of these points would be noise.
+        scalars = mapper_of(points, None, replace(self.settings, eps=None)).scalars()
+        return {name: scalars[name] for name in ("num_loops", "num_branches")}
+
+    def _with_homology(
+        self, result: TopologyResult, points: Tensor, distances: Matrix, chosen: Tensor, labels: Tensor, num_asked: int
+    ) -> TopologyResult:
+        """Add the homology of the chosen points, whose distances are given, to the result."""
+        null = null_measures(points[chosen], _homology_without_structure, num_null_samples=1)
+        used = chosen.cpu()
+        samples = result.samples[used]
+        near = scaled(pairs_of(distances[:DRIFT_POINTS, :DRIFT_POINTS]))
+        return replace(
+            result,
+            homology=persistence_of_distances(distances, num_nonfinite=num_asked - len(chosen)),
+            null=dict(result.null) | null,
+            spread=self._spread(distances, samples, labels[used]),
+            drift_samples=samples[:DRIFT_POINTS],
+            drift_distances=torch.from_numpy(near).float(),
+        )
 
     def _spread(self, distances: Matrix, samples: Tensor, labels: Tensor) -> dict[str, float]:
         found: dict[str, list[float]] = {}
-        for draw in range(1, self.subsamples + 1):
-            half = _choice(samples, labels, draw)[: -(-len(samples) // 2)].sort().values.numpy()
+        for draw in range(1, self.num_subsamples + 1):
+            half = random_order(samples, labels, draw)[: -(-len(samples) // 2)].sort().values.numpy()
             scalars = persistence_of_distances(distances[np.ix_(half, half)]).scalars()
             for measure in _SPREAD:
                 if measure in scalars:
@@ -218,65 +227,40 @@ class ActivationShape(ResultMetric):
         return (flat if isinstance(flat, Tensor) else torch.zeros(0)).reshape(-1, 2 + max(1, int(self.width)))
 
     def _kept(self, table: Tensor) -> Tensor:
-        """The rows by sample number, at most `max_points` of them, whatever the order in which they came."""
+        """The rows by sample number, at most `max_points` of them, independent of the order of arrival."""
         order = torch.argsort(table[:, 0], stable=True)
         if len(order) > self.max_points:
-            lowest = torch.argsort(_hashed(table[order, 0].long().cpu()))[: self.max_points]
+            lowest = torch.argsort(number_hashes(table[order, 0].long().cpu()))[: self.max_points]
             order = order[lowest.sort().values.to(order.device)]
         return table[order]
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        # Our samples come after the incoming ones, so they are numbered on from there.
+        # The samples of this metric come after the incoming ones, so their numbers continue from there.
         theirs = int(incoming_state["width"])
         if self.width and theirs and theirs != int(self.width):
-            raise ValueError(f"metrics to merge must have seen one width, but saw {int(self.width)} and {theirs}.")
+            raise ArgumentError(
+                f"The metrics to merge must have the same number of units; got {int(self.width)} and {theirs}."
+            )
         if self.rows and int(incoming_state["seen"]):
             table = self._table().clone()
-            table[:, 0] += int(incoming_state["seen"]) * _rank_and_world()[1]
+            table[:, 0] += int(incoming_state["seen"]) * rank_and_world()[1]
             self.rows = [table.flatten()]
         super()._reduce_states(incoming_state)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the states: the frozen radius, in units of the scale."""
+        """What is saved in addition to the states: the frozen relative radius, and the number of evaluations."""
         return {"eps": self.frozen_eps, "evaluations": self.evaluations}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore the frozen radius.
 
         Args:
-            state: What `get_extra_state` gave.
+            state: What `get_extra_state` returned.
         """
-        self.frozen_eps, self.evaluations = state["eps"], state["evaluations"]
+        self.frozen_eps = state["eps"]
+        self.evaluations = state["evaluations"]
 
 
 def _homology_without_structure(points: Tensor) -> dict[str, float]:
     scalars = persistence_of_distances(distance_matrix(points)).scalars()
     return {name: scalars[name] for name in ("h0_total", "h1_total", "h1_longest")}
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _hashed(numbers: Tensor, draw: int = 0) -> Tensor:
-    """A number for each sample number that looks random and is always the same (splitmix64)."""
-    z = (numbers.numpy().astype(np.uint64) + np.uint64(draw << 40)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy((z >> np.uint64(1)).astype(np.int64))
-
-
-def _choice(samples: Tensor, labels: Tensor, draw: int) -> Tensor:
-    """An order of the samples, the same all run, in which every beginning is spread evenly over the classes."""
-    order = torch.argsort(_hashed(samples, draw), stable=True)
-    return order[stratified(labels[order])] if len(order) else order
-
-
-def _by_content(points: Tensor) -> Tensor:
-    """An order of the rows that depends on nothing but what is in them."""
-    rows = np.ascontiguousarray(points.cpu().numpy())
-    if len(rows) == 0:
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.from_numpy(rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().argsort(kind="stable"))

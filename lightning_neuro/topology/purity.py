@@ -1,4 +1,4 @@
-"""Do clusters hold one class each, and more so than if the labels were dealt out at random?"""
+"""Purity of clusters, compared with its value for permuted labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,24 +7,24 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-NULL_DRAWS = 20
+NUM_NULL_SAMPLES = 20
 
 Incidence = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Purity:
-    """Three views of how pure the nodes of a graph are, each 1 where every node holds one class, with its null.
+    """Three measures of how pure the nodes of a graph are, each 1 if every node holds one class, with their nulls.
 
     Attributes:
         node_wise: Mean over nodes of 1 / (number of classes in the node).
-        class_wise: The same, point by point: of each class the mean over its clustered points of the mean over the
-            nodes that hold the point; then the mean over classes.
-        majority_share: Share of points in their node's largest class, nodes weighted by size.
-        node_wise_null: Mean of `node_wise` when the labels are permuted over the points; so for the next two.
-        class_wise_null: See `node_wise_null`.
-        majority_share_null: See `node_wise_null`.
+        class_wise: The same per point: for each point the mean over the nodes that hold it, then the mean over the
+            clustered points of each class, then the mean over classes.
+        majority_share: Fraction of the nodes' points that belong to the largest class of their node.
+        node_wise_null: Mean of `node_wise` over random permutations of the labels.
+        class_wise_null: Mean of `class_wise` over random permutations of the labels.
+        majority_share_null: Mean of `majority_share` over random permutations of the labels.
     """
 
     node_wise: float
@@ -35,19 +35,21 @@ class Purity:
     majority_share_null: float
 
 
-def purity(members: Sequence[Tensor], labels: Tensor, *, draws: int = NULL_DRAWS, seed: int = 0) -> Purity | None:
-    """How pure nodes are, beside what the same nodes show when labels are permuted.
+def compute_purity(
+    members: Sequence[Tensor], labels: Tensor, *, num_null_samples: int = NUM_NULL_SAMPLES, seed: int = 0
+) -> Purity | None:
+    """Measure how pure nodes are, and how pure the same nodes are with permuted labels.
 
-    Large nodes are impure by chance alone, and small ones pure: so read each number against its null.
+    By chance alone, large nodes are impure and small ones pure, so compare each measure with its null.
 
     Args:
-        members: The points of each node.
-        labels: int64 (N,), the class of each point; negative where there is none.
-        draws: Permutations for the null.
-        seed: Of their private generator.
+        members: The points of each node, as indices.
+        labels: int64 (N,), the class of each point; negative if unlabelled.
+        num_null_samples: Number of permutations for the null.
+        seed: Seed of the private generator of the permutations.
 
     Returns:
-        None where no node holds a labelled point.
+        The measures and their nulls; None if no node holds a labelled point.
 
     Source:
         E. Purvine et al., "Experimental Observations of the Topology of Convolutional Neural Network Activations",
@@ -72,8 +74,8 @@ def purity(members: Sequence[Tensor], labels: Tensor, *, draws: int = NULL_DRAWS
         return np.array(_three(incidence, incidence @ one_hot, one_hot))
 
     rng = np.random.default_rng(seed)
-    by_chance = np.mean([measure(rng.permutation(dense)) for _ in range(draws)], axis=0)
-    return Purity(*measure(dense).tolist(), *by_chance.tolist())
+    null = np.mean([measure(rng.permutation(dense)) for _ in range(num_null_samples)], axis=0)
+    return Purity(*measure(dense).tolist(), *null.tolist())
 
 
 def _three(incidence: Incidence, counts: Counts, one_hot: Counts) -> tuple[float, float, float]:

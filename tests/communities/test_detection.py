@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import normalized_mutual_info_score
 
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.communities import (
     activation_graph,
-    check_algorithm,
     detect_communities,
     modularity,
     partition_agreement,
 )
-from lightning_neuro.communities.detection import quality
-from lightning_neuro.communities.louvain import _merge_singletons, louvain
+from lightning_neuro.communities.algorithms import _labels_of, try_algorithm
+from lightning_neuro.communities.dense_louvain import _merge_singletons, louvain
+from lightning_neuro.communities.detection import weighted_modularity
 
 
 def random_graph(rng, n, density=0.5):
@@ -53,7 +54,7 @@ def test_two_cliques_are_exactly_a_half():
 def test_karate_club_reaches_the_best_known_modularity(weight, best):
     graph = networkx.karate_club_graph()
     adjacency = torch.from_numpy(networkx.to_numpy_array(graph, weight=weight)).double()
-    assert detect_communities(adjacency, seeds=20).modularity == pytest.approx(best, abs=5e-5)
+    assert detect_communities(adjacency, num_runs=20).modularity == pytest.approx(best, abs=5e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,7 +83,7 @@ def test_agreement_of_detection_is_the_mean_over_pairs_of_runs():
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = np.mean([normalized_mutual_info_score(runs[i], runs[j]) for i, j in pairs])
     assert expected < 0.99
-    found = detect_communities(adjacency, seeds=3)
+    found = detect_communities(adjacency, num_runs=3)
     assert found.agreement == pytest.approx(expected, abs=1e-9)
     assert found.modularity == max(found.modularities)
     assert found.modularity == pytest.approx(modularity(adjacency, found.labels), abs=1e-15)
@@ -104,12 +105,12 @@ def test_moves_count_self_loops_once_and_never_as_a_link_to_others(seed):
     rng = np.random.default_rng(seed)  # a graph of merged nodes, as on the upper levels, has heavy self-loops
     weights = random_graph(rng, 16).numpy() + np.diag(4 * rng.random(16))
     labels = louvain(weights, 1.0, rng)
-    found = quality(weights, labels, 1.0)
+    found = weighted_modularity(weights, labels, 1.0)
     for node in range(16):
         for target in range(int(labels.max()) + 1):
             moved = labels.copy()
             moved[node] = target
-            assert quality(weights, moved, 1.0) <= found + 1e-11
+            assert weighted_modularity(weights, moved, 1.0) <= found + 1e-11
 
 
 def test_first_pass_leaves_no_loop_behind():
@@ -176,11 +177,11 @@ def test_a_cdlib_algorithm_by_name(name, options):
     adjacency = two_cliques().double()
     adjacency[4, 5] = adjacency[5, 4] = 0.01
     try:
-        check_algorithm(name, options)
+        try_algorithm(name, 1.0, options or {})
     except ValueError as error:
         assert "No module named" in str(error) or "dependency" in str(error)
         pytest.skip(f"{name} needs a package that is not installed")
-    found = detect_communities(adjacency, name, seeds=2, algorithm_options=options)
+    found = detect_communities(adjacency, name, num_runs=2, algorithm_options=options)
     assert found.labels.tolist() == [0] * 5 + [1] * 5
 
 
@@ -189,15 +190,13 @@ def test_cdlib_algorithms_see_the_weights_and_the_resolution():
     adjacency[:4, :4] = adjacency[4:8, 4:8] = adjacency[8:, 8:] = 1.0
     adjacency.fill_diagonal_(0)
     for name in ("louvain", "leiden", "walktrap"):
-        assert detect_communities(adjacency, name, seeds=1).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert len(detect_communities(adjacency, "leiden", resolution=4.0, seeds=1).labels.unique()) == 12
-    with pytest.raises(ValueError, match="resolution must be 1 for algorithm 'walktrap'"):
+        assert detect_communities(adjacency, name, num_runs=1).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(detect_communities(adjacency, "leiden", resolution=4.0, num_runs=1).labels.unique()) == 12
+    with pytest.raises(ValueError, match="`resolution` must be 1 for algorithm 'walktrap'"):
         detect_communities(adjacency, "walktrap", resolution=2.0)
 
 
 def test_nodes_left_out_by_an_algorithm_become_singletons():
-    from lightning_neuro.communities.detection import _labels_of
-
     labels = _labels_of([[0, 2], [3, 4]], 6, "any")
     assert len(set(labels[[1, 5]])) == 2
     assert labels[0] == labels[2] != labels[3] == labels[4]
@@ -210,7 +209,7 @@ def test_global_random_states_are_untouched_and_runs_repeat(capsys):
     np.random.seed(3)  # noqa: NPY002
     torch.manual_seed(3)
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    results = [detect_communities(adjacency, name, seeds=2).labels for name in ("louvain", "label_propagation") * 2]
+    results = [detect_communities(adjacency, name, num_runs=2).labels for name in ("louvain", "label_propagation") * 2]
     after = random.getstate(), np.random.get_state()[1], torch.get_rng_state()  # noqa: NPY002
     assert before[0] == after[0]
     assert (before[1] == after[1]).all()
@@ -227,19 +226,28 @@ def test_global_random_states_are_untouched_and_runs_repeat(capsys):
         ("demon", None, "overlapping"),
         ("async_fluid", None, r"async_fluid\(g_original"),
         ("leiden", {"nonsense": 1}, "nonsense"),
-        ("louvain", {"k": 1}, "'louvain' takes none"),
-        ("louvain", 3, "algorithm_options must be a mapping"),
+        ("louvain", {"k": 1}, "empty for 'louvain'"),
+        ("louvain", 3, "`algorithm_options` must be a mapping"),
     ],
 )
-def test_check_algorithm_explains(name, options, message):
-    with pytest.raises(ValueError, match=f"(?i){message}"):
-        check_algorithm(name, options)
+def test_an_algorithm_that_cannot_run_is_explained(name, options, message):
+    with pytest.raises(ArgumentError, match=f"(?i){message}"):
+        try_algorithm(name, 1.0, {} if options is None else options)
+
+
+def test_an_algorithm_that_fails_in_a_run_is_no_wrong_argument(monkeypatch):
+    def fails(graph):
+        raise KeyError("cannot")
+
+    monkeypatch.setattr("lightning_neuro.communities.algorithms._cdlib_function", lambda name: fails)
+    with pytest.raises(RuntimeError, match="fails"):  # an ArgumentError would end the user's training
+        detect_communities(two_cliques(), "fails")
 
 
 def test_louvain_does_not_import_cdlib():
     code = (
-        "import sys; from lightning_neuro.communities import NeuronModularity, check_algorithm; import torch;"
-        "check_algorithm('louvain'); m = NeuronModularity(); m.update(torch.rand(20, 5)); m.compute();"
+        "import sys; from lightning_neuro.communities import NeuronModularity; import torch;"
+        "m = NeuronModularity(); m.update(torch.rand(20, 5)); m.compute();"
         "heavy = {'cdlib', 'sklearn', 'matplotlib.pyplot', 'networkx', 'sknetwork'} & set(sys.modules); print(heavy)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -258,15 +266,17 @@ def test_louvain_does_not_import_cdlib():
     ],
 )
 def test_wrong_graphs_are_refused(adjacency, message):
-    with pytest.raises(ValueError, match=f"adjacency.*{message}"):
+    with pytest.raises(ValueError, match=f"`adjacency`.*{message}"):
         detect_communities(adjacency)
 
 
 def test_wrong_settings_are_refused():
-    for arguments in ({"resolution": 0.0}, {"resolution": float("nan")}, {"seeds": 0}, {"seeds": 1.5}):
-        with pytest.raises(ValueError, match=f"^{next(iter(arguments))} must be"):
+    for arguments in ({"resolution": 0.0}, {"resolution": float("nan")}, {"num_runs": 0}, {"num_runs": 1.5}):
+        with pytest.raises(ArgumentError, match=f"^`{next(iter(arguments))}` must be"):
             detect_communities(two_cliques(), **arguments)
-    with pytest.raises(ValueError, match=r"^labels must be .* shape \(10,\)"):
+    with pytest.raises(ValueError, match=r"^`labels` must be .* shape \(10,\)"):
         modularity(two_cliques(), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"^labels_b must be"):
+    with pytest.raises(ValueError, match=r"^`labels_b` must be"):
         partition_agreement(torch.zeros(3, dtype=torch.int64), torch.zeros(3))
+    with pytest.raises(ArgumentError, match=r"^`labels_a` must be"):
+        partition_agreement(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))

@@ -7,20 +7,14 @@ import networkx
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch import multiprocessing
 
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.communities import NeuronModularity, activation_graph, detect_communities, plot_communities
-from lightning_neuro.communities import null as null_module
-from lightning_neuro.communities.graph import WEIGHTS
-from lightning_neuro.communities.metric import stack_padded
-from lightning_neuro.communities.null import keep_rows, null_graphs, shuffles, stretch
-
-
-def planted(n=300, blocks=4, size=6, noise=0.7, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    signal = torch.randn(n, blocks, generator=g).repeat_interleave(size, dim=1)
-    return (signal + noise * torch.randn(n, blocks * size, generator=g)).relu()
+from lightning_neuro.communities import permutation_null as null_module
+from lightning_neuro.communities.permutation_null import keep_rows, null_graphs, shuffles, stretch
+from lightning_neuro.communities.unit_graph import WEIGHTS
+from lightning_neuro.ranks import stack_padded
+from tests.helpers import planted, run_two_ranks
 
 
 def measured(x, targets=None, **options):
@@ -45,7 +39,7 @@ def test_planted_communities_are_recovered():
     assert sorted(map(sorted, groups)) == sorted(map(sorted, truth))
     assert result.num_communities == 4
     assert result.largest_share == 0.25
-    assert result.seed_agreement == 1.0
+    assert result.nmi_runs == 1.0
     assert result.modularity_z > 5
 
 
@@ -53,8 +47,8 @@ def test_planted_communities_are_recovered():
 def test_the_metric_is_the_functions(weight):
     x = planted(60, noise=3.0)  # so noisy that the runs differ
     graph = activation_graph(x, weight=weight)
-    result = measured(x, weight=weight, seeds=3, resolution=1.2)
-    found = detect_communities(graph.adjacency, resolution=1.2, seeds=3)
+    result = measured(x, weight=weight, num_runs=3, resolution=1.2)
+    found = detect_communities(graph.adjacency, resolution=1.2, num_runs=3)
     torch.testing.assert_close(result.adjacency, graph.adjacency, atol=1e-12, rtol=0)
     assert torch.equal(result.labels, found.labels)
     assert result.modularity == pytest.approx(found.modularity, abs=1e-12)
@@ -98,10 +92,10 @@ def test_merging_keeps_the_same_samples_when_there_are_too_many(monkeypatch):
 def test_ties_do_not_depend_on_the_order(seed, weight):
     # A ring: every unit shares one sample with each neighbour, so all edges are equal but for the last bits.
     ring = 0.1 * (torch.eye(30) + torch.eye(30).roll(1, 0))
-    shuffled = NeuronModularity(weight=weight, null_draws=0)
+    shuffled = NeuronModularity(weight=weight, num_null_samples=0)
     for batch in ring[torch.randperm(30, generator=torch.Generator().manual_seed(seed))].split(4):
         shuffled.update(batch)
-    assert_same(shuffled.compute(), measured(ring, weight=weight, null_draws=0))
+    assert_same(shuffled.compute(), measured(ring, weight=weight, num_null_samples=0))
 
 
 def test_simulated_ranks_one_without_data():
@@ -118,44 +112,20 @@ def test_simulated_ranks_one_without_data():
     assert_same(synced.compute(), measured(x))
 
 
-def _rank(rank, port, mode, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    x, targets = planted(), torch.arange(300) % 3
-    metric = NeuronModularity(mode=mode)
-    if mode == "correlation" and rank == 0:  # the other rank has seen nothing
-        metric.update(x, targets)
-    elif mode == "mostafa2021":
-        part = slice(0, 90) if rank == 0 else slice(90, 300)
-        metric.update(x[part], targets[part])
-    result = metric.compute()
-    results[rank] = (result.labels.tolist(), result.scalars(), result.num_samples)
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("mode", ["correlation", "mostafa2021"])
-def test_two_processes(mode):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        processes = [context.Process(target=_rank, args=(rank, port, mode, results)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        results = dict(results)
+def test_two_processes(ranks, mode):
     whole = measured(planted(), torch.arange(300) % 3, mode=mode)
     for rank in range(2):
-        labels, scalars, num_samples = results[rank]
+        labels, scalars, num_samples = torch.load(ranks / f"{mode}-{rank}.pt", weights_only=True)
         assert labels == whole.labels.tolist()
         assert scalars == pytest.approx(whole.scalars(), abs=1e-10)
         assert num_samples == 300
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_two_ranks("tests.communities.two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 def test_forward_returns_the_batch_and_accumulates():
@@ -168,19 +138,19 @@ def test_forward_returns_the_batch_and_accumulates():
 
 def test_clone_pickle_reset_and_memory():
     x = planted()
-    metric = NeuronModularity(seeds=2)
+    metric = NeuronModularity(num_runs=2)
     metric.update(x[:200])
     expected = metric.compute()
     for copy in (metric.clone(), pickle.loads(pickle.dumps(metric)), deepcopy(metric)):
         assert_same(copy.compute(), expected)
         copy.update(x[200:])
-        assert_same(copy.compute(), measured(x, seeds=2))
+        assert_same(copy.compute(), measured(x, num_runs=2))
     size = metric.moments.numel()
     metric.update(x)
     assert metric.moments.numel() == size
     metric.reset()
     metric.update(planted(50, size=3))
-    assert_same(metric.compute(), measured(planted(50, size=3), seeds=2))
+    assert_same(metric.compute(), measured(planted(50, size=3), num_runs=2))
 
 
 def test_under_inference_mode_and_with_gradients():
@@ -201,7 +171,7 @@ def test_permuted_activations_are_at_chance_and_the_original_is_not():
     scores = []
     for seed in range(6):
         permuted = np.random.default_rng(100 + seed).permuted(x, axis=0)
-        scores.append(measured(torch.from_numpy(permuted), null_draws=20).modularity_z)
+        scores.append(measured(torch.from_numpy(permuted), num_null_samples=20).modularity_z)
     assert abs(np.mean(scores)) < 1.5
     assert max(map(abs, scores)) < 4.5
     assert measured(torch.from_numpy(x)).modularity_z > 5
@@ -215,8 +185,8 @@ def test_null_is_that_of_an_independent_permutation(weight, n):
     qualities = []
     for _ in range(12):
         permuted = torch.from_numpy(reference.permuted(x.numpy(), axis=0))
-        qualities += detect_communities(activation_graph(permuted, weight=weight).adjacency, seeds=1).modularities
-    result = measured(x, weight=weight, null_draws=12)
+        qualities += detect_communities(activation_graph(permuted, weight=weight).adjacency, num_runs=1).modularities
+    result = measured(x, weight=weight, num_null_samples=12)
     error = np.std(qualities) * np.sqrt(2 / 12)
     assert result.modularity_null == pytest.approx(np.mean(qualities), abs=4 * error + 1e-9)
     assert result.modularity_null_std == pytest.approx(np.std(qualities, ddof=1), rel=0.8, abs=1e-9)
@@ -226,11 +196,11 @@ def test_null_is_that_of_an_independent_permutation(weight, n):
 def test_null_of_a_kept_sample_is_that_of_all_samples(monkeypatch):
     x = (planted(3000, size=12, noise=2.0) - 2.5).relu()  # sparse, with many samples in which no unit is on
     x[::3] = 0
-    exact = measured(x, null_draws=20)
+    exact = measured(x, num_null_samples=20)
     monkeypatch.setattr(null_module, "KEPT_ROWS", 600)
-    estimated = measured(x, null_draws=20)
+    estimated = measured(x, num_null_samples=20)
     assert estimated.modularity_null == pytest.approx(exact.modularity_null, rel=0.05)
-    short = measured(x[:600], null_draws=20)
+    short = measured(x[:600], num_null_samples=20)
     assert short.modularity_null > 1.15 * exact.modularity_null  # which is why the draws have the full length
 
 
@@ -290,7 +260,7 @@ def test_kept_rows_are_a_fair_choice(monkeypatch):
 )
 def test_nothing_undefined_is_reported(mode, x, word):
     result = measured(x, torch.zeros(len(x), dtype=torch.int64), mode=mode)
-    assert set(result.scalars()) <= {"dead_share"}
+    assert set(result.scalars()) <= {"dead_share", "constant_share"}
     assert word in result.notes()["undefined"]
     assert result.labels.numel() == result.histogram().numel() == 0
     assert not result.defined
@@ -301,7 +271,14 @@ def test_nothing_undefined_is_reported(mode, x, word):
 def test_units_that_never_act_together_have_no_communities():
     result = measured(torch.eye(4).repeat(5, 1))
     assert "no edge" in result.notes()["undefined"]
-    assert result.scalars() == {"dead_share": 0.0}
+    assert result.scalars() == {"dead_share": 0.0, "constant_share": 0.0}
+
+
+def test_one_sample_says_nothing_about_units_and_two_units_can_be_a_community():
+    assert measured(torch.rand(1, 4)).scalars() == {}
+    assert set(measured(torch.rand(2, 4)).scalars()) == {"dead_share", "constant_share"}
+    pair = measured(torch.rand(30, 1, generator=torch.Generator().manual_seed(0)).repeat(1, 2))
+    assert pair.defined and pair.labels.tolist() == [0, 0] and pair.num_communities == 1
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -315,7 +292,8 @@ def test_nonfinite_samples_are_left_out_and_told():
     spoiled = x.clone()
     spoiled[[3, 50]] = float("inf")
     result = measured(spoiled)
-    assert result.notes() == {"nonfinite": "2 of 300 samples held NaN or infinity and were left out."}
+    assert list(result.notes()) == ["nonfinite"] and "2 of 300" in result.notes()["nonfinite"]
+    assert (result.num_nonfinite, result.num_samples) == (2, 298)
     kept = torch.ones(300, dtype=torch.bool)
     kept[[3, 50]] = False
     torch.testing.assert_close(result.adjacency, measured(x[kept]).adjacency)
@@ -324,7 +302,7 @@ def test_nonfinite_samples_are_left_out_and_told():
 def test_wide_layers_are_represented_by_some_units():
     x = planted()
     result = measured(x, max_units=10)
-    assert "random choice of 10" in result.notes()["max_units"]
+    assert "Only 10 of the 24" in result.notes()["max_units"]
     assert (result.num_units, result.layer_width) == (10, 24)
     full = activation_graph(x).adjacency
     torch.testing.assert_close(result.adjacency, full[result.units][:, result.units], atol=1e-12, rtol=0)
@@ -332,10 +310,10 @@ def test_wide_layers_are_represented_by_some_units():
 
 
 def test_few_draws_and_one_run_leave_out_what_they_cannot_say():
-    assert "modularity_null" not in measured(planted(), null_draws=0).scalars()
-    one = measured(planted(), null_draws=1, seeds=1).scalars()
+    assert "modularity_null" not in measured(planted(), num_null_samples=0).scalars()
+    one = measured(planted(), num_null_samples=1, num_runs=1).scalars()
     assert "modularity_excess" in one
-    assert not {"modularity_z", "seed_agreement"} & set(one)
+    assert not {"modularity_z", "nmi_runs"} & set(one)
 
 
 @pytest.mark.parametrize(
@@ -345,34 +323,34 @@ def test_few_draws_and_one_run_leave_out_what_they_cannot_say():
         {"weight": "cosine"},
         {"algorithm": "loovain"},
         {"resolution": -1.0},
-        {"seeds": 0},
-        {"null_draws": -1},
+        {"num_runs": 0},
+        {"num_null_samples": -1},
         {"max_units": 1},
         {"score": "median"},
         {"seed": -1},
     ],
 )
 def test_wrong_options_fail_at_construction(options):
-    with pytest.raises(ValueError, match=f"^{next(iter(options))} must be"):
+    with pytest.raises(ArgumentError, match=f"^`{next(iter(options))}` must be"):
         NeuronModularity(**options)
 
 
 def test_wrong_batches():
     metric = NeuronModularity()
     metric.update(planted())
-    with pytest.raises(ValueError, match="must have 24 units"):
+    with pytest.raises(ValueError, match="have 24 units"):
         metric.update(torch.rand(5, 3))
     with pytest.raises(ValueError, match=r"shape \(N, units\)"):
         metric.update(torch.rand(5))
     other = NeuronModularity()
     other.update(torch.rand(5, 3))
-    with pytest.raises(ValueError, match="24 and 3"):
+    with pytest.raises(ValueError, match="24 units; got 3"):
         metric.merge_state(other)
     paper = NeuronModularity(mode="mostafa2021")
-    with pytest.raises(ValueError, match="targets must be given in mode 'mostafa2021'"):
+    with pytest.raises(ValueError, match="`targets` must be given in mode 'mostafa2021'"):
         paper.update(planted())
     for targets in (torch.zeros(7, dtype=torch.int64), torch.zeros(300)):
-        with pytest.raises(ValueError, match=r"targets must be integer classes of shape \(300,\)"):
+        with pytest.raises(ValueError, match=r"`targets` must be integers of shape \(300,\)"):
             paper.update(planted(), targets)
 
 
@@ -468,7 +446,7 @@ def test_the_papers_communities_are_groups_of_classes():
 def test_the_papers_null_is_at_chance_for_shuffled_activations():
     x = np.random.default_rng(0).permuted(planted().numpy(), axis=0)
     targets = torch.arange(300) % 3
-    assert abs(measured(torch.from_numpy(x), targets, mode="mostafa2021", null_draws=20).modularity_z) < 4
+    assert abs(measured(torch.from_numpy(x), targets, mode="mostafa2021", num_null_samples=20).modularity_z) < 4
     assert measured(planted(), targets, mode="mostafa2021").modularity_z > 8
 
 

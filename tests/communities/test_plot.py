@@ -6,16 +6,13 @@ import pytest
 import torch
 
 from lightning_neuro.communities import NeuronModularity, plot_communities
+from tests.helpers import texts
 
 
 def result_of(x, **options):
     metric = NeuronModularity(**options)
     metric.update(x)
     return metric.compute()
-
-
-def texts(figure):
-    return " | ".join(text.get_text() for axes in figure.axes for text in axes.texts)
 
 
 @pytest.fixture
@@ -46,16 +43,25 @@ def test_words(planted):
 
 def test_large_layers_are_averaged_down():
     x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)).relu()
-    result = result_of(x, null_draws=0, seeds=1)
-    image = plot_communities({"": result}).axes[0].images[0].get_array()
-    assert image.shape == (200, 200)
+    result = result_of(x, num_null_samples=0, num_runs=1)
+    figure = plot_communities({"": result})
+    image = figure.axes[0].images[0].get_array()
+    order = np.lexsort((-result.adjacency.float().numpy().sum(axis=1), result.labels.numpy()))
+    adjacency = result.adjacency.numpy()[np.ix_(order, order)]
+    k = len(order)
+    blocks = [slice(start, start + 3) for start in range(0, k, 3)]
+    assert image.shape == (len(blocks), len(blocks))
+    means = np.array([[adjacency[a, b].mean() for b in blocks] for a in blocks])
+    darkest = np.quantile(means, 0.995)
+    np.testing.assert_allclose(np.asarray(image) * darkest, means, atol=1e-5)
+    assert f"darkest blue: {darkest:.2f}" in texts(figure)
 
 
 def test_at_most_eight_panels(planted):
     said = texts(plot_communities({f"layer{i}": planted for i in range(10)}))
     assert "layer7:" in said
     assert "layer8:" not in said
-    assert "2 more layers are not drawn" in said
+    assert "2 more layers" in said
 
 
 def test_metric_plot_and_no_pyplot_state(planted, tmp_path):
@@ -65,6 +71,7 @@ def test_metric_plot_and_no_pyplot_state(planted, tmp_path):
     metric.plot().savefig(tmp_path / "figure.png")
     assert dict(matplotlib.rcParams) == before
     assert (tmp_path / "figure.png").stat().st_size > 1000
-    assert "20 units" in texts(metric.plot(planted))
+    assert texts(metric.plot(planted)).startswith("20 units")
+    assert texts(metric.plot(planted, layer="fc1")).startswith("fc1: 20 units")
     with pytest.raises(ValueError, match="at least one"):
         plot_communities({})

@@ -1,6 +1,8 @@
 """The callbacks that must pass the contract suite, and what its files share."""
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import (
@@ -21,43 +22,40 @@ from lightning_neuro import (
     Probe,
     RepresentationRefinement,
 )
-from lightning_neuro.paths.halves import assign_turns, sample_keys
-from lightning_neuro.probe import ProbeBatch
-from tests.models import fit, loader, mlp
+from lightning_neuro.identity import sample_hashes
+from lightning_neuro.paths.half_split import numbers_in_concept
+from lightning_neuro.probe_pass import ProbeBatch
+from tests.helpers import ROOT
+from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
 
 Make = Callable[..., MetricCallback]
 
 
-class MeanActivation(Metric):
-    """A metric as a user would write it."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, activations: Tensor, targets: Tensor | None = None) -> None:
-        self.total += activations.double().sum()
-        self.count += activations.numel()
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
+def from_examples(name: str) -> Any:
+    """A module of the folder `examples`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # A new method adds its line here.
 CALLBACKS: dict[str, Make] = {
     "communities": NeuronCommunities,
-    "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
     "entropy": ActivationEntropy,
-    "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
-    "refinement": lambda probe=None, **options: RepresentationRefinement(probe=probe, **options),
+    "refinement": RepresentationRefinement,
     "observers": ObserverProbes,
     "topology": ActivationTopology,
     "paths": ConceptPaths,
+    "example": from_examples("own_method").ActivationDimension,
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
+}
+
+# Modes whose metrics keep other states: they run where states matter, over ranks, in resumes and in other precisions.
+MODES: dict[str, Make] = {
+    "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),
+    "entropy-mostafa2021": partial(ActivationEntropy, mode="mostafa2021"),
 }
 
 # Its wrong arguments, beside those that all callbacks share: (argument, value).
@@ -73,9 +71,9 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("resolution", 0),
         ("resolution", -1.0),
         ("resolution", float("nan")),
-        ("seeds", 0),
-        ("seeds", 2.5),
-        ("null_draws", -1),
+        ("num_runs", 0),
+        ("num_runs", 2.5),
+        ("num_null_samples", -1),
         ("max_units", 1),
         ("score", "median"),
     ],
@@ -83,50 +81,51 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("layers", 3),
         ("layers", []),
         ("mode", "pfahler"),
-        ("samples", 3),
-        ("sample_id", 1.5),
+        ("track_samples", 3),
+        ("track_samples", None),
+        ("sample_id_fn", 1.5),
         ("influence_every_n_steps", 0),
-        ("trace", 1),
-        ("trace_limit", 5),
+        ("update_log", 1),
+        ("update_log_limit", "5"),
         ("phases", 0),
         ("phases", [20, 10]),
         ("phases", "ten"),
-        ("sources", "classes"),
+        ("source_fn", 2.5),
         ("num_sources", 0),
         ("memory_limit", "much"),
-        ("memory_limit", 100),
+        ("memory_limit", 0),
     ],
     "entropy": [
-        ("mode", "corelation"),
+        ("mode", "correlation"),
         ("mode", None),
-        ("bins", 1),
-        ("bins", 2.5),
-        ("bins", True),
+        ("num_bins", 1),
+        ("num_bins", 2.5),
+        ("num_bins", True),
         ("calibrate", "last"),
         ("miller_madow", "yes"),
     ],
     "observers": [
-        *(("attributes", value) for value in (3, {}, ["mark"], {"a/b": "x"}, {"": "x"}, {1: "x"}, {"mark": 3})),
-        *(("observer", value) for value in ("linear", None)),
-        *(("controls", value) for value in (-1, 2.5, True)),
-        *(("folds", value) for value in (1, 2.5, None)),
+        *(("attributes", value) for value in (3, {}, ["mark"], {"a/b": "x"}, {"": "x"}, {1: "x"}, {"mark": 2.5})),
+        *(("classifier", value) for value in ("linear", None)),
+        *(("num_controls", value) for value in (-1, 2.5, True)),
+        *(("num_folds", value) for value in (1, 2.5, None)),
         *(("heatmap", value) for value in (1, None)),
         *(("denotation", value) for value in (1, None)),
-        *(("groups", value) for value in (3, ["film"])),
+        *(("group_fn", value) for value in (2.5, ["film"])),
         *(("max_tags", value) for value in (0, 2.5, None)),
     ],
     "topology": [
         ("mapper", 1),
         ("homology", None),
-        ("subsamples", -1),
-        ("subsamples", 1),
-        ("subsamples", 2.0),
+        ("num_subsamples", -1),
+        ("num_subsamples", 1),
+        ("num_subsamples", 2.0),
         ("lens", "l3"),
-        ("intervals", 0),
-        ("intervals", 2.5),
-        ("overlap", 1.0),
-        ("overlap", -0.1),
-        ("overlap", float("nan")),
+        ("num_intervals", 0),
+        ("num_intervals", 2.5),
+        ("overlap_fraction", 1.0),
+        ("overlap_fraction", -0.1),
+        ("overlap_fraction", float("nan")),
         ("cover", "cubes"),
         ("distance", "manhattan"),
         ("eps", -1.0),
@@ -143,9 +142,9 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         *(("density", value) for value in (0, 1.5, -0.1, float("nan"), "small", True, None)),
         *(("samples_per_class", value) for value in (0, 1.5, "8")),
         ("ablation", "median"),
-        *(("refine_steps", value) for value in (-1, 2.5, True)),
+        *(("num_refinement_steps", value) for value in (-1, 2.5, True)),
         *(("hierarchy", value) for value in ("animals", [0, [1, 0]], [[0.5]], [], 3)),
-        ("concept_fn", "colour"),
+        ("concept_fn", 1.5),
         *(("flow", value) for value in ((1,), (1, 1), (0, "1"), 3)),
         *(("nad_beta", value) for value in (0, float("inf"), "4")),
     ],
@@ -154,7 +153,6 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
 # Measures that depend on the order of the samples, because a random shuffle of the rows enters: not additive.
 SHUFFLED = ("null", "excess", "_z", "_std")
 
-HIDDEN = ("net.2", "net.4")
 
 # Those that do not look at the probe's layers, with the layers they look at in the MLP. What the suite says of values
 # at the probe's layers is said of theirs in their own folders.
@@ -165,6 +163,8 @@ RIDING = {"refinement": ["net.5: _forward_hooks"]}
 AT_THE_END = {"refinement": ["top_samples/net.5"]}
 
 over_activations = pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in OWN_LAYERS])
+with_modes = pytest.mark.parametrize("name", CALLBACKS | MODES)
+over_activations_with_modes = pytest.mark.parametrize("name", [n for n in CALLBACKS | MODES if n not in OWN_LAYERS])
 
 
 def layers_of(name: str) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ def layers_of(name: str) -> tuple[str, ...]:
 @functools.lru_cache
 def keys_of(name: str) -> tuple[str, ...]:
     """Every key that a callback has from the first evaluation on."""
-    callback = CALLBACKS[name]()
+    callback = (CALLBACKS | MODES)[name]()
     fit(mlp(), callback, max_epochs=1)
     return tuple(callback.initial)
 
@@ -203,9 +203,9 @@ def feed_contributions(callback: MetricCallback, metric: Any, net: Any, layer: s
     activations = net[: int(layer[-1]) + 1](x).detach().requires_grad_()
     logits = upper(activations)
     (gradients,) = torch.autograd.grad(logits[torch.arange(len(y)), y].sum(), activations)
-    turns = assign_turns(sample_keys(x, len(x)), y, per_concept=32)
+    numbers = numbers_in_concept(sample_hashes(x, len(x)), y, per_concept=32)
     activations = activations.detach()
-    facts = {"turns": turns, "features": activations, "predictions": logits.argmax(1)}
+    facts = {"numbers": numbers, "features": activations, "predictions": logits.argmax(1)}
     metric.update(activations * gradients, y, **facts)
 
 
@@ -229,7 +229,7 @@ def by_hand(callback: MetricCallback, module: Any) -> dict[str, float]:
     net = module.net.float().eval()
     for layer in HIDDEN:
         metric = feed(callback, net, layer, [(x.float(), y) for x, y in loader(32)])
-        for measure, value in callback.measures(metric.compute(), None).items():
+        for measure, value in callback.layer_measures(metric.compute(), None).items():
             if torch.isfinite(torch.as_tensor(value)):
                 values[f"{callback.name}/{measure}/{layer}"] = float(value)
         metric.reset()
@@ -247,13 +247,6 @@ def assert_logged(callback: MetricCallback, module: Any, tolerance: float = 1e-5
     expected = by_hand(callback, module)
     assert {key.rsplit("/", 1)[1] for key in expected} == set(HIDDEN)
     assert_close({key: callback.scalars[key] for key in expected}, expected, tolerance)
-
-
-def hooks_of(module: torch.nn.Module) -> list[str]:
-    """Every hook on a module or below it."""
-    kinds = [kind for kind in vars(torch.nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]
-    assert "_forward_hooks" in kinds and "_backward_hooks" in kinds
-    return [f"{name}: {kind}" for name, part in module.named_modules() for kind in kinds if getattr(part, kind)]
 
 
 class Act(pl.Callback):

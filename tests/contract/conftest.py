@@ -1,9 +1,9 @@
-"""Every test that takes `make` runs once for every callback."""
+"""Every test that takes `make` runs once for every callback; one that takes `base`, once."""
 
 import pytest
 
 from lightning_neuro import MetricCallback
-from tests.contract.callbacks import CALLBACKS, Make, keys_of
+from tests.contract.callbacks import CALLBACKS, MODES, Make, keys_of
 
 
 @pytest.fixture(params=CALLBACKS)
@@ -15,7 +15,13 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def make(name: str) -> Make:
     """Makes the callback; takes a probe and the options that all callbacks share."""
-    return CALLBACKS[name]
+    return (CALLBACKS | MODES)[name]
+
+
+@pytest.fixture
+def base() -> Make:
+    """Makes the plainest callback: for what the base class decides, whatever the method."""
+    return CALLBACKS["user"]
 
 
 @pytest.fixture

@@ -1,9 +1,5 @@
 """Two processes: additive values equal the single process, both ranks hold the same, and nobody waits forever."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +7,18 @@ import pytest
 import torch
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import HIDDEN, SHUFFLED, Make, assert_close, feed, layers_of, over_activations
+from tests.contract.callbacks import (
+    HIDDEN,
+    SHUFFLED,
+    Make,
+    assert_close,
+    feed,
+    layers_of,
+    over_activations_with_modes,
+    with_modes,
+)
 from tests.contract.two_ranks import SCENARIOS
+from tests.helpers import run_two_ranks
 from tests.models import fit, images, loader, mlp
 
 pytestmark = pytest.mark.slow
@@ -23,27 +29,7 @@ TIMEOUT = 150
 
 
 def launch(directory: Path, scenarios: list[str]) -> Path:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        ranks = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (directory / f"{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", "tests.contract.two_ranks", str(directory), str(rank), *scenarios]
-            settings: dict[str, Any] = {"cwd": ROOT, "env": os.environ | ranks | place}
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **settings))
-    try:
-        for process in processes:
-            process.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
-        pass  # the tests of what is missing say where each rank was
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return directory
+    return run_two_ranks("tests.contract.two_ranks", directory, *scenarios)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +72,12 @@ def from_weights(make: Make, found: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {}
     for layer in HIDDEN:
         metric = feed(callback, module.net, layer, loader(31))
-        for measure, value in callback.measures(metric.compute(), None).items():
+        for measure, value in callback.layer_measures(metric.compute(), None).items():
             values[f"{callback.name}/{measure}/{layer}"] = float(value)
     return values
 
 
+@with_modes
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_ranks_hold_the_same(name: str, scenario: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue("failing" if scenario in FAILING else "sound")
@@ -106,6 +93,7 @@ def test_the_ranks_hold_the_same(name: str, scenario: str, request: pytest.Fixtu
         assert torch.equal(value, second["weights"][key])
 
 
+@with_modes
 def test_monitors_saw_the_same_on_both(name: str, sound: Path) -> None:
     first, second = both(sound, "trained", name)
     assert first["best"] == second["best"]
@@ -115,17 +103,19 @@ def test_monitors_saw_the_same_on_both(name: str, sound: Path) -> None:
         assert first["curves"][key] == second["curves"][key]
 
 
+@with_modes
 def test_the_first_values_are_those_of_one_process(make: Make, name: str, sound: Path) -> None:
     first, _ = both(sound, "trained", name)
     assert_close(additive(first["initial"]), additive(single(make).initial))
 
 
+@with_modes
 def test_the_first_values_of_some_samples_are_those_of_one_process(make: Make, name: str, sound: Path) -> None:
     first, _ = both(sound, "few_samples", name)
     assert_close(additive(first["initial"]), additive(single(make, num_samples=3).initial))
 
 
-@over_activations
+@over_activations_with_modes
 def test_the_last_values_are_those_of_the_weights(make: Make, name: str, sound: Path) -> None:
     first, _ = both(sound, "trained", name)
     expected = additive(from_weights(make, first))
@@ -133,6 +123,7 @@ def test_the_last_values_are_those_of_the_weights(make: Make, name: str, sound: 
     assert_close({key: first["scalars"][key] for key in expected}, expected)
 
 
+@with_modes
 @pytest.mark.parametrize("scenario", FAILING)
 def test_a_failure_on_one_rank_is_told_and_training_goes_on(name: str, scenario: str, failing: Path) -> None:
     first, _ = both(failing, scenario, name)

@@ -9,8 +9,11 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import HIDDEN, Make, hooks_of, layers_of, over_activations
-from tests.models import Module, fit, loader, mlp
+from lightning_neuro.keys import key_of, parse_key
+from lightning_neuro.layer_result import LayerResult
+from tests.contract.callbacks import Make, layers_of, over_activations
+from tests.helpers import hooks_of
+from tests.models import HIDDEN, Module, fit, loader, mlp
 
 Broken = Any
 
@@ -21,14 +24,15 @@ class BoomError(RuntimeError):
 
 def break_update(callback: MetricCallback, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail at the layer of 16 units, `net.2`, and at no other."""
-    update = type(callback).update
+    metric_class: Any = type(callback.metric)
+    update = metric_class.update
 
-    def failing(self: MetricCallback, metric: Any, activations: Tensor, batch: Any) -> None:
+    def failing(self: Any, activations: Tensor, *others: Any, **options: Any) -> None:
         if activations.shape[1] == 16:
             raise BoomError("boom")
-        update(self, metric, activations, batch)
+        update(self, activations, *others, **options)
 
-    monkeypatch.setattr(type(callback), "update", failing)
+    monkeypatch.setattr(metric_class, "update", failing)
 
 
 def break_compute(callback: MetricCallback, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,16 +53,16 @@ def break_compute(callback: MetricCallback, monkeypatch: pytest.MonkeyPatch) -> 
 
 def break_measures(callback: MetricCallback, monkeypatch: pytest.MonkeyPatch) -> None:
     """Return something that is not a number for the layer that is computed first."""
-    measures = type(callback).measures
+    measures = type(callback).layer_measures
     calls: list[Any] = []
 
-    def failing(self: MetricCallback, result: Any, previous: Any) -> dict[str, float]:
+    def failing(self: MetricCallback, result: Any, memory: Any) -> Any:
         calls.append(result)
         if len(calls) % 2:
             raise BoomError("boom")
-        return measures(self, result, previous)
+        return measures(self, result, memory)
 
-    monkeypatch.setattr(type(callback), "measures", failing)
+    monkeypatch.setattr(type(callback), "layer_measures", failing)
 
 
 BREAKS = {"update": break_update, "compute": break_compute, "measures": break_measures}
@@ -81,6 +85,13 @@ def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(value, b[name]), name
 
 
+def test_a_plain_run_warns_of_nothing(make: Make) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(mlp(), make(), train=loader())
+    assert [str(warning.message) for warning in caught if "lightning_neuro" in str(warning.filename)] == []
+
+
 @over_activations
 @pytest.mark.parametrize("where", BREAKS)
 def test_a_failing_layer_warns_once_and_training_goes_on(
@@ -95,11 +106,12 @@ def test_a_failing_layer_warns_once_and_training_goes_on(
     assert "net.2" in messages[0] and "boom" in messages[0] and "BoomError" in messages[0]
     assert callback.name in messages[0]
     # The other layer's values are those it has without the failure, and the mean is its own.
-    expected = {key: value for key, value in sound.scalars.items() if key.endswith("/net.4")}
-    got = {key: value for key, value in callback.scalars.items() if key.rsplit("/", 1)[1] in HIDDEN}
+    expected = {key: value for key, value in sound.scalars.items() if parse_key(key)[1].layer == "net.4"}
+    got = {key: value for key, value in callback.scalars.items() if parse_key(key)[1].layer in HIDDEN}
     assert got == expected != {}
     for key, value in expected.items():
-        assert callback.scalars[key.removesuffix("/net.4")] == value
+        family, entry = parse_key(key)
+        assert callback.scalars[key_of(family, entry._replace(layer=None))] == value
 
 
 @over_activations
@@ -110,7 +122,8 @@ def test_on_error_raise_raises(make: Make, where: str, monkeypatch: pytest.Monke
     with pytest.raises(BoomError, match="boom"):
         fit(module, callback)
     assert hooks_of(module) == []
-    assert callback.probe._samples is None
+    with pytest.raises(RuntimeError, match="during a run"):
+        _ = callback.probe_pass
 
 
 class FailingForward(Module):
@@ -121,7 +134,7 @@ class FailingForward(Module):
         self.after, self.nan = after, nan
 
     def forward(self, x: Tensor) -> Tensor:
-        if hooks_of(self.net[2]) and self.trainer.global_step >= self.after:
+        if not self.training and self.trainer.global_step >= self.after:  # without validation: the probe's pass
             if self.nan:
                 return super().forward(x * torch.tensor(float("nan")))
             raise BoomError("boom")
@@ -131,8 +144,8 @@ class FailingForward(Module):
 @pytest.mark.parametrize("after", [0, 5])
 def test_a_pass_that_fails_warns_once_and_leaves_the_run_alone(make: Make, after: int) -> None:
     callback, module = make(Probe(layers=HIDDEN)), FailingForward(after)
-    weights, messages = train(callback, module)
-    plain, _ = train(None, Module(mlp().net))
+    weights, messages = train(callback, module, val=False)
+    plain, _ = train(None, Module(mlp().net), val=False)
     assert_same_weights(weights, plain)
     assert 1 <= len(messages) <= 2  # the pass, and what is prepared from it
     assert all("boom" in message and callback.name in message for message in messages)
@@ -143,14 +156,14 @@ def test_nan_activations_log_nothing_undefined_and_warn(make: Make, name: str) -
     callback = make(Probe(layers=HIDDEN))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(FailingForward(5, nan=True), callback, train=loader(), max_epochs=3)
+        trainer = fit(FailingForward(5, nan=True), callback, train=loader(), max_epochs=3, val=False)
     assert trainer.global_step == 12
     values = [value for key, value in trainer.callback_metrics.items() if key.startswith(callback.name)]
     assert values
     assert all(torch.isfinite(value) for value in values)
-    if callback.family:  # a user's metric has no notes of its own
+    if isinstance(next(iter(callback.result.values())), LayerResult):  # others have no notes
         notes = [str(warning.message) for warning in caught if "NaN" in str(warning.message)]
-        assert len(notes) == len(callback.result) == len(layers_of(name))
+        assert 1 <= len(notes) <= len(callback.result) == len(layers_of(name))
 
 
 def test_figures_that_fail_warn_once(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -169,19 +182,24 @@ def test_one_failing_callback_leaves_the_other_alone(make: Make, monkeypatch: py
     alone = make(name="sound")
     train(alone)
 
-    class Failing(MetricCallback):
+    class FailingBatch(MetricCallback):
         def observe(self, batch: Any) -> None:
             raise BoomError("boom")
 
-    class Own(MetricCallback):
+    class FailingLayer(MetricCallback):
         def update(self, metric: Any, activations: Tensor, batch: Any) -> None:
             raise BoomError("boom")
 
-    sound, failing = make(name="sound"), Own(make().metric, name="failing")
-    with warnings.catch_warnings(record=True):
-        fit(mlp(), failing, sound, train=loader(), max_epochs=3)
+    sound = make(name="sound")
+    failing = [kind(make().metric, name=kind.__name__) for kind in (FailingBatch, FailingLayer)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(mlp(), *failing, sound, train=loader(), max_epochs=3)
     assert sound.scalars == alone.scalars
-    assert failing.scalars == {}
+    messages = [str(warning.message) for warning in caught if "boom" in str(warning.message)]
+    assert sum(message.startswith("FailingBatch: ") for message in messages) == 1
+    assert sum(message.startswith("FailingLayer: ") for message in messages) == len(HIDDEN)
+    assert [callback.scalars for callback in failing] == [{}, {}]
 
 
 @over_activations
@@ -191,6 +209,6 @@ def test_a_layer_that_never_runs_is_named(make: Make) -> None:
             super().__init__(mlp().net)
             self.spare = nn.ReLU()
 
-    with pytest.warns(UserWarning, match="cannot fully see layer 'spare': its hook did not fire"):
+    with pytest.warns(UserWarning, match="'spare' is not .*recorded: its hook did not fire"):
         fit(Unused(), callback := make(Probe(layers=["net.2", "spare"])))
     assert set(callback.result) == {"net.2"}

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import RIDING, Act, Make, hooks_of
+from tests.contract.callbacks import RIDING, Act, Make
+from tests.helpers import hooks_of
 from tests.models import NETWORKS as MODELS
 from tests.models import MemoryLogger, Module, fit, images, loader, mlp
 
@@ -164,7 +165,7 @@ def test_nothing_is_evaluated_during_the_sanity_check(make: Make, name: str) -> 
 
     class Look(pl.Callback):
         def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            seen.append((dict(callback.scalars), callback._last_step, hooks_of(pl_module)))
+            seen.append((dict(callback.scalars), callback.last_step, hooks_of(pl_module)))
 
     fit(mlp(), callback, Look())
     assert seen == [({}, -1, RIDING.get(name, []))]
@@ -182,10 +183,10 @@ def interruptible() -> Iterator[None]:
 
 
 def assert_nothing_left(callback: MetricCallback, module: pl.LightningModule) -> None:
-    probe = callback.probe
     assert hooks_of(module) == []
-    assert (probe._observers, probe._modules, probe._samples) == ([], {}, None)
-    for metric in callback._metrics.values():
+    with pytest.raises(RuntimeError, match="during a run"):
+        _ = callback.probe_pass
+    for metric in callback.layer_metrics.values():
         for name, default in metric._defaults.items():
             value = getattr(metric, name)
             assert value == [] if isinstance(default, list) else same(value, default), name
@@ -214,7 +215,7 @@ def test_an_interrupt_leaves_no_hook_and_no_buffer(make: Make, where: str, error
     module = Breaking(where, error)
     with pytest.raises((error, SystemExit)):
         fit(module, callback, val=True)
-    assert callback._last_step >= 5
+    assert callback.last_step >= 5
     assert_nothing_left(callback, module)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert all(part.training for part in module.modules())
@@ -289,7 +290,7 @@ def test_stochastic_weight_averaging_beside_it(make: Make, first: bool) -> None:
     callback = make()
     both = [callback, swa()] if first else [swa(), callback]
     assert same(weights(both), weights([swa()]))
-    assert callback._last_epoch >= 3
+    assert callback.last_epoch >= 3
 
 
 def test_copies_of_the_callback_are_independent(make: Make) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_neuro import ActivationEntropy, NeuronCommunities, Probe
-from tests.contract.callbacks import CALLBACKS, Make, mean_keys, over_activations
+from lightning_neuro import NeuronCommunities, Probe
+from lightning_neuro.checks import ArgumentError
+from tests.contract.callbacks import CALLBACKS, Make, keys_of, mean_keys, over_activations
 from tests.models import MemoryLogger, Module, fit, loader, mlp
 
 # Trainer's options, the probe's options, and after which steps of 4 epochs x 4 batches an evaluation is due.
@@ -48,7 +48,7 @@ class Record(pl.Callback):
         self.note(trainer)
 
     def note(self, trainer: pl.Trainer) -> None:
-        step = self.observed._last_step
+        step = self.observed.last_step
         if step == trainer.global_step and step not in self.steps:
             self.steps.append(step)
 
@@ -65,10 +65,26 @@ def checks() -> list[Any]:
 
 @pytest.mark.parametrize(("schedule", "at_epoch_end"), checks())
 def test_monitors_listed_before_see_every_key_and_the_newest_value(
-    make: Make, keys: tuple[str, ...], name: str, schedule: str, at_epoch_end: bool, tmp_path: Path
+    schedule: str, at_epoch_end: bool, tmp_path: Path
 ) -> None:
-    options, probe, due = SCHEDULES[schedule]
-    callback = make(Probe(**probe))
+    # When a callback evaluates is decided by the base class.
+    check_monitors("user", *SCHEDULES[schedule], at_epoch_end, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLBACKS if name != "user"])
+def test_monitors_of_every_callback(name: str, tmp_path: Path) -> None:
+    check_monitors(name, *SCHEDULES["validation"], False, tmp_path)
+
+
+def check_monitors(
+    name: str,
+    options: dict[str, Any],
+    probe: dict[str, Any],
+    due: list[int],
+    at_epoch_end: bool,
+    tmp_path: Path,
+) -> None:
+    callback, keys = CALLBACKS[name](Probe(**probe)), keys_of(name)
     record = Record(callback)
     stops = [EarlyStopping(key, mode="max", patience=100, check_on_train_epoch_end=at_epoch_end) for key in keys]
     saves = [
@@ -87,20 +103,20 @@ def test_monitors_listed_before_see_every_key_and_the_newest_value(
         assert Path(save.best_model_path).is_file()
 
 
-def test_early_stopping_stops(make: Make, keys: tuple[str, ...]) -> None:
-    stop = EarlyStopping(keys[0], mode="max", stopping_threshold=-1e9)
-    trainer = fit(mlp(), stop, make(), max_epochs=5)
+def test_early_stopping_stops(base: Make) -> None:
+    stop = EarlyStopping(keys_of("user")[0], mode="max", stopping_threshold=-1e9)
+    trainer = fit(mlp(), stop, base(), max_epochs=5)
     assert (trainer.current_epoch, stop.stopped_epoch) == (1, 0)
     assert trainer.global_step == 4
 
 
-def test_a_never_improving_value_exhausts_the_patience(make: Make, keys: tuple[str, ...]) -> None:
+def test_a_never_improving_value_exhausts_the_patience(base: Make) -> None:
     class Frozen(Module):
         def configure_optimizers(self) -> Any:
             return None
 
-    stop = EarlyStopping(keys[0], mode="max", patience=2)
-    trainer = fit(Frozen(mlp().net), stop, make(), max_epochs=9)
+    stop = EarlyStopping(keys_of("user")[0], mode="max", patience=2)
+    trainer = fit(Frozen(mlp().net), stop, base(), max_epochs=9)
     assert trainer.current_epoch == 3
 
 
@@ -132,12 +148,11 @@ def test_two_instances_live_together_and_agree(make: Make) -> None:
     assert first.state_key != second.state_key
 
 
-def test_two_instances_of_one_name_are_refused(make: Make) -> None:
+def test_two_instances_of_one_name_are_refused(base: Make) -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        fit(mlp(), make(), make())
-    other = ActivationEntropy if type(make()) is not ActivationEntropy else NeuronCommunities
-    with pytest.raises(MisconfigurationException, match=r"under the name 'twice'.*name="):
-        fit(mlp(), make(name="twice"), other(name="twice"))
+        fit(mlp(), base(), base())
+    with pytest.raises(ArgumentError, match=r"`name` must differ.*'twice'"):
+        fit(mlp(), base(name="twice"), NeuronCommunities(name="twice"))
 
 
 @over_activations
@@ -157,11 +172,11 @@ def test_all_callbacks_share_one_pass() -> None:
         passes = 0
 
         def forward(self, x: Any) -> Any:
-            self.passes += not self.training
+            Counting.passes += not self.training
             return super().forward(x)
 
     def passes(callbacks: list[Any]) -> int:
-        module = Counting(mlp().net)
+        module, Counting.passes = Counting(mlp().net), 0
         fit(module, *callbacks, num_sanity_val_steps=0, train=loader())
         return module.passes
 

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_neuro import ActivationEntropy, MetricCallback, Probe
-from tests.contract.callbacks import Act, Make
+from tests.contract.callbacks import Act, Make, with_modes
 from tests.models import MemoryLogger, fit, loader, mlp
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -42,6 +42,7 @@ def own(logger: MemoryLogger, callback: MetricCallback) -> dict[str, list[Any]]:
     return {key: curve for key, curve in logger.curves.items() if key.startswith(f"{callback.name}/")}
 
 
+@with_modes
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_resumed_curves_are_the_uninterrupted_ones(make: Make, schedule: str, tmp_path: Path) -> None:
     probe, val = SCHEDULES[schedule], schedule != "no validation"

@@ -14,15 +14,16 @@ from tests.contract.callbacks import (
     Make,
     assert_close,
     assert_logged,
-    hooks_of,
     listed_probe,
     over_activations,
+    over_activations_with_modes,
 )
+from tests.helpers import hooks_of
 from tests.models import MemoryLogger, Module, fit, loader, mlp
 
 
 class Manual(Module):
-    """Manual optimisation with two optimisers, one for each half."""
+    """Manual optimization with two optimizers, one for each half."""
 
     def __init__(self) -> None:
         super().__init__(mlp().net)
@@ -57,7 +58,7 @@ def not_deterministic_afterwards() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@over_activations
+@over_activations_with_modes
 @pytest.mark.parametrize("mode", MODES)
 def test_values_are_those_of_the_weights(make: Make, mode: str) -> None:
     new, options, tolerance = MODES[mode]
@@ -89,7 +90,7 @@ def test_every_n_steps_counts_optimiser_steps(make: Make, options: dict[str, Any
         assert [step for step, _ in logger.curves[key]] == steps
 
 
-def test_manual_optimisation_counts_the_steps_of_both_optimisers(make: Make) -> None:
+def test_manual_optimisation_counts_the_steps_of_both_optimizers(make: Make) -> None:
     logger = MemoryLogger()
     callback = make(listed_probe(every_n_steps=4))
     trainer = fit(Manual(), callback, logger=logger)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import CALLBACKS, HIDDEN, Make, hooks_of
-from tests.models import MemoryLogger, Module, images, loader, mlp
+from tests.contract.callbacks import CALLBACKS, MODES, Make
+from tests.helpers import hooks_of
+from tests.models import HIDDEN, MemoryLogger, Module, images, loader, mlp
 
 Fact = dict[str, Any]
 
@@ -28,7 +29,7 @@ class FailsOnRankOne(Module):
     """Fails in the probe's pass, on one rank only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.trainer.global_rank == 1 and hooks_of(self.net[2]):
+        if self.trainer.global_rank == 1 and not self.training:  # without validation: the probe's pass
             raise RuntimeError("boom")
         return super().forward(x)
 
@@ -63,7 +64,7 @@ def trained(make: Make, directory: Path) -> Fact:
     """Monitors listed before ours, an uneven sample set (31), a logger on rank 0."""
     module, callback, logger = mlp(), make(), MemoryLogger()
     measures = {"communities": "modularity", "entropy": "dead_share", "observers": "balanced_accuracy"}
-    measures |= {"refinement": "norm", "topology": "h0_total", "paths": "auroc"}
+    measures |= {"refinement": "norm", "topology": "h0_total", "paths": "auroc", "dimension": "dimension"}
     monitor = f"{callback.name}/{measures.get(callback.name, 'value')}"
     monitors = [
         EarlyStopping(monitor, mode="max", patience=100),
@@ -129,13 +130,13 @@ def failing_samples(make: Make, directory: Path) -> Fact:
 
 
 def failing_pass(make: Make, directory: Path) -> Fact:
-    return told(FailsOnRankOne(mlp().net), make(Probe(layers=HIDDEN)))
+    return told(FailsOnRankOne(mlp().net), make(Probe(layers=HIDDEN)), val=False)
 
 
-def told(module: Module, callback: MetricCallback) -> Fact:
+def told(module: Module, callback: MetricCallback, **options: Any) -> Fact:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(module, callback)
+        trainer = fit(module, callback, **options)
     messages = [str(warning.message) for warning in caught if "failed" in str(warning.message)]
     return facts(callback, module, trainer) | {"warnings": messages}
 
@@ -155,7 +156,7 @@ SCENARIOS: dict[str, Callable[[Make, Path], Fact]] = {
 def main(directory: Path, rank: int, scenarios: list[str]) -> None:
     torch.set_num_threads(1)
     for scenario in scenarios:
-        for name, make in CALLBACKS.items():
+        for name, make in (CALLBACKS | MODES).items():
             (directory / f"{rank}.now").write_text(f"{scenario}, {name}")
             found = SCENARIOS[scenario](make, directory / f"{scenario}-{name}")
             torch.save(found, directory / f"{scenario}-{name}-{rank}.pt")

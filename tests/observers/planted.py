@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def planted(samples: int = 400, units: int = 12, attributes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+def halfspaces(samples: int = 400, units: int = 12, attributes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Noise, and attributes that are halfspaces of it: (N, units) and (N, attributes)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, units, generator=generator, dtype=torch.float64)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from tests.contract.callbacks import hooks_of as hooks_of
 from tests.models import images
 
 
@@ -25,7 +24,7 @@ def disjoint(classes: int = 4, width: int = 3) -> nn.Module:
     return net
 
 
-def planted(classes: int = 4, width: int = 3) -> Tensor:
+def disjoint_paths(classes: int = 4, width: int = 3) -> Tensor:
     """The paths of `disjoint` in each of its layers."""
     return torch.arange(classes)[:, None] == (torch.arange(classes * width) // width)[None]
 

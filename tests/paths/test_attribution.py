@@ -3,13 +3,25 @@
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_neuro.paths import attribution_scores, path_layers
-from lightning_neuro.paths.measures import rank_correlation
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.layers import resolve_layers
+from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_paths, refine_paths
+from lightning_neuro.stats import spearman
+from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, hooks_of, one_hot, planted, residual_net, trained
+from tests.paths.networks import (
+    Residual,
+    Words,
+    convnet,
+    data,
+    disjoint,
+    disjoint_paths,
+    one_hot,
+    residual_net,
+    trained,
+)
 
 
 def logit_fall(net: nn.Module, x: Tensor, y: Tensor, module: nn.Module, fill: Tensor | None = None) -> Tensor:
@@ -40,7 +52,7 @@ def class_mean(values: Tensor, y: Tensor, classes: int) -> Tensor:
 @pytest.mark.parametrize("layer", ["0", "2", "5", "8"])
 def test_scores_are_captums_gradient_times_activation(layer: str) -> None:
     net, (x, y) = convnet().eval(), data()
-    reference = LayerGradientXActivation(net, path_layers(net, layer)[layer]).attribute(x, target=y)
+    reference = LayerGradientXActivation(net, resolve_layers(net, layer)[layer]).attribute(x, target=y)
     reference = reference.flatten(2).sum(2) if reference.ndim > 2 else reference
     scores = attribution_scores(net, x, y, layer)
     assert list(scores) == [layer]
@@ -66,8 +78,8 @@ def test_scores_rank_units_as_exact_ablation_does(ablation: str) -> None:
         output = net[: int(name) + 1](x).detach()
         mean = output.transpose(0, 1).flatten(1).mean(1) if ablation == "mean" else None
         exact = class_mean(logit_fall(net, x, y, net[int(name)], mean), y, 4)
-        each = [rank_correlation(values[label], exact[label]) for label in range(4)]
-        assert sum(each) / 4 > 0.85, (name, each)
+        each = spearman(values[:4], exact)
+        assert each.mean() > 0.85, (name, each)
 
 
 def test_planted_paths_are_found_exactly() -> None:
@@ -75,10 +87,10 @@ def test_planted_paths_are_found_exactly() -> None:
     scores = attribution_scores(disjoint(), x, y)
     assert list(scores) == ["1", "3"]
     for values in scores.values():
-        assert torch.equal(values > 0, planted())
+        assert torch.equal(values > 0, disjoint_paths())
         # Each of three units feeds each of three, with weight 1: in the first layer a third of the logit each.
         expected = class_mean(x.max(1, keepdim=True).values, y, 4) * 3
-        torch.testing.assert_close(values[planted()].reshape(4, 3), expected.expand(4, 3), rtol=1e-6, atol=0)
+        torch.testing.assert_close(values[disjoint_paths()].reshape(4, 3), expected.expand(4, 3), rtol=1e-6, atol=0)
 
 
 def test_in_place_activations_change_nothing() -> None:
@@ -150,10 +162,28 @@ def test_frozen_weights_and_no_grad_and_inference_mode_make_no_difference() -> N
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_residual_blocks_are_the_default_and_a_shared_relu_is_two_sites() -> None:
+def test_the_default_layers_are_those_of_all_callbacks() -> None:
+    class Counts(nn.Module):
+        """Adds in its `forward`, and is no residual block."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.conv, self.relu = 0, nn.Conv2d(1, 3, 3), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return self.relu(self.conv(x))
+
+    x, y = data()
+    counts = nn.Sequential(Counts(), nn.Flatten(), nn.Linear(108, 5))
+    for net in (convnet(), residual_net(), counts):
+        scores = attribution_scores(net, x, y)
+        assert list(dict.fromkeys(name.split(".call")[0] for name in scores)) == list(resolve_layers(net))
+
+
+def test_residual_blocks_are_named_by_a_glob_and_a_shared_relu_is_two_sites() -> None:
     net, (x, y) = residual_net(), data()
-    assert list(path_layers(net)) == ["1", "2"]
-    assert list(attribution_scores(net, x, y)) == ["1", "2"]
+    assert list(attribution_scores(net, x, y, ["1", "2"])) == ["1", "2"]
     twice = attribution_scores(net, x, y, "1.relu")
     assert list(twice) == ["1.relu.call1", "1.relu.call2"]
     torch.testing.assert_close(twice["1.relu.call2"], attribution_scores(net, x, y, "1")["1"])
@@ -161,14 +191,69 @@ def test_residual_blocks_are_the_default_and_a_shared_relu_is_two_sites() -> Non
     torch.testing.assert_close(twice["1.relu.call2"], class_mean(reference, y, 5), rtol=1e-4, atol=1e-6)
 
 
-def test_plain_networks_have_no_residual_blocks() -> None:
-    assert list(path_layers(convnet())) == ["2", "5", "8"]
-    assert list(path_layers(transformer())) == [f"net.encoder.layers.{n}.linear{k}" for n in (0, 1) for k in (1, 2)]
+def test_the_glob_of_the_docs_names_the_blocks_of_a_resnet_and_nothing_inside_of_them() -> None:
+    class ResNet(nn.Module):
+        """Named like torchvision's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv1, self.fc = nn.Conv2d(1, 6, 3), nn.Linear(6, 5)
+            self.layer1, self.layer2 = nn.Sequential(Residual(), Residual()), nn.Sequential(Residual())
+            self.layer2[0].downsample = nn.Sequential(nn.Conv2d(6, 6, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)))
+
+    scores = attribution_scores(ResNet(), *data(), "layer?.?")
+    assert {name: values.shape for name, values in scores.items()} == dict.fromkeys(
+        ("layer1.0", "layer1.1", "layer2.0"), (5, 6)
+    )
 
 
-def test_eight_of_many_blocks_are_spread_over_the_depth() -> None:
-    blocks = [residual_net()[1] for _ in range(15)]
-    assert list(path_layers(nn.Sequential(*blocks))) == ["0", "2", "4", "6", "8", "10", "12", "14"]
+def test_sites_are_found_again_by_their_names() -> None:
+    net, (x, y) = residual_net().eval(), data()
+    scores = attribution_scores(net, x, y, "1.relu")
+    paths = concept_paths(scores)
+    assert list(refine_paths(net, x, y, scores, num_steps=1)) == list(scores)
+    by_name, by_layer = evaluate_paths(net, x, y, paths), evaluate_paths(net, x, y, paths, layers="1.relu")
+    assert torch.equal(by_name.drops, by_layer.drops)
+
+
+def test_a_layer_that_is_called_like_a_call_is_that_layer() -> None:
+    class Named(nn.Module):
+        """Has the layers `body` and `body.call2`, which are called once each."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential()
+            self.body.add_module("call1", nn.Linear(64, 6))
+            self.body.add_module("call2", nn.ReLU())
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x.flatten(1)))
+
+    net, (x, y) = Named().eval(), data()
+    scores = attribution_scores(net, x, y, ["body.call1", "body.call2"])
+    assert list(scores) == ["body.call1", "body.call2"]
+    mask = torch.arange(6).expand(5, 6) < 4
+    found = evaluate_paths(net, x, y, {"body.call2": mask})
+    kept = net.head(net.body(x.flatten(1)) * mask[0]).argmax(1)
+    for label in range(5):
+        assert found.tpr[label] == pytest.approx(float((kept[y == label] == label).float().mean()))
+
+
+def test_numpy_labels_are_accepted_and_wrong_ones_are_named() -> None:
+    net, (x, y) = convnet().eval(), data()
+    expected = attribution_scores(net, x, y, "8")["8"]
+    assert torch.equal(attribution_scores(net, x, y.numpy(), "8")["8"], expected)
+    for targets in (None, y.bool(), y[:, None], 3):
+        with pytest.raises(ArgumentError, match="`targets`"):
+            attribution_scores(net, x, targets)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="`concepts`"):
+        attribution_scores(net, x, y, concepts=y[:-1])
 
 
 def test_units_of_tokens_lie_on_the_last_dimension() -> None:
@@ -261,22 +346,22 @@ class Unused(nn.Module):
             r"\(N, classes\).*\(40, 1\)",
         ),
         (nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU()), None, {}, r"logits of shape \(N, classes\).*\(40, 3, 6, 6\)"),
-        (convnet(), torch.arange(40), {}, "0 to 4, but reach from 0 to 39"),
-        (convnet(), torch.arange(40) % 5 - 1, {}, "reach from -1 to 3"),
-        (convnet(), torch.rand(40), {}, r"whole numbers, got torch.float32"),
-        (convnet(), None, {"ablation": "median"}, "ablation must be 'zero' or 'mean', got 'median'"),
+        (convnet(), torch.arange(40), {}, "0 to 4; got labels from 0 to 39"),
+        (convnet(), torch.arange(40) % 5 - 1, {}, "labels from -1 to 3"),
+        (convnet(), torch.rand(40), {}, "`targets` must be integers.*float32"),
+        (convnet(), None, {"ablation": "median"}, "`ablation`.*'median'"),
         (Unused(), None, {"layers": ["spare", "net.8"]}, "layer 'spare': the forward pass does not call it"),
     ],
 )
 def test_what_cannot_be_used_is_explained(net: nn.Module, targets: Tensor | None, options: dict, message: str) -> None:
     x, y = data()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         attribution_scores(net, x, y if targets is None else targets, **options)
     assert hooks_of(net) == []
 
 
 def test_an_unknown_layer_names_the_nearest() -> None:
-    with pytest.raises(MisconfigurationException, match="matches no module"):
+    with pytest.raises(ArgumentError, match="matches no module"):
         attribution_scores(convnet(), *data(), layers="fc")
 
 

@@ -1,5 +1,6 @@
 """The callback beyond the contract suite: its options against the functions, and what it says of bad input."""
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -7,24 +8,38 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ActivationEntropy, ConceptPaths, Probe
-from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, minimal_paths
-from lightning_neuro.paths.halves import assign_turns, sample_keys
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.identity import sample_hashes
+from lightning_neuro.paths import (
+    NadPaths,
+    PathOptions,
+    attribution_scores,
+    concept_paths,
+    evaluate_paths,
+    minimal_paths,
+    path_search,
+    probe_samples,
+    stability,
+)
+from lightning_neuro.paths import callback as callback_file
+from lightning_neuro.paths.gate_learning import initial_gates
+from lightning_neuro.paths.half_split import numbers_in_concept
+from tests.helpers import hooks_of
 from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp
-from tests.paths.networks import Residual, hooks_of, residual_net
+from tests.paths.networks import Residual, residual_net
 
 X, Y = images(32).tensors
 
 
 def halves(per_class: int = 32) -> list[tuple[Tensor, Tensor]]:
-    turns = assign_turns(sample_keys(X, 32), Y, per_class)
-    return [(X[rows], Y[rows]) for half in (0, 1) for rows in [(turns >= 0) & (turns % 2 == half)]]
+    numbers = numbers_in_concept(sample_hashes(X, 32), Y, per_class)
+    return [(X[rows], Y[rows]) for half in (0, 1) for rows in [(numbers >= 0) & (numbers % 2 == half)]]
 
 
 def watch(callback: ConceptPaths, module: Any = None) -> Any:
@@ -36,7 +51,10 @@ def watch(callback: ConceptPaths, module: Any = None) -> Any:
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
 @pytest.mark.parametrize("network", [mlp, convnet])
-def test_paths_and_rates_are_those_of_the_functions(network: Any, ablation: str) -> None:
+def test_paths_and_rates_are_those_of_the_functions(
+    network: Any, ablation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_search, "NUM_OTHERS", 3)  # all there are, as the function does
     callback = ConceptPaths(ablation=ablation, density=0.4, on_error="raise")
     net = watch(callback, network()).net
     first, second = halves()
@@ -53,8 +71,9 @@ def test_paths_and_rates_are_those_of_the_functions(network: Any, ablation: str)
         for measure in ("tpr", "clean"):
             assert torch.equal(getattr(evaluation, measure), getattr(found, measure))
         assert torch.equal(evaluation.drops.diagonal(), found.drops.diagonal())
-        # Others see two paths each: fewer rows, the same network.
-        assert callback.scalars["paths/false_positive_rate"] == pytest.approx(float(found.fpr.mean()), abs=0.2)
+        for measure in ("fpr", "auroc", "necessity"):
+            torch.testing.assert_close(getattr(evaluation, measure), getattr(found, measure))
+        assert callback.scalars["paths/false_positive_rate"] == pytest.approx(float(found.fpr.mean()))
     else:
         used = [torch.cat(parts) for parts in zip(first, second, strict=True)]
         for name, scores in attribution_scores(net, *used, ablation="mean").items():
@@ -71,7 +90,7 @@ def test_so_many_samples_of_a_class_are_used() -> None:
 
 
 def test_the_smallest_paths_are_those_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_neuro.paths.callback.OTHERS", 3)  # all there are, in whatever order
+    monkeypatch.setattr(path_search, "NUM_OTHERS", 3)  # all there are, in whatever order
     callback = ConceptPaths(density="minimal", on_error="raise")
     net = watch(callback).net
     (first, _), result = halves(), callback.result
@@ -82,29 +101,44 @@ def test_the_smallest_paths_are_those_of_the_function(monkeypatch: pytest.Monkey
 
 
 def test_mode_nad_is_that_of_the_class() -> None:
-    callback = ConceptPaths(mode="nad", nad_beta=1.0, on_error="raise")
+    # In the order of the samples, on which the batches of mode "nad" depend.
+    callback = ConceptPaths(Probe(source=[(X, Y)]), mode="nad", nad_beta=1.0, on_error="raise")
     net = watch(callback).net
     for half, (x, y) in enumerate(halves()):
-        # In the order in which the probe shows them, which is that of the batches of 16 too.
-        expected = NadPaths(net, beta=1.0, seed=half).fit(x, y).paths
-        for name, paths in expected.items():
-            assert (callback.result[f"net.{name}"].paths[half] == paths).double().mean() > 0.9
-    assert {"paths/size", "paths/self_overlap", "paths/auroc", "paths/stability"} <= callback.scalars.keys()
+        expected = NadPaths(net, beta=1.0, seed=half).fit(x, y)
+        for name, paths in expected.paths.items():
+            result = callback.result[f"net.{name}"]
+            assert torch.equal(result.paths[half], paths)
+            torch.testing.assert_close(result.gates[half].float(), expected.gates[name], rtol=1e-4, atol=1e-4)
+    assert {"paths/path_share", "paths/self_overlap", "paths/auroc", "paths/stability"} <= callback.scalars.keys()
 
 
-def test_refinement_goes_on_from_the_evaluation_before() -> None:
-    logs = {}
-    for steps in (0, 5):
-        logs[steps] = ConceptPaths(refine_steps=steps, on_error="raise")
-        watch(logs[steps])
-    result = logs[5].result["net.2"]
+def test_refinement_starts_from_the_gates_of_the_previous_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    refine = path_search.refine
+
+    def spy(gated: Any, samples: Any, gates: Any, *args: Any, **options: Any) -> Any:
+        assert options["num_steps"] == 5
+        found = refine(gated, samples, gates, *args, **options)
+        seen.append((gates, found))
+        return found
+
+    monkeypatch.setattr(path_search, "refine", spy)
+    plain, refined = ConceptPaths(on_error="raise"), ConceptPaths(num_refinement_steps=5, on_error="raise")
+    watch(plain)
+    watch(refined)
+    assert len(seen) == 2 * 4  # both halves, before training and after three epochs
+    for half in (0, 1):
+        for (_, before), (start, _) in itertools.pairwise(seen[half::2]):
+            for layer, gates in before.items():
+                torch.testing.assert_close(start[layer].float(), gates)
+        first = initial_gates({"": plain.result["net.2"].scores[half]}, 0.3)[""]
+        assert not torch.equal(seen[half + 6][0]["net.2"], first)
+    result = refined.result["net.2"]
     assert torch.equal(result.paths, result.gates > 0)
-    torch.testing.assert_close(result.scores, logs[0].result["net.2"].scores)
-    assert not torch.equal(result.paths, logs[0].result["net.2"].paths)
-    # Five steps of length .1 from where the evaluation before ended.
-    before = logs[5]._previous["net.2"]["gates"]
-    assert torch.equal(before, result.gates)
-    assert torch.isfinite(result.gates).all()
+    torch.testing.assert_close(result.gates[1].float(), seen[-1][1]["net.2"])
+    torch.testing.assert_close(result.scores, plain.result["net.2"].scores)
+    assert not torch.equal(result.paths, plain.result["net.2"].paths)
 
 
 def test_refined_curves_outlive_a_resume(tmp_path: Path) -> None:
@@ -113,10 +147,10 @@ def test_refined_curves_outlive_a_resume(tmp_path: Path) -> None:
         fit(mlp(), callback, *others, train=loader(), **options)
         return callback
 
-    whole = train(ConceptPaths(refine_steps=3, on_error="raise"), max_epochs=4)
+    whole = train(ConceptPaths(num_refinement_steps=3, on_error="raise"), max_epochs=4)
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    train(ConceptPaths(refine_steps=3), save, max_epochs=2)
-    resumed = train(ConceptPaths(refine_steps=3), max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    train(ConceptPaths(num_refinement_steps=3), save, max_epochs=2)
+    resumed = train(ConceptPaths(num_refinement_steps=3), max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
     assert resumed.scalars == whole.scalars
     assert resumed.history == whole.history
     assert len(whole.history) == 4
@@ -128,14 +162,17 @@ def test_early_stopping_on_the_margin() -> None:
     assert trainer.current_epoch < 30 and float(stop.best_score) > 0.8
 
 
-def test_residual_networks_are_seen_at_their_blocks_and_a_users_layers_at_those() -> None:
-    callback = ConceptPaths(on_error="raise")
-    fit(Module(residual_net()), callback, max_epochs=1)
-    assert list(callback.result) == ["net.1", "net.2"]
-    assert callback.result["net.1"].num_units == 6
+def test_residual_blocks_are_named_and_the_default_layers_are_those_of_all_callbacks() -> None:
+    blocks = ConceptPaths(Probe(layers=["net.1", "net.2"]), on_error="raise")
+    fit(Module(residual_net()), blocks, max_epochs=1)
+    assert list(blocks.result) == ["net.1", "net.2"]
+    assert blocks.result["net.1"].num_units == 6
     own = ConceptPaths(Probe(layers="conv2"), on_error="raise")
     fit(Module(residual_net()), own, max_epochs=1)
     assert list(own.result) == ["net.1.conv2", "net.2.conv2"]
+    default, entropy = ConceptPaths(on_error="raise"), ActivationEntropy(on_error="raise")
+    fit(Module(residual_net()), default, entropy, max_epochs=1)
+    assert list(default.result) == list(entropy.result)
     assert isinstance(residual_net()[1], Residual)
 
 
@@ -153,7 +190,7 @@ def test_concepts_of_the_users_own() -> None:
     fit(Threes(mlp().net), callback, train=DataLoader(data, batch_size=16), val=False)
     assert callback.result["net.2"].counts.tolist() == [[8.0, 8.0], [8.0, 8.0]]
     # Any class is an answer for a concept that all classes have, on whatever sample: no rate can tell anything.
-    rates = {f"paths/{rate}" for rate in ("retention", "false_positive_rate", "selectivity", "auroc")}
+    rates = {f"paths/{rate}" for rate in ("retention", "false_positive_rate", "informedness", "auroc")}
     assert not rates & callback.scalars.keys() and "paths/necessity" in callback.scalars
     assert not any("confusion" in key for key in callback.scalars)
     by_class = ConceptPaths(Probe(source=data), on_error="raise")
@@ -166,8 +203,8 @@ def test_concepts_of_the_users_own() -> None:
 
 def test_wrong_concepts_are_explained_before_the_first_step() -> None:
     module = mlp()
-    with pytest.raises(MisconfigurationException, match=r"`concept_fn` must return whole numbers of shape \(\d+,\)"):
-        fit(module, ConceptPaths(concept_fn=lambda batch: batch[0]))
+    with pytest.raises(ArgumentError, match=r"`concept_fn` must be integers of shape \(16,\)"):
+        fit(module, ConceptPaths(concept_fn=0))
     assert hooks_of(module) == []
 
 
@@ -184,7 +221,7 @@ class Features(Module):
 
 def test_a_model_without_logits_is_explained_before_the_first_step_and_forward_fn_helps() -> None:
     module = Features(mlp().net)
-    with pytest.raises(MisconfigurationException, match=r"logits of shape \(N, classes\).*\(\d+, 16, 1\).*forward_fn"):
+    with pytest.raises(ArgumentError, match=r"logits of shape \(N, classes\).*\(\d+, 16, 1\).*forward_fn"):
         fit(module, ConceptPaths())
     assert hooks_of(module) == [] and module.global_step == 0
     callback = ConceptPaths(Probe(forward_fn=lambda module, x: module.net(x)))
@@ -194,12 +231,12 @@ def test_a_model_without_logits_is_explained_before_the_first_step_and_forward_f
 
 def test_labels_beyond_the_logits_are_explained() -> None:
     data = DataLoader(TensorDataset(X, Y + 1), batch_size=16)
-    with pytest.raises(MisconfigurationException, match="0 to 3, but reach from 1 to 4"):
+    with pytest.raises(ArgumentError, match=r"0 to 3.*from 1 to 4"):
         fit(mlp(), ConceptPaths(), train=data, val=False)
 
 
 def test_missing_labels_are_explained() -> None:
-    with pytest.raises(MisconfigurationException, match=r"ConceptPaths needs a class label.*target_fn"):
+    with pytest.raises(ArgumentError, match=r"ConceptPaths needs a class label.*target_fn"):
         fit(mlp(), ConceptPaths(Probe(source=[(X, torch.rand(32))])))
 
 
@@ -209,8 +246,8 @@ def test_a_class_without_samples_is_named_and_negative_labels_are_none() -> None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(mlp(), callback)
-    told = [str(warning.message) for warning in caught if "have no path" in str(warning.message)]
-    assert len(told) == 2 and all("1 of 4 concepts" in message and ": 2." in message for message in told)
+    told = [str(warning.message) for warning in caught if "no path" in str(warning.message)]
+    assert len(told) == 1 and "1 of 4 concepts" in told[0] and ": 2." in told[0]
     result = callback.result["net.2"]
     assert result.counts.sum(0).tolist() == [8, 8, 0, 8] and result.defined.tolist() == [True, True, False, True]
     assert callback.evaluation.tpr.isnan().tolist() == [False, False, True, False]
@@ -220,17 +257,17 @@ def test_a_class_without_samples_is_named_and_negative_labels_are_none() -> None
 def test_nothing_is_kept_after_training_but_results() -> None:
     callback = ConceptPaths()
     fit(mlp(), callback)
-    assert callback._choice is None and callback._shown is None
+    held = (probe_samples.ProbeSamples, probe_samples.SampleChoice)
+    assert not any(isinstance(value, held) for value in vars(callback).values())
     assert callback.to_networkx().number_of_nodes() == sum(int(r.masks.any(0).sum()) for r in callback.result.values())
 
 
+def broken(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("boom")
+
+
 def test_a_masked_pass_that_fails_warns_once_and_leaves_the_layers_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_neuro.paths import shown
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("boom")
-
-    monkeypatch.setattr(shown, "masked_table", broken)
+    monkeypatch.setattr(probe_samples, "masked_table", broken)
     callback = ConceptPaths()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -238,18 +275,21 @@ def test_a_masked_pass_that_fails_warns_once_and_leaves_the_layers_curves(monkey
     told = [str(warning.message) for warning in caught if "boom" in str(warning.message)]
     assert len(told) == 1 and "the masked passes" in told[0]
     assert trainer.global_step == 8 and "paths/overlap/net.2" in callback.scalars
-    assert "paths/retention" not in callback.scalars and callback._shown is None
+    assert "paths/retention" not in callback.scalars and callback.evaluation is None
 
 
-@pytest.mark.parametrize("options", [{"refine_steps": 2}, {"mode": "nad"}, {"density": "minimal"}])
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        ("refine", {"num_refinement_steps": 2}),
+        ("learn_gates", {"mode": "nad"}),
+        ("minimal_densities", {"density": "minimal"}),
+    ],
+)
 def test_paths_that_cannot_be_learned_are_not_replaced_by_others(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, function: str, options: dict[str, Any]
 ) -> None:
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("boom")
-
-    for name in ("learned_gates", "minimal_densities"):
-        monkeypatch.setattr(f"lightning_neuro.paths.callback.{name}", broken)
+    monkeypatch.setattr(path_search, function, broken)
     callback = ConceptPaths(**options)
     with pytest.warns(UserWarning, match="boom"):
         trainer = fit(mlp(), callback)
@@ -279,7 +319,7 @@ def test_a_model_without_derivatives_leaves_the_others_of_the_pass_their_curves(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(Module(net), paths, entropy)
-    assert trainer.global_step == 8 and paths.probe is entropy.probe
+    assert trainer.global_step == 8 and paths.probe == entropy.probe
     assert paths.scalars == {} and entropy.result and entropy.scalars
     told = [str(warning.message) for warning in caught if "no derivative" in str(warning.message)]
     assert len(told) == 1 and "contributions" in told[0] and told[0].startswith("paths")
@@ -287,7 +327,7 @@ def test_a_model_without_derivatives_leaves_the_others_of_the_pass_their_curves(
         fit(Module(net), ConceptPaths(on_error="raise"))
 
 
-def test_a_residual_block_that_never_runs_is_named() -> None:
+def test_a_layer_that_never_runs_is_named() -> None:
     class Spare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -296,15 +336,15 @@ def test_a_residual_block_that_never_runs_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.used(x)
 
-    callback = ConceptPaths(on_error="raise")
-    with pytest.warns(UserWarning, match=r"no path runs through layer 'net.spare': the forward pass does not call it"):
+    callback = ConceptPaths(Probe(layers=["net.used.1", "net.spare"]), on_error="raise")
+    with pytest.warns(UserWarning, match=r"no path runs through layer 'net.spare'.*does not call it"):
         fit(Module(Spare()), callback)
-    assert callback.result and "net.spare" not in callback.result
+    assert list(callback.result) == ["net.used.1"]
 
 
 def test_concepts_of_huge_numbers_are_refused_by_name() -> None:
     callback = ConceptPaths(concept_fn=lambda batch: batch[1] + 10_000_000)
-    with pytest.raises(MisconfigurationException, match="10000003"):
+    with pytest.raises(ArgumentError, match="10000003"):
         fit(mlp(), callback)
 
 
@@ -322,20 +362,74 @@ def test_figures_are_written(tmp_path: Path) -> None:
     assert list(callback.draw(callback.result)) == ["overlap", "flow", "reuse", "stability"]
 
 
-def test_modes_that_exclude_each_other_are_refused() -> None:
-    for options in ({"refine_steps": 3}, {"concept_fn": len}):
-        with pytest.raises(MisconfigurationException, match="mode='nad'"):
+def test_options_that_exclude_each_other_are_refused() -> None:
+    for options in ({"num_refinement_steps": 3}, {"concept_fn": len}):
+        with pytest.raises(ArgumentError, match=r"`mode`.*'nad'"):
             ConceptPaths(mode="nad", **options)  # type: ignore[arg-type]
 
 
 def test_the_samples_are_chosen_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_neuro.paths import callback as module
-
     choices: list[Any] = []
-    choose = module.choose
-    monkeypatch.setattr(module, "choose", lambda *args: choices.append(choose(*args)) or choices[-1])
+    choose = callback_file.choose_samples
+    monkeypatch.setattr(callback_file, "choose_samples", lambda *args: choices.append(choose(*args)) or choices[-1])
     callback = ConceptPaths(samples_per_class=5, on_error="raise")
     watch(callback)
     assert len(choices) == 1
     assert torch.equal(choices[0].counts, callback.result["net.2"].counts)
     assert len(choices[0].members) == 20 and choices[0].num_concepts == 4
+    assert callback.result["net.2"].num_samples == 20
+
+
+def test_every_option_reaches_the_search_and_the_metric() -> None:
+    options: dict[str, Any] = {"mode": "attribution", "density": 0.2, "ablation": "mean", "nad_beta": 3.0}
+    options |= {"num_refinement_steps": 7}
+    assert options.keys() == PathOptions.__annotations__.keys()
+    callback = ConceptPaths(hierarchy=[[0, 1], [2, 3]], samples_per_class=9, concept_fn="kind", flow=(1, 0), **options)
+    assert vars(callback.search) == options
+    metric = callback.metric
+    assert (metric.density, metric.ablation, metric.hierarchy) == (0.2, "mean", [[0, 1], [2, 3]])
+    assert (callback.samples_per_class, callback.concept_fn, callback.flow) == (9, "kind", (1, 0))
+    assert ConceptPaths(density="minimal").metric.density == ConceptPaths().metric.density == 0.3
+    assert ConceptPaths(mode="nad").search.mode == "nad"
+
+
+def test_a_concept_can_be_a_key_of_the_batch() -> None:
+    x, y = (torch.cat([part, part]) for part in (X, Y))
+
+    class Dicts(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+    batches = [{"image": x, "label": y, "kind": y.numpy() % 2}]
+    by_key = ConceptPaths(Probe(source=batches), concept_fn="kind", on_error="raise")
+    by_function = ConceptPaths(Probe(source=batches), concept_fn=lambda batch: batch["label"] % 2, on_error="raise")
+    for callback in (by_key, by_function):
+        fit(
+            Dicts(mlp().net),
+            callback,
+            train=DataLoader([{"image": a, "label": b} for a, b in zip(X, Y, strict=True)]),
+            val=False,
+        )
+    assert by_key.scalars == by_function.scalars != {}
+    assert len(by_key.result["net.2"].masks) == 2
+
+
+def test_stability_and_its_history_are_those_of_consecutive_paths() -> None:
+    paths: list[dict[str, Any]] = []
+
+    class Keeps(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            paths.append(dict(callback.result))
+
+    callback = ConceptPaths(density=0.4, on_error="raise")
+    fit(mlp(), callback, Keeps(), max_epochs=3)
+    assert [step for step, _ in callback.history] == [4, 8, 12]
+    for (_, known), before, now in zip(callback.history[1:], paths[:-1], paths[1:], strict=True):
+        for layer, value in known.items():
+            result = now[layer]
+            expected = stability(result.masks, before[layer].masks, result.overlap, result.self_overlap)
+            assert value == expected == result.stability
+    last = callback.history[-1][1]
+    assert {f"paths/stability/{layer}": value for layer, value in last.items()}.items() <= callback.scalars.items()
+    fit(mlp(), callback, max_epochs=1)
+    assert [step for step, _ in callback.history] == [4]  # a second run begins anew

@@ -1,16 +1,19 @@
 """Masked passes against surgery on the weights, a loop over classes, and networks whose paths are known."""
 
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_neuro.identity import number_in_group
 from lightning_neuro.paths import NadPaths, attribution_scores, concept_paths, evaluate_paths, refine_paths
-from lightning_neuro.paths import evaluation as module
-from lightning_neuro.paths.evaluation import pairs, turns_of
+from lightning_neuro.paths import masked_passes as module
+from lightning_neuro.paths.masked_passes import sample_path_pairs
+from tests.helpers import hooks_of
 from tests.models import transformer
-from tests.paths.networks import Words, convnet, data, disjoint, hooks_of, one_hot, planted, residual_net, trained
+from tests.paths.networks import Words, convnet, data, disjoint, disjoint_paths, one_hot, residual_net, trained
 
 
 def surgery(net: nn.Module, keep: dict[str, Tensor]) -> nn.Module:
@@ -57,7 +60,7 @@ def test_masked_passes_are_those_of_a_network_that_was_cut(inplace: bool) -> Non
     assert 0 < found.fpr.mean() < 1 and found.num_samples == 80
     scalars = found.scalars()
     assert scalars["retention"] == pytest.approx(float((found.tpr / found.clean).mean()))
-    assert scalars["selectivity"] == pytest.approx(float((found.tpr - found.fpr).mean()))
+    assert scalars["informedness"] == pytest.approx(float((found.tpr - found.fpr).mean()))
 
 
 def test_mean_ablation_puts_the_mean_in_place_of_a_unit() -> None:
@@ -91,7 +94,7 @@ def test_the_paths_of_disjoint_sub_networks_do_all_and_are_needed_by_their_class
     x, y = one_hot()
     net = disjoint()
     paths = concept_paths(attribution_scores(net, x, y), 0.25)
-    assert all(torch.equal(mask, planted()) for mask in paths.values())
+    assert all(torch.equal(mask, disjoint_paths()) for mask in paths.values())
     found = evaluate_paths(net, x, y, paths)
     assert (found.retention == 1).all() and (found.auroc == 1).all()
     # With its path gone class 0's samples give zeros, which reads as an answer "0".
@@ -114,7 +117,7 @@ def test_one_batch_for_all_classes_is_a_loop_over_classes(monkeypatch: pytest.Mo
 
 def test_others_are_shown_evenly() -> None:
     concepts = torch.arange(5).repeat_interleave(12)
-    rows, shown = pairs(concepts, turns_of(concepts), torch.ones(5, dtype=torch.bool), 2)
+    rows, shown = sample_path_pairs(concepts, number_in_group(concepts), torch.ones(5, dtype=torch.bool), 2)
     assert len(rows) == 60 * 3
     for row in range(60):
         mine = shown[rows == row].tolist()
@@ -123,23 +126,23 @@ def test_others_are_shown_evenly() -> None:
     assert {pair: count for pair, count in counts.items() if pair[0] == pair[1]} == {(c, c): 12 for c in range(5)}
     assert {count for pair, count in counts.items() if pair[0] != pair[1]} == {6} and len(counts) == 25
     few = torch.arange(5).repeat(2)  # two samples of each class see all four others between them
-    rows, shown = pairs(few, turns_of(few), torch.ones(5, dtype=torch.bool), 2)
+    rows, shown = sample_path_pairs(few, number_in_group(few), torch.ones(5, dtype=torch.bool), 2)
     foreign = {(int(few[row]), int(path)) for row, path in zip(rows, shown, strict=True) if few[row] != path}
     assert len(foreign) == 20
-    everything, _ = pairs(concepts, turns_of(concepts), torch.ones(5, dtype=torch.bool), None)
+    everything, _ = sample_path_pairs(concepts, number_in_group(concepts), torch.ones(5, dtype=torch.bool), None)
     assert len(everything) == 300
 
 
 def test_concepts_without_a_path_are_left_out() -> None:
     concepts = torch.tensor([0, 1, 2, -1])
-    rows, shown = pairs(concepts, turns_of(concepts), torch.tensor([True, False, True]), None)
+    rows, shown = sample_path_pairs(concepts, number_in_group(concepts), torch.tensor([True, False, True]), None)
     found = sorted(zip(rows.tolist(), shown.tolist(), strict=True))
     assert found == [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0), (3, 2)]
     net, (x, y) = convnet().eval(), data(40, 4)
     paths = concept_paths(attribution_scores(net, x, y), 0.5)  # the fifth class has no sample
     found = evaluate_paths(net, x, y, paths)
     assert found.tpr[:4].isfinite().all() and found.tpr[4].isnan() and found.necessity[4].isnan()
-    assert set(found.scalars()) == {"retention", "false_positive_rate", "selectivity", "auroc", "necessity"}
+    assert set(found.scalars()) == {"retention", "false_positive_rate", "informedness", "auroc", "necessity"}
 
 
 def test_retention_never_stands_alone() -> None:
@@ -191,18 +194,19 @@ def test_labels_of_any_whole_type_give_the_same(dtype: torch.dtype) -> None:
     paths = concept_paths(scores)
     expected, found = (evaluate_paths(net, x, labels, paths) for labels in (y, y.to(dtype)))
     assert torch.equal(found.drops, expected.drops) and torch.equal(found.auroc, expected.auroc)
-    gates = [refine_paths(net, x, labels, scores, steps=2)["8"] for labels in (y, y.to(dtype))]
+    gates = [refine_paths(net, x, labels, scores, num_steps=2)["8"] for labels in (y, y.to(dtype))]
     assert torch.equal(*gates)
-    masks = [NadPaths(net, passes=1).fit(x, labels).gates["8"] for labels in (y, y.to(dtype))]
+    masks = [NadPaths(net, num_passes=1).fit(x, labels).gates["8"] for labels in (y, y.to(dtype))]
     assert torch.equal(*masks)
 
 
 def test_recurrent_layers_are_derived_without_cudnn_which_cannot() -> None:
     class Recurrent(nn.Module):
+        seen: ClassVar[list[bool]] = []
+
         def __init__(self) -> None:
             super().__init__()
             self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
-            self.seen: list[bool] = []
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen.append(torch.backends.cudnn.enabled)
@@ -252,11 +256,11 @@ def test_shared_modules_and_tokens_and_time_are_masked_at_their_own_place() -> N
 
 def test_wrong_paths_are_explained_and_nothing_is_left() -> None:
     net, (x, y) = convnet().train(), data(20, 4)
-    with pytest.raises(ValueError, match=r"paths\['8'\] must be bool of shape \(concepts, 12\)"):
+    with pytest.raises(ValueError, match=r"`paths`.*12.*layer '8'"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 3, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="paths have a layer '8'"):
+    with pytest.raises(ValueError, match=r"`paths`.*'8'"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 12, dtype=torch.bool)}, layers="5")
-    with pytest.raises(ValueError, match="concepts reach to 3, but paths have 2 rows"):
+    with pytest.raises(ValueError, match=r"`concepts` must be below 2.*concept 3"):
         evaluate_paths(net, x, y, {"8": torch.ones(2, 12, dtype=torch.bool)})
     with pytest.raises(ValueError, match="ablation"):
         evaluate_paths(net, x, y, {"8": torch.ones(4, 12, dtype=torch.bool)}, ablation="none")

@@ -3,10 +3,9 @@
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_neuro.logging import _pixels
+from lightning_neuro.figures import pixels
 from lightning_neuro.paths import (
     LayerPaths,
     PathResult,
@@ -16,8 +15,9 @@ from lightning_neuro.paths import (
     plot_reuse,
     plot_stability,
 )
-from lightning_neuro.paths.plot import _poisson_binomial
-from tests.paths.networks import planted
+from lightning_neuro.paths.plot import poisson_binomial
+from tests.helpers import texts
+from tests.paths.networks import disjoint_paths
 
 
 def result(masks: Tensor) -> PathResult:
@@ -28,22 +28,21 @@ def result(masks: Tensor) -> PathResult:
     return found
 
 
-def texts(figure: Figure) -> str:
-    parts = [text.get_text() for axes in figure.axes for text in (*axes.texts, axes.title)]
-    return "\n".join(parts + [text.get_text() for text in figure.texts])
-
-
 def test_overlap_puts_like_beside_like() -> None:
-    masks = planted()[torch.tensor([0, 1, 0, 1, 2])].clone()
+    masks = disjoint_paths()[torch.tensor([0, 1, 0, 1, 2])].clone()
     figure = plot_overlap({"fc": result(masks), "fc2": result(masks)})
     image = figure.axes[0].images[0].get_array()
-    order = [int(label.get_text()) for label in figure.axes[0].get_yticklabels()]
+    order = [int(label.get_text().split()[1]) for label in figure.axes[0].get_yticklabels()]
     assert sorted(order) == [0, 1, 2, 3, 4]
     assert abs(order.index(0) - order.index(2)) == 1 and abs(order.index(1) - order.index(3)) == 1
     for row, one in enumerate(order):
         for column, other in enumerate(order):
             assert (image[row, column] == 1) == bool((masks[one] == masks[other]).all())
-    assert "noise floor 1.00" in texts(figure) and "12 units" in texts(figure)
+    assert "1.00" in texts(figure) and "12 units" in texts(figure)
+    named = texts(plot_overlap({"fc": result(masks)}, class_names=list("abcde")))
+    assert all(f"| {name} |" in named for name in "abcde")
+    metric = LayerPaths()
+    assert "fc9" in texts(metric.plot(result(masks), layer="fc9", class_names=list("abcde")))
 
 
 def test_flow_shows_the_shares_and_chance() -> None:
@@ -54,8 +53,9 @@ def test_flow_shows_the_shares_and_chance() -> None:
     edges = [(box.y0, box.y1) for box in heights]
     assert [x for edge in edges for x in edge] == pytest.approx([0, 0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 1.0])
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.3 + 0.5 * 0.4] * 2)
-    assert "only 0" in texts(figure) and "only 1" in texts(figure)  # those most alike
-    assert "only 2" in texts(plot_flow({"fc": result(masks)}, (2, 0)))
+    assert "only class 0" in texts(figure) and "only class 1" in texts(figure)  # those most alike
+    assert "only class 2" in texts(plot_flow({"fc": result(masks)}, (2, 0)))
+    assert "only cat" in texts(plot_flow({"fc": result(masks)}, class_names=["cat", "dog", "cow"]))
 
 
 def test_reuse_counts_units_beside_chance() -> None:
@@ -67,7 +67,7 @@ def test_reuse_counts_units_beside_chance() -> None:
     assert sum(expected) == pytest.approx(6)
     shares = torch.tensor([0.5, 1 / 6, 1 / 6, 1 / 6])
     assert expected[0] == pytest.approx(6 * 0.5 * (5 / 6) ** 3)
-    assert _poisson_binomial(shares.double())[4].item() == pytest.approx(0.5 / 216)
+    assert poisson_binomial(shares.double())[4].item() == pytest.approx(0.5 / 216)
 
 
 def test_stability_has_a_line_a_layer() -> None:
@@ -91,9 +91,9 @@ def test_what_cannot_be_drawn_is_said() -> None:
     assert torch.equal(empty.compute().masks, nothing)
     for figure in (plot_overlap({"a": empty.compute()}), plot_reuse({"a": empty.compute()})):
         assert "no concept has a path" in texts(figure)
-        _pixels(figure)
-    assert "two concepts are needed" in texts(plot_flow({"a": empty.compute()}))
-    assert "two concepts are needed" in texts(plot_flow({"a": result(planted())}, (0, 9)))
+        pixels(figure)
+    assert "two concepts" in texts(plot_flow({"a": empty.compute()}))
+    assert "two concepts" in texts(plot_flow({"a": result(disjoint_paths())}, (0, 9)))
     for draw in (plot_overlap, plot_reuse):
         with pytest.raises(ValueError, match="at least one layer"):
             draw({})
@@ -105,9 +105,9 @@ def test_many_layers_and_concepts_are_legible_and_pyplot_knows_none() -> None:
     results = {f"a.very.long.name.of.a.layer.{number}": result(many) for number in range(9)}
     for draw in (plot_overlap, plot_reuse):
         figure = draw(results)
-        assert "the first 8 of 9 layers" in texts(figure)
-        assert _pixels(figure).std() > 5
-    _pixels(plot_flow(results))
+        assert "1 more layer" in texts(figure) and len(figure.axes) >= 8
+        assert pixels(figure).std() > 5
+    pixels(plot_flow(results))
     assert plt.get_fignums() == before
 
 
@@ -131,10 +131,10 @@ def test_a_freed_figure_is_gone_without_the_garbage_collector() -> None:
     import gc
     import weakref
 
-    from lightning_neuro.paths.plot import free
+    from lightning_neuro.figures import free
 
-    figure = plot_overlap({"fc": result(planted())})
-    _pixels(figure)
+    figure = plot_overlap({"fc": result(disjoint_paths())})
+    pixels(figure)
     gone = weakref.ref(figure.axes[0])
     gc.disable()
     try:

@@ -11,7 +11,7 @@ from tests.contract.two_ranks import fit
 from tests.models import images, mlp
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "refined": {"refine_steps": 4},
+    "refined": {"num_refinement_steps": 4},
     "minimal": {"density": "minimal"},
     "mean": {"ablation": "mean"},
     "few a class": {"samples_per_class": 3},

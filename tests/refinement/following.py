@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
+from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.ledger import RefinementLedger
-from lightning_neuro.refinement.operators import Sources
-from lightning_neuro.refinement.recorder import StepRecorder, find_layers
+from lightning_neuro.refinement.sources import Sources
+from lightning_neuro.refinement.traced_layers import find_layers
+from lightning_neuro.refinement.training_steps import TrainingSteps
 
 CLASSES = 3
 
@@ -30,7 +33,7 @@ def raising(layer: str, error: Exception) -> None:
 
 
 class Follower:
-    """Trains a network on batches of its own drawing, with a ledger for every linear and convolution layer."""
+    """Trains a network on random batches, with a ledger for every linear and convolution layer."""
 
     def __init__(self, net: nn.Module, width: int, layers: str | Sequence[str] | None = "*", **options) -> None:
         self.net = net
@@ -42,7 +45,14 @@ class Follower:
         self.ledgers = {
             layer: RefinementLedger(modules[0], num_sources=CLASSES, **options) for layer, modules in owners.items()
         }
-        self.recorder = StepRecorder(owners, self.ledgers, [], raising)
+        self.owners = owners
+        self.steps: TrainingSteps | None = None
+
+    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+        """Follow the steps of optimizers from now on, instead of those of earlier ones."""
+        if self.steps is not None:
+            self.steps.remove()
+        self.steps = TrainingSteps(GradientHooks(self.owners), self.ledgers, [], optimizers, raising)
 
     def batch(self, num: int = 8) -> tuple[Tensor, Tensor]:
         y = torch.randint(CLASSES, (num,), generator=self.generator)
@@ -52,13 +62,13 @@ class Follower:
     def loss(self) -> Tensor:
         """The loss of the next micro-batch."""
         x, y = self.batch()
-        self.recorder.begin(None, Sources(y, CLASSES + 1))
+        self.steps.begin(None, Sources(y, CLASSES + 1))
         return cross_entropy(self.net(x).to(self.dtype), y)
 
     def explain(self, x: Tensor | None = None):
-        """Layer -> its explanation on what it is given for these inputs in the network as it is now."""
+        """Layer -> explanation of its output for these inputs of the current network."""
         seen: dict[str, Tensor] = {}
-        self.recorder.end()
+        self.steps.end()
         self.net.eval()
         handles = [
             ledger.module.register_forward_pre_hook(
@@ -74,5 +84,5 @@ class Follower:
         return {layer: ledger.explain(seen[layer]) for layer, ledger in self.ledgers.items()}
 
     def residual(self) -> float:
-        """The worst of all layers."""
+        """The largest residual of all layers."""
         return max(explanation.residual for explanation in self.explain().values())

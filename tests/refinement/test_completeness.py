@@ -1,4 +1,4 @@
-"""The proof: the parts add up to the weights' own output after 200 steps, whatever training did."""
+"""Completeness: after 200 steps under any condition, the parts add up to the real output of the layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,7 @@ def clip_norm(run):
 
 
 def clip_value(run):
-    run.follower.recorder.elementwise = True
+    run.follower.steps.elementwise = True
     run.backward()
     torch.nn.utils.clip_grad_value_(run.net.parameters(), 0.02)
     run.end()
@@ -111,7 +111,7 @@ def zeroed_in_place(run):
 
 
 def fused_scaler(run):
-    """A fused optimiser is called for skipped steps, too, and divides by the scale itself."""
+    """A fused optimizer is called for skipped steps, too, and divides by the scale itself."""
     run.kept = run.kept or torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=50)
     loss = run.follower.loss()
     run.kept.scale(loss * float("inf") if run.step in (3, 100) else loss).backward()
@@ -137,7 +137,7 @@ def sometimes_no_gradient(run):
 def new_optimizer(run):
     if run.step == STEPS // 2:
         run.optimizers = [SGD(run.net.parameters(), lr=0.01, momentum=0.9)]
-        run.follower.recorder.attach(run.optimizers)
+        run.follower.attach(run.optimizers)
     plain(run)
 
 
@@ -172,7 +172,7 @@ CONDITIONS = {
     "adamw": (adam(AdamW, weight_decay=0.1), plain),
     "amsgrad": (adam(AdamW, amsgrad=True), plain),
     "groups": (groups, plain),
-    "two optimisers": (two, plain),
+    "two optimizers": (two, plain),
     "one cycle": (sgd(momentum=0.9, nesterov=True), onecycle),
     "one cycle of Adam": (adam(AdamW), onecycle),
     "cosine": (adam(AdamW), cosine),
@@ -186,7 +186,7 @@ CONDITIONS = {
     "zeroed in place": (sgd(**MOMENTUM), zeroed_in_place),
     "frozen": (adam(weight_decay=0.01), frozen_then_not),
     "no gradient": (sgd(**MOMENTUM), sometimes_no_gradient),
-    "new optimiser": (adam(), new_optimizer),
+    "new optimizer": (adam(), new_optimizer),
 }
 
 
@@ -201,7 +201,7 @@ def start(network, dtype, optimizers, warm_up=0):
             optimizer.step()
             optimizer.zero_grad()
     follower = Follower(net, width)
-    follower.recorder.attach(found)
+    follower.attach(found)
     return Run(follower, found)
 
 
@@ -238,7 +238,7 @@ def test_momentum_of_the_time_before_belongs_to_the_initial_weights():
         run = start("mlp", torch.float64, optimizers, warm_up=5)
         ledger = run.follower.ledgers["0"]
         before = ledger.weights()["weight"].clone()
-        # A step without gradients: only what the optimisers remember moves the weights.
+        # A step without gradients: only what the optimizers remember moves the weights.
         for parameter in run.net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run.end()
@@ -266,7 +266,7 @@ def test_module_called_twice_and_tied_weights(optimizers):
     torch.manual_seed(0)
     net = Twice().double()
     run = Run(Follower(net, 6, layers=["1"]), optimizers(net))
-    run.follower.recorder.attach(run.optimizers)
+    run.follower.attach(run.optimizers)
     follower = train(run, plain)
     ledger = follower.ledgers["1"]
     for name, parts in ledger.weights().items():
@@ -289,7 +289,7 @@ def test_layer_that_some_batches_leave_out():
     torch.manual_seed(0)
     net = Sometimes(nn.Linear(6, 8), nn.Linear(8, CLASSES)).double()
     run = Run(Follower(net, 6), adam(weight_decay=0.01)(net))
-    run.follower.recorder.attach(run.optimizers)
+    run.follower.attach(run.optimizers)
     follower = train(run, sometimes)
     net.on = True
     assert follower.residual() <= 1e-10
@@ -316,7 +316,7 @@ def averaged(run):
 
 
 @pytest.mark.parametrize("condition", [noise, averaged])
-def test_weights_changed_behind_the_optimiser_show(condition):
+def test_weights_changed_behind_the_optimizer_show(condition):
     run = start("mlp", torch.float64, adam())
     assert train(run, condition, 40).residual() > 1e-3
 
@@ -334,14 +334,14 @@ def test_learning_rate_that_is_not_the_one_of_the_step_shows():
     run.optimizers = sgd()(run.net)
     group = run.optimizers[0].param_groups[0]
     run.optimizers[0].register_step_post_hook(lambda *_: group.update(lr=0.03))
-    run.follower.recorder.attach(run.optimizers)
+    run.follower.attach(run.optimizers)
     assert train(run, misread, 100).residual() > 1e-3
 
 
 def test_a_backward_pass_that_is_not_seen_shows_as_untraced():
     def half_blind(run):
         run.backward()
-        run.follower.recorder.taps.tracing = False
+        run.follower.steps.hooks.tracing = False
         x, y = run.follower.batch()
         torch.nn.functional.cross_entropy(run.net(x), y).backward()
         run.end()
@@ -365,7 +365,7 @@ def test_gradients_of_which_no_sample_is_known_are_credited_to_other():
 
 
 def test_rounding_of_gradients_that_cancel_is_not_blown_up():
-    """A bias before BatchNorm has no gradient, and Adam makes whole steps of what rounding leaves of it."""
+    """A bias before BatchNorm has no gradient, and Adam makes full steps from its rounding errors."""
     run = start("convnet", torch.float32, adam())
     parts = train(run, plain, 50).ledgers["1"].weights()["bias"]
     assert parts[:-1].abs().max() < 50 * 0.005 * 10  # ten times what the steps could add up to

@@ -1,4 +1,4 @@
-"""What a ledger says of an input: numbers by hand, and any layer, any later input."""
+"""Explanations: numbers by hand, and any layer with any later input."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from lightning_neuro.refinement.explanation import RefinementExplanation
 from lightning_neuro.refinement.ledger import RefinementLedger
-from lightning_neuro.refinement.operators import Sources
+from lightning_neuro.refinement.result import RefinementExplanation
+from lightning_neuro.refinement.sources import Sources
 
 
 def explanation():

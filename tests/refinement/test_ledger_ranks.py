@@ -66,3 +66,16 @@ def test_resumed_run_is_the_uninterrupted_one(found):
         assert run["resumed"]["samples"].keys() == run["adamw"]["samples"].keys()
         for key, column in run["adamw"]["samples"].items():
             assert close(run["resumed"]["samples"][key], column, 1e-6)
+
+
+def test_a_ledger_that_fails_on_one_rank_holds_up_nobody(found):
+    """Its layer is left out; the ledger of the layer that another optimizer moves goes on on both ranks."""
+    _, ranks = found
+    failed, works = LAYERS
+    for rank in ranks:
+        case = rank["broken"]
+        assert case["results"] == [works]
+        assert close(case["parts"][works].sum(0), case["weights"][works])
+        assert torch.equal(case["parts"][works], ranks[0]["broken"]["parts"][works])
+    parts, weights = ranks[0]["broken"]["parts"][failed], ranks[0]["broken"]["weights"][failed]
+    assert not close(parts.sum(0), weights)

@@ -1,40 +1,18 @@
 """Two processes: each rank knows its own samples, and the table of both is the sum."""
 
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+from tests.helpers import run_two_ranks
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def launch(module, folder):
     """Run a module of this folder in two processes; what each rank wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = []
-    for rank in range(2):
-        who = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-        with (folder / f"{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", f"tests.refinement.{module}", str(folder)]
-            settings = {"cwd": ROOT, "env": os.environ | place | who}
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **settings))
-    try:
-        for process in processes:
-            process.wait(120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_two_ranks(f"tests.refinement.{module}", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -8,9 +8,9 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import WeightedRandomSampler
 
-from lightning_neuro.refinement.batch import TrainBatch
-from lightning_neuro.refinement.influence import LiveInfluence
-from lightning_neuro.refinement.samples import SampleTable
+from lightning_neuro.refinement.influence_table import InfluenceTable
+from lightning_neuro.refinement.sample_table import SampleTable
+from lightning_neuro.refinement.training_steps import TrainBatch
 from tests.models import mlp
 from tests.refinement.test_sample_ids import N, Watch, data
 
@@ -36,7 +36,7 @@ class Tabled(Watch):
         self.whole = self.table.over_ranks(trainer).arrays()
         # One rank alone has seen something, then each something of its own.
         layer = torch.nn.Linear(1, 1, bias=False)
-        live, self.scores = LiveInfluence("a", layer, 4, direction=torch.ones(1, 1)), []
+        live, self.scores = InfluenceTable("a", layer, 4, direction=torch.ones(1, 1)), []
         self.scores.append(live.over_ranks(trainer).scores().tolist())
         live.refresh(torch.ones(1, 1))
         for rank in range(2):

@@ -7,7 +7,14 @@ import numpy as np
 
 
 def by_kmapper(
-    x: np.ndarray, lens: np.ndarray, *, intervals: int, overlap: float, eps: float, min_samples: int, metric: str
+    x: np.ndarray,
+    lens: np.ndarray,
+    *,
+    num_intervals: int,
+    overlap_fraction: float,
+    eps: float,
+    min_samples: int,
+    distance: str,
 ) -> tuple[dict[frozenset[int], int], set[frozenset[frozenset[int]]]]:
     """Nodes as sets of members (with how often each occurs), and edges as pairs of such sets."""
     with warnings.catch_warnings():
@@ -18,8 +25,8 @@ def by_kmapper(
         graph = kmapper.KeplerMapper(verbose=0).map(
             lens.reshape(-1, 1),
             x,
-            cover=kmapper.Cover(n_cubes=intervals, perc_overlap=overlap),
-            clusterer=DBSCAN(eps=eps, min_samples=min_samples, metric=metric),
+            cover=kmapper.Cover(n_cubes=num_intervals, perc_overlap=overlap_fraction),
+            clusterer=DBSCAN(eps=eps, min_samples=min_samples, metric=distance),
         )
     nodes = {name: frozenset(own) for name, own in graph["nodes"].items()}
     edges = {frozenset({nodes[a], nodes[b]}) for a, others in graph["links"].items() for b in others}

@@ -1,4 +1,4 @@
-"""ActivationTopology: drift, pictures, images, files, the projector; the contract has what holds for every callback."""
+"""ActivationTopology: options, drift, figures, images, files, the projector; the contract has what all callbacks do."""
 
 import json
 import math
@@ -13,10 +13,22 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ActivationTopology, Probe
-from lightning_neuro.topology import ActivationShape, mapper, plot_graphs, plot_homology, topological_drift
-from lightning_neuro.topology.layout import layout, point_positions
+from lightning_neuro.figures import THUMBNAIL_SIDE
+from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.topology import (
+    ActivationShape,
+    MapperOptions,
+    TopologyOptions,
+    compute_mapper,
+    plot_graphs,
+    plot_homology,
+    plot_members,
+    topological_drift,
+)
+from lightning_neuro.topology.layout import place_nodes, point_positions
 from lightning_neuro.topology.result import TopologyResult
-from lightning_neuro.topology.thumbnails import SIDE, plot_members, thumbnails
+from lightning_neuro.topology.sample_images import SampleImages
+from tests.helpers import texts
 from tests.models import Module, fit, images, loader, mlp
 
 
@@ -27,12 +39,6 @@ def results(seed=0, **options):
     metric = ActivationShape(**options)
     metric.update(x, y)
     return metric.compute()
-
-
-def texts(figure):
-    return " | ".join(
-        text.get_text() for axes in figure.axes for text in [*axes.texts, axes.title] if text.get_text()
-    ) + " | ".join(text.get_text() for text in figure.texts)
 
 
 class Keep(ActivationTopology):
@@ -48,21 +54,21 @@ def test_drift_is_that_of_the_activations_themselves():
     seen = []
 
     class Look(Keep):
-        def measures(self, result, previous):
-            seen.append(super().measures(result, previous))
+        def layer_measures(self, result, memory):
+            seen.append(super().layer_measures(result, memory))
             return seen[-1]
 
     callback = Look(Probe(layers="net.2"))
     fit(mlp(), callback, train=loader(), max_epochs=3)
     clouds = [torch.cat(callback.clouds[at : at + 2]) for at in range(0, 8, 2)]  # two batches an evaluation
     assert len(callback.clouds) == 8 and len(seen) == 4
-    assert "drift" not in seen[0] and "drift_from_start" not in seen[0]
+    assert "drift" not in seen[0] and "drift_from_initial" not in seen[0]
     for at in (1, 2, 3):
         then = topological_drift(clouds[at], clouds[at - 1])
         first = topological_drift(clouds[at], clouds[0])
         assert seen[at]["drift"] == pytest.approx(then, abs=1e-4)
-        assert seen[at]["drift_from_start"] == pytest.approx(first, abs=1e-4)
-    assert seen[3]["drift_from_start"] > seen[3]["drift"] > 0.05
+        assert seen[at]["drift_from_initial"] == pytest.approx(first, abs=1e-4)
+    assert seen[3]["drift_from_initial"] > seen[3]["drift"] > 0.05
 
 
 def test_an_evaluation_without_points_leaves_what_is_remembered():
@@ -74,7 +80,7 @@ def test_an_evaluation_without_points_leaves_what_is_remembered():
     callback = ActivationTopology(Probe(layers="net.2"))
     with pytest.warns(UserWarning, match="NaN"):
         fit(Broken(mlp().net), callback, train=loader(), max_epochs=3, val=False)
-    memory = callback._previous["net.2"]
+    memory = callback.state_dict()["memory"]["net.2"]
     assert len(memory["previous"]["samples"]) == 64 and len(memory["first"]["samples"]) == 64
     assert callback.scalars["topology/drift/net.2"] > 0
 
@@ -83,11 +89,11 @@ def test_the_radius_is_frozen_at_the_first_evaluation_after_training_began():
     radii = []
 
     class Look(ActivationTopology):
-        def measures(self, result, previous):
+        def layer_measures(self, result, memory):
             radii.append(result.scalars()["eps"])
             if len(radii) == 3:
                 self.refreeze()
-            return super().measures(result, previous)
+            return super().layer_measures(result, memory)
 
     fit(mlp(), Look(Probe(layers="net.2")), train=loader(), max_epochs=5)
     free, frozen, thawed = radii[0], radii[1], radii[3]
@@ -101,7 +107,7 @@ def test_refreeze_holds_after_a_resume_too(tmp_path):
             trainer.callbacks[0].refreeze()
 
     def radius(callback):
-        return callback._metrics["net.2"].frozen_eps
+        return callback.layer_metrics["net.2"].frozen_eps
 
     first, asked, plain = (ActivationTopology(Probe(layers="net.2"), homology=False) for _ in range(3))
     model = mlp()
@@ -113,32 +119,63 @@ def test_refreeze_holds_after_a_resume_too(tmp_path):
     assert radius(plain) == radius(first) != radius(asked)
 
 
-def test_pictures_name_the_classes_that_occur():
-    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    y = torch.tensor([3, 70_000_000])[torch.arange(300) % 2]
-    graph = mapper(x, targets=y)
-    result = TopologyResult(torch.arange(300), graph, None)
-    said = texts(plot_graphs({"": result}))
-    assert "class 3" in said and "70000000" in said and "other" not in said
-    shares = [mass for mass in graph.class_shares.flatten().tolist() if mass > 0]
-    assert len(plot_graphs({"": result}).axes[0].collections[-1].get_paths()) == len(shares)
-    words = texts(plot_members({"": result}, {}))
-    assert "class 70000000" in words or "class 3" in words
+def test_every_option_reaches_the_metric():
+    options: TopologyOptions = {
+        **{"mapper": True, "homology": False, "num_subsamples": 2, "warm_up": 3, "max_points": 77, "lens": "pc1"},
+        **{"num_intervals": 4, "overlap_fraction": 0.4, "cover": "quantile", "distance": "cosine", "eps": 0.5},
+        "min_samples": 6,
+    }
+    assert options.keys() == TopologyOptions.__annotations__.keys()
+    metric, plain = ActivationTopology(**options).metric, ActivationTopology().metric
+    for name, value in options.items():
+        owner = "settings" if name in MapperOptions.__annotations__ else None
+        found, default = ((getattr(m, owner) if owner else m) for m in (metric, plain))
+        assert getattr(found, name) == value, name
+        assert getattr(default, name) != value or name == "mapper"
+    assert not ActivationTopology(mapper=False).metric.mapper
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+def test_the_options_are_those_of_the_functions():
+    callback = ActivationTopology(Probe(layers="net.2"), num_intervals=3, overlap_fraction=0.6, homology=False)
+    fit(mlp(), callback, max_epochs=1)
+    graph = callback.result["net.2"].graph
+    assert graph.num_intervals == 3
+    wide = ActivationTopology(Probe(layers="net.2"), num_intervals=3, overlap_fraction=0.0, homology=False)
+    fit(mlp(), wide, max_epochs=1)
+    # Neighbours share more than half of each interval, or nothing.
+    assert graph.sizes.sum() > 1.5 * wide.result["net.2"].graph.sizes.sum()
+
+
+def test_the_places_of_a_figure_outlive_a_resume(tmp_path):
+    seen = []
+
+    class Look(ActivationTopology):
+        def draw(self, results):
+            seen.append(self.places.get("net.2"))
+            return super().draw(results)
+
+    callback, resumed = (Look(Probe(layers="net.2"), homology=False) for _ in range(2))
+    trainer = fit(mlp(), callback, logger=TensorBoardLogger(tmp_path), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(mlp(), resumed, logger=TensorBoardLogger(tmp_path), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    start, first, second = seen
+    assert start is None and first.shape == (32, 2)
+    torch.testing.assert_close(second, callback.places["net.2"], equal_nan=True)
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_picture_changes_little():
     result = results()
     graph = result.graph
-    first = layout(graph)
+    first = place_nodes(graph)
     assert first.abs().max() < 1.5 and torch.pdist(first).min() > 0.02
-    again = layout(graph, point_positions(graph, first))
+    again = place_nodes(graph, point_positions(graph, first))
     assert (again - first).norm(dim=1).max() < 0.45 * torch.pdist(first).median()
     other = results(mapper=True, eps=graph.eps * 1.02).graph  # slightly other clusters of the same samples
     places = point_positions(graph, first)
-    moved = layout(other, places)
+    moved = place_nodes(other, places)
     for node, own in enumerate(other.members):
         before = places[own].nanmean(dim=0)
         assert (moved[node] - before).norm() < 0.45 * torch.pdist(first).median()
@@ -146,7 +183,22 @@ def test_the_picture_changes_little():
     # Even from places that no force would leave them in.
     odd = point_positions(graph, first.flip(0))
     started = torch.stack([odd[own].nanmean(dim=0) for own in graph.members])
-    assert (layout(graph, odd) - started).norm(dim=1).max() < 0.3
+    assert (place_nodes(graph, odd) - started).norm(dim=1).max() < 0.3
+
+
+@pytest.mark.parametrize(("linked", "gap"), [(True, 0.921), (False, 2.0)])
+def test_two_nodes_come_to_rest_where_the_forces_balance(linked, gap):
+    # With x the gap relative to the springs' length 1.2 / sqrt(2): 1 / x^2 - x = 1 / 4 if linked, else 1 / x^2 = 1 / 4.
+    x = torch.tensor([[0.0], [0.1], [1.0], [2.0], [2.1]])
+    lens = torch.tensor([0.0, 0.0, 1.0 if linked else 0.0, 2.0, 2.0])
+    graph = compute_mapper(x, lens=lambda _: lens, num_intervals=2, overlap_fraction=0.5, eps=1.0, min_samples=2)
+    assert (graph.num_nodes, graph.num_edges) == (2, int(linked))
+    first, second = place_nodes(graph)
+    assert float((first - second).norm()) == pytest.approx(gap * 1.2 / 2**0.5, rel=0.02)
+
+
+def test_a_single_node_is_placed_in_the_middle():
+    assert place_nodes(compute_mapper(torch.ones(20, 3))).abs().max() < 0.01
 
 
 def test_pies_have_the_shares_and_areas_of_their_nodes():
@@ -170,15 +222,24 @@ def _area(corners):
     return 0.5 * abs((x * torch.roll(torch.tensor(y), -1).numpy() - y * torch.roll(torch.tensor(x), -1).numpy()).sum())
 
 
-def test_words():
+def test_the_titles_hold_the_numbers_and_their_nulls():
     result = results()
-    said = texts(plot_graphs({"fc1": result, "dead": results_of(torch.full((9, 2), math.nan))}))
-    purity = result.graph.purity
-    assert f"purity {purity.node_wise:.2f}, with permuted labels {purity.node_wise_null:.2f}" in said
-    assert "fc1: 200 samples" in said and "(Gaussian" in said and "The Mapper graph is empty" in said.replace("\n", " ")
-    said = texts(plot_homology({"fc1": result, "dead": results_of(torch.full((9, 2), math.nan))}))
-    assert f"loops' total {result.homology.total(1):.2f}, Gaussian {result.null['h1_total_null']:.2f}" in said
-    assert "No homology is given" in said.replace("\n", " ")
+    graphs = texts(plot_graphs({"fc1": result}))
+    purity, null = result.graph.purity, result.null
+    for number in (purity.node_wise, purity.node_wise_null):
+        assert f"{number:.2f}" in graphs
+    for measure in ("num_loops_null", "num_branches_null"):
+        assert f"Gaussian {null[measure]:.1f}" in graphs
+    assert "fc1: 200 samples" in graphs
+    homology = texts(plot_homology({"fc1": result}))
+    assert f"{result.homology.total(1):.2f}, Gaussian {null['h1_total_null']:.2f}" in homology
+    assert f"{len(result.homology.diagrams[1])} loops" in homology
+
+
+def test_a_layer_without_a_finite_sample_says_why_it_is_empty():
+    dead = results_of(torch.full((9, 2), math.nan))
+    assert "empty" in texts(plot_graphs({"dead": dead}))
+    assert "undefined" in texts(plot_homology({"dead": dead}))
 
 
 def results_of(x, y=None):
@@ -187,38 +248,46 @@ def results_of(x, y=None):
     return metric.compute()
 
 
-def test_many_classes_and_no_labels_can_be_drawn():
+def test_classes_are_named_and_coloured_apart():
     x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
     assert "other" in texts(plot_graphs({"": results_of(x, torch.arange(300) % 30)}))
     assert "class" not in texts(plot_graphs({"": results_of(x)}))
+    y = torch.tensor([3, 70_000_003])[torch.arange(300) % 2]  # of one colour by their last digit
+    graph = compute_mapper(x, targets=y)
+    result = TopologyResult(torch.arange(300), graph, None)
+    figure = plot_graphs({"": result})
+    said = texts(figure)
+    assert "class 3" in said and "70000003" in said and "other" not in said
+    pies = figure.axes[0].collections[-1]
+    shares = [mass for mass in graph.class_shares.flatten().tolist() if mass > 0]
+    assert len(pies.get_paths()) == len(shares)
+    assert len({tuple(color) for color in pies.get_facecolors().tolist()}) == 2
+
+
+@pytest.mark.parametrize("plot", [plot_graphs, lambda results, **options: plot_members(results, {}, **options)])
+def test_class_names_are_used_where_they_are_known(plot):
+    said = texts(plot({"fc1": results()}, class_names=["cat", "dog", "emu", "fox"]))
+    assert any(name in said for name in ("cat", "dog", "emu", "fox")) and "class" not in said.replace("classes", "")
 
 
 def test_at_most_eight_panels_and_never_none():
     result = results()
     many = {f"layer{i}": result for i in range(10)}
-    assert "2 more layers are not drawn" in texts(plot_graphs(many))
-    assert "2 more layers are not drawn" in texts(plot_homology(many))
     for plot in (plot_graphs, plot_homology, lambda found: plot_members(found, {})):
-        with pytest.raises(ValueError, match="results must hold at least one"):
+        assert "2 more layers" in texts(plot(many))
+        assert "layer7" in texts(plot(many)) and "layer8" not in texts(plot(many))
+        with pytest.raises(ValueError, match="at least one layer"):
             plot({})
+
+
+def test_the_metric_draws_what_it_has_and_names_the_layer():
     metric = ActivationShape()
-    assert "200 samples" in texts(metric.plot(result))
+    assert texts(metric.plot(results(), layer="fc1")).startswith("fc1: 200 samples")
+    assert texts(metric.plot(results())).startswith("200 samples")
     assert "loops" in texts(metric.plot(results(mapper=False)))
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
-
-
-def test_thumbnails_are_small_and_stretched():
-    grey = torch.linspace(-3, 5, 64 * 40).reshape(1, 1, 64, 40)
-    (small,) = thumbnails(grey)
-    assert (small.shape, small.dtype) == ((SIDE, 20, 3), torch.uint8)
-    assert int(small.min()) == 0 and int(small.max()) == 255 and torch.equal(small[..., 0], small[..., 2])
-    colour = torch.zeros(2, 3, 4, 4)
-    colour[1, 0] = 1
-    assert thumbnails(colour)[1, 0, 0].tolist() == [255, 0, 0]
-    for other in (torch.zeros(2, 5), torch.zeros(2, 7, 4, 4), [1], None):
-        assert thumbnails(other) is None
 
 
 def test_members_are_shown_with_their_own_images():
@@ -228,7 +297,7 @@ def test_members_are_shown_with_their_own_images():
     sheet = figure.axes[0].images[0].get_array()
     largest = int(result.graph.sizes.argmax())
     shown = [member for member in result.graph.members[largest].tolist() if member % 2 == 0][:8]
-    assert [int(sheet[5, column * (SIDE + 2) + 5, 0]) for column in range(len(shown))] == shown
+    assert [int(sheet[5, column * (THUMBNAIL_SIDE + 2) + 5, 0]) for column in range(len(shown))] == shown
     assert f"A  {int(result.graph.sizes[largest])}," in texts(figure)
 
 
@@ -237,7 +306,7 @@ def test_the_callback_finds_the_image_of_each_sample(tmp_path):
     callback = ActivationTopology(Probe(layers="net.2"))
     fit(mlp(), callback, logger=TensorBoardLogger(tmp_path))
     result = callback.result["net.2"]
-    found = callback._images_of("net.2", result)
+    found = callback.images.of_points("net.2", result)
     assert sorted(found) == list(range(32))
     bright = {
         place: image[..., 0].float().mean(dim=1).reshape(4, 2).sum(dim=1).argmax() for place, image in found.items()
@@ -245,11 +314,11 @@ def test_the_callback_finds_the_image_of_each_sample(tmp_path):
     labels = result.graph.targets
     assert sum(int(bright[place]) == int(labels[place]) for place in found) == 32
     assert set(callback.draw(callback.result)) == {"graphs", "members", "homology"}
-    assert sum(map(len, callback._images)) == 32
-    before = torch.cat(callback._images)
-    fit(mlp(), callback, val=False, train=loader())  # looks at other samples: the training data
-    assert len(torch.cat(callback._images)) == 64
-    assert not torch.equal(torch.cat(callback._images)[:32], before)
+    before = callback.images.stacked()
+    assert before.shape == (32, 3, 8, 8)
+    fit(mlp(), callback, val=False, train=loader())  # uses other samples: the training data
+    assert len(callback.images) == 64
+    assert not torch.equal(callback.images.stacked()[:32], before)
 
 
 def test_inputs_that_are_no_images_have_no_members_figure(tmp_path):
@@ -304,20 +373,27 @@ def test_the_projector_gets_the_points_on_request(tmp_path):
     table = torch.tensor([[float(cell) for cell in line.split("\t")] for line in points.read_text().splitlines()])
     assert table.shape == (32, 16)
     (labels,) = Path(trainer.log_dir).rglob("metadata.tsv")
-    assert labels.read_text().split() == [str(int(label)) for label in callback.result["net.2"].graph.targets]
+    assert labels.read_text().splitlines() == [f"class {label}" for label in callback.result["net.2"].graph.targets]
     assert list(Path(trainer.log_dir).rglob("sprite.png"))
     plain = fit(mlp(), ActivationTopology(Probe(layers="net.2")), logger=TensorBoardLogger(tmp_path / "plain"))
     assert not list(Path(plain.log_dir).rglob("tensors.tsv"))
 
 
+def images_of(world_size, tokens=1):
+    """Images of 100 samples, the j-th of them of brightness j but for one pixel of 0 and one of 255."""
+    inputs = torch.arange(100.0)[:, None, None, None].repeat(1, 1, 4, 4)
+    inputs[:, 0, 0, 0], inputs[:, 0, 0, 1] = 0, 255
+    found = SampleImages()
+    found.start_pass(world_size)
+    for part in inputs.split(30):
+        activations = {"fc1": torch.zeros(len(part) * tokens, 2)}
+        found.add(ProbeBatch(activations, part, None, None, len(part), 0))
+    return {place: int(image[3, 3, 0]) for place, image in found.of_points("fc1", results(mapper=False)).items()}
+
+
 def test_rank_0_shows_only_the_images_that_it_has():
-    callback, result = ActivationTopology(), results()
-    callback._images = [torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)]
-    callback._world_size = 2  # sample 2 j of all is the j-th of this rank
-    found = callback._images_of("fc1", result)
-    assert {place: int(image[0, 0, 0]) for place, image in found.items()} == {2 * j: j for j in range(100)}
-    callback._world_size, callback._rows_per_sample = 1, {"fc1": 50}  # 50 tokens an image
-    found = callback._images_of("fc1", result)
-    assert {place: int(image[0, 0, 0]) for place, image in found.items()} == {
-        place: place // 50 for place in range(200)
-    }
+    assert images_of(world_size=2) == {2 * j: j for j in range(100)}  # sample 2 j of all is the j-th of this rank
+
+
+def test_a_token_has_the_image_of_its_sample():
+    assert images_of(world_size=1, tokens=50) == {place: place // 50 for place in range(200)}

@@ -1,0 +1,182 @@
+"""The contents of a batch: input, target, number of samples, and the dimension of the samples in its tensors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_neuro.checks import ArgumentError, describe
+
+INPUT_KEYS = ("input", "inputs", "x", "image", "images", "pixel_values", "img", "data", "features", "input_ids")
+TARGET_KEYS = ("target", "targets", "y", "label", "labels")
+
+BatchField = str | int | Callable[[Any], Any]
+"""A field of a batch: a key, an index, or a function of the batch."""
+
+
+def default_input(batch: Any) -> Any:
+    """The model's input in a batch: the batch itself, its first element, or a dict entry of a usual name.
+
+    Raises:
+        ArgumentError: If the input cannot be identified.
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        for key in INPUT_KEYS:
+            if key in batch:
+                return batch[key]
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
+        return batch[0]
+    raise ArgumentError(
+        f"The model's input was not found in the batch, which is {describe(batch)}. Pass `Probe(input_fn=...)`, a"
+        " function of the batch or the key of a field in it."
+    )
+
+
+def default_target(batch: Any) -> Any:
+    """The target in a batch: its second element, or a dict entry of a usual name; None if there is none."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in TARGET_KEYS if key in batch), None)
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1:
+        return batch[1]
+    return None
+
+
+def class_labels(targets: Any) -> Tensor | None:
+    """Targets as (N,) int64 class labels; None if they are not class labels (a regression target, a mask)."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+        return None
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    return targets.long() if targets.ndim == 1 else None
+
+
+def read_field(name: str, field: BatchField, batch: Any) -> Any:
+    """Read a field of a batch.
+
+    Args:
+        name: Name of the argument that holds the field, for the message.
+        field: A key, an index or a function of the batch.
+        batch: The batch.
+
+    Returns:
+        The value of the field.
+
+    Raises:
+        ArgumentError: If the function fails on the batch, or the batch has no such field.
+    """
+    if callable(field):
+        try:
+            return field(batch)
+        except Exception as error:
+            raise ArgumentError(
+                f"`{name}` must be a function that accepts a batch; it failed on {describe(batch)}:"
+                f" {type(error).__name__}: {error}."
+            ) from error
+    # Objects such as dataclasses have fields as attributes; a tensor has no named fields.
+    if isinstance(field, str) and not isinstance(batch, Mapping) and not isinstance(batch, Tensor):
+        with suppress(AttributeError):
+            return getattr(batch, field)
+    try:
+        if isinstance(field, str) and isinstance(batch, Tensor):
+            raise KeyError(field)
+        return batch[field]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ArgumentError(
+            f"`{name}` must be a field of the batch, which is {describe(batch)}; got {field!r}."
+        ) from error
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """The tensors in nested values (sequences, mappings, dataclasses), in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(values, Tensor, note, allow_frozen=True)
+    return found
+
+
+def batch_length(*values: Any) -> int | None:
+    """The number of samples in a batch, from the first tensor in the values; None if there is none."""
+    return next((tensor.shape[0] for tensor in tensors_in(*values) if tensor.ndim > 0), None)
+
+
+def sample_dim(tensor: Tensor, num_samples: int) -> int | None:
+    """The dimension of a tensor along which the samples lie: 0, or 1 if the time comes first; None if neither.
+
+    Recurrent and attention layers put the time first by default. If both dimensions have the size of the batch, the
+    first one is returned.
+    """
+    return min(_fitting_dims(tensor, num_samples), default=None)
+
+
+def _fitting_dims(tensor: Tensor, num_samples: int) -> set[int]:
+    return {dim for dim in (0, 1) if dim < tensor.ndim and tensor.shape[dim] == num_samples}
+
+
+def samples_first(tensor: Tensor, num_samples: int) -> Tensor | None:
+    """The tensor with its samples in dimension 0; None if they are not found."""
+    dim = sample_dim(tensor, num_samples)
+    return None if dim is None else tensor.transpose(0, dim)
+
+
+def select_samples(values: Any, rows: Tensor, num_samples: int) -> Any:
+    """Select some samples in nested values; tensors that do not hold the samples of the batch are left unchanged.
+
+    Args:
+        values: Tensors, or nested collections of them.
+        rows: int64, indices of the samples.
+        num_samples: Number of samples in the batch.
+
+    Returns:
+        Values of the same structure.
+    """
+
+    def select(tensor: Tensor) -> Tensor:
+        dim = sample_dim(tensor, num_samples)
+        return tensor if dim is None else tensor.index_select(dim, rows.to(tensor.device))
+
+    return apply_to_collection(values, Tensor, select, allow_frozen=True)
+
+
+def concatenate_samples(batches: Sequence[Any], lengths: Sequence[int]) -> Any:
+    """Concatenate nested values of several batches along their samples.
+
+    Args:
+        batches: Values of the same structure.
+        lengths: Number of samples in each.
+
+    Returns:
+        Values of the same structure, as those of one batch.
+    """
+    columns = zip(*(tensors_in(batch) for batch in batches), strict=True)
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        # The dimension must fit in all batches, because a batch with as many samples as time steps is ambiguous.
+        dims = [_fitting_dims(part, length) for part, length in zip(parts, lengths, strict=True)]
+        common = sorted(set.intersection(*dims))
+        return torch.cat(tuple(parts), common[0]) if common else parts[0]
+
+    joined = iter([join(parts) for parts in columns])
+    return apply_to_collection(batches[0], Tensor, lambda _: next(joined), allow_frozen=True)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor in a layer's output, which may be a tensor, a tuple (recurrent layers) or a mapping.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = tensors_in(output)
+    if not found:
+        raise TypeError(f"the output holds no tensor: it is {describe(output)}")
+    return found[0]

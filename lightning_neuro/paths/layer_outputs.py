@@ -1,0 +1,142 @@
+"""Finds the units in a layer's output, and the logits in a model's output."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_neuro.batches import sample_dim
+from lightning_neuro.checks import ArgumentError, as_labels, describe, require
+from lightning_neuro.layers import resolve_layers
+from lightning_neuro.paths.options import Layers
+
+
+class UnitAxes(NamedTuple):
+    """The dimensions of a layer's output along which the samples and the units lie."""
+
+    samples: int
+    units: int
+
+
+def modules_of(model: nn.Module, layers: Layers = None) -> dict[str, nn.Module]:
+    """The selected layers, as modules by name; None for the default layers of all callbacks.
+
+    Raises:
+        MisconfigurationException: If a pattern matches no module.
+    """
+    return dict(layers) if isinstance(layers, Mapping) else resolve_layers(model, layers)
+
+
+def unit_axes(output: Tensor, num_samples: int, units_last: bool | None) -> UnitAxes:
+    """The dimensions of a layer's output along which the samples and the units lie.
+
+    Args:
+        output: A layer's output.
+        num_samples: N.
+        units_last: Whether the units lie on the last dimension, as `lightning_neuro.units.latest_layout` determines it;
+            None if it is not known.
+
+    Returns:
+        The two dimensions.
+
+    Raises:
+        ValueError: If the output is not floating-point, or has no such dimensions.
+    """
+    shape = tuple(output.shape)
+    if not output.is_floating_point() or output.ndim < 2:
+        raise ValueError(f"its output has no units: it is {describe(output)}")
+    samples = sample_dim(output, num_samples)
+    if samples == 0:
+        last = output.ndim == 3 if units_last is None else units_last
+        return UnitAxes(0, output.ndim - 1 if last else 1)
+    if samples == 1 and output.ndim == 3:  # recurrent and attention layers put the time first
+        return UnitAxes(1, 2)
+    raise ValueError(f"its output of shape {shape} does not have the {num_samples} samples in its first dimension")
+
+
+def broadcast(per_unit: Tensor, output: Tensor, axes: UnitAxes) -> Tensor:
+    """Values of shape (N, units) or (1, units), reshaped so that they multiply a layer's output."""
+    shape = [1] * output.ndim
+    shape[axes.samples], shape[axes.units] = per_unit.shape
+    return per_unit.reshape(shape)
+
+
+def unit_means(output: Tensor, axes: UnitAxes) -> Tensor:
+    """(N, units): the mean of a layer's output over the positions."""
+    positions = [dim for dim in range(output.ndim) if dim not in axes]
+    return output.mean(positions) if positions else output
+
+
+def with_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
+    """A layer's output with one tensor replaced; the output may be a tensor, tuple, list or mapping."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping):
+        changed = {key: with_tensor(value, old, new) for key, value in output.items()}
+        return type(output)(**changed) if type(output) is not dict else changed
+    if isinstance(output, (tuple, list)):
+        parts = [with_tensor(value, old, new) for value in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output
+
+
+def class_scores(output: Any, num_samples: int) -> Tensor:
+    """The (N, classes) logits in a model's output.
+
+    Raises:
+        ArgumentError: If the output holds no logits.
+    """
+    found: Any = output
+    if isinstance(output, Mapping):
+        found = output.get("logits", next((value for value in output.values() if isinstance(value, Tensor)), None))
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    is_table = isinstance(found, Tensor) and found.is_floating_point() and found.ndim == 2
+    if isinstance(found, Tensor) and is_table and found.shape[0] == num_samples and found.shape[1] >= 2:
+        return found
+    seen = describe(found if isinstance(found, Tensor) else output)
+    raise ArgumentError(
+        f"The model must return logits of shape (N, classes) with at least 2 classes; for {num_samples} samples it"
+        f" returned {seen}."
+    )
+
+
+def integer_labels(labels: Any, *, name: str = "targets") -> Tensor:
+    """Labels as int64 (N,), for any N.
+
+    Raises:
+        ArgumentError: If they are not one integer per sample.
+    """
+    found = as_labels(labels, len(labels) if getattr(labels, "ndim", 0) else 0, name=name)
+    if found is None:
+        raise ArgumentError(f"`{name}` must be integers of shape (N,), one per sample; got None.")
+    return found
+
+
+def check_classes(targets: Tensor, num_classes: int) -> None:
+    """Require that labels are classes of the model.
+
+    Raises:
+        ArgumentError: If one is negative or has no logit.
+    """
+    if len(targets):
+        low, high = int(targets.min()), int(targets.max())
+        must = f"be classes of the model, 0 to {num_classes - 1}"
+        if not 0 <= low <= high < num_classes:
+            raise ArgumentError(f"`targets` must {must}; got labels from {low} to {high}.")
+
+
+def check_groups(concepts: Tensor, num_concepts: int) -> None:
+    """Require that every concept has a row in the paths or scores.
+
+    Raises:
+        ArgumentError: If a concept has no row.
+    """
+    largest = int(concepts.max()) if len(concepts) else -1
+    if largest >= num_concepts:
+        raise ArgumentError(f"`concepts` must be below {num_concepts}, the number of paths; got concept {largest}.")
+
+
+def check_same_length(concepts: Tensor, targets: Tensor) -> None:
+    """Require one concept per sample."""
+    require(concepts.shape == targets.shape, "concepts", f"be integers of shape ({len(targets)},)", concepts)

@@ -1,0 +1,56 @@
+"""What must be in place before the first forward pass of a fit: hooks on the layers, and the ids of the samples."""
+
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+
+from lightning_neuro.refinement.gradient_hooks import GradientHooks
+from lightning_neuro.refinement.options import RunOptions
+from lightning_neuro.refinement.sample_ids import SampleIds
+from lightning_neuro.refinement.traced_layers import find_layers, require_linear
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """What must be in place before the first forward pass: hooks, and the ids of the samples in each batch.
+
+    Attributes:
+        traced: Names of the layers that get a ledger.
+        tracked: Names of the layers in the table of samples.
+        hooks: Hooks on both.
+        ids: The ids of the samples; None if they are not needed.
+    """
+
+    traced: tuple[str, ...]
+    tracked: tuple[str, ...]
+    hooks: GradientHooks
+    ids: SampleIds | None
+
+    def close(self) -> None:
+        """Remove the hooks from the layers, and stop listening to the data loader."""
+        self.hooks.remove()
+        if self.ids is not None:
+            self.ids.close()
+
+
+def attach(trainer: "pl.Trainer", pl_module: "pl.LightningModule", options: RunOptions) -> Attachment:
+    """Find the layers and hook them, in `on_fit_start`: a model that was compiled without hooks does not call them.
+
+    Raises:
+        ArgumentError: If a layer cannot be traced, or an option needs a linear layer.
+    """
+    layers = find_layers(pl_module, options.layers, "layers")
+    traced = tuple(layers)
+    if not isinstance(options.track_samples, bool):
+        layers |= find_layers(pl_module, options.track_samples, "track_samples")
+    if options.tracks_influence:
+        require_linear(traced[-1], layers[traced[-1]][0], "influence_every_n_steps")
+    if options.update_log:
+        for name in traced:
+            require_linear(name, layers[name][0], "update_log")
+    return Attachment(
+        traced=traced,
+        tracked=tuple(layers) if options.track_samples else (),
+        hooks=GradientHooks(layers),
+        ids=SampleIds(trainer, options.sample_id_fn) if options.needs_sample_ids else None,
+    )

@@ -1,0 +1,154 @@
+"""The weight gradient of a linear or convolution layer, split by the source of the samples that caused it."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_neuro import batches
+from lightning_neuro.refinement.sources import Sources
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Operator = nn.Linear | Convolution
+OPERATORS = (nn.Linear, *CONVOLUTIONS)
+
+# Up to this many multiplications the gradient of a linear layer is split by one matrix product over all sources. It
+# costs as many times the weight gradient as there are sources, but the host never has to read the labels.
+ONE_PRODUCT = 2**27
+
+
+def why_unsupported(module: nn.Module) -> str:
+    """The reason why the refinement of a module cannot be computed; empty if it can."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention uses its weight without calling it"
+    if not isinstance(module, OPERATORS):
+        return f"it is a {type(module).__name__}; Linear, Conv1d, Conv2d and Conv3d are supported"
+    if isinstance(module.weight, UninitializedParameter):
+        return "its weight has no shape yet; run the module once before the fit"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters (a parametrization), which must be removed first"
+    return ""
+
+
+def parameters_of(module: Operator) -> Mapping[str, nn.Parameter]:
+    """The parameters of a layer by name: `"weight"`, and `"bias"` if it has one."""
+    return {name: value for name, value in module._parameters.items() if value is not None}
+
+
+def layer_output(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The output of the layer with another weight and bias; its hooks do not run."""
+    if isinstance(module, nn.Linear):
+        return F.linear(inputs, weight, bias)
+    output: Tensor = module._conv_forward(inputs, weight, bias)
+    return output
+
+
+def weights_on_cpu(module: nn.Module) -> list[Tensor]:
+    """Copies of the weight and, if there is one, the bias of a layer."""
+    parameters = (getattr(module, name) for name in ("weight", "bias"))
+    return [parameter.detach().to("cpu", copy=True) for parameter in parameters if parameter is not None]
+
+
+def layer_samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Bring the samples of the batch to the first dimension of a layer's inputs and output gradients.
+
+    Linear layers may have them in the second dimension, after the time. If both dimensions have the size of the batch,
+    the first one is taken.
+
+    Raises:
+        ValueError: If neither dimension has the number of samples of the batch.
+    """
+    unbatched = inputs.ndim == (1 if isinstance(module, nn.Linear) else module.weight.ndim - 1)
+    if unbatched:
+        inputs, gradients = inputs[None], gradients[None]
+    dim = batches.sample_dim(inputs, num_samples)
+    if dim == 0:
+        return inputs, gradients
+    if dim == 1 and isinstance(module, nn.Linear) and inputs.ndim == 3:  # recurrent and attention layers: time first
+        return inputs.transpose(0, 1), gradients.transpose(0, 1)
+    # The layout is not guessed: k times as many rows may be k views of the batch, or k positions of each sample.
+    raise ValueError(
+        f"its input of shape {tuple(inputs.shape)} does not have the {num_samples} samples of the batch in its first"
+        " dimension, so it is not known to which sample each row belongs. Pass a `source_fn` that returns the source of"
+        " each row; for two views of a batch, `source_fn=lambda batch: torch.cat([batch[1], batch[1]])`"
+    )
+
+
+def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources) -> dict[str, Tensor]:
+    """Split the gradient of the layer's parameters by the source of the samples that caused it.
+
+    Args:
+        module: The layer.
+        inputs: Its input, (B, ..., features) or (B, channels, ...).
+        gradients: Gradient of the loss with respect to its output, in the same layout.
+        sources: The sources of the samples.
+
+    Returns:
+        `"weight"`: (sources, *weight shape), and `"bias"`: (sources, outputs) if the layer has one. Summed over the
+        sources they are the gradient of an ordinary backward pass.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> inputs, gradients = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 1)
+        >>> source_gradients(layer, inputs, gradients, Sources(torch.tensor([0, 1]), 2))["weight"].tolist()
+        [[[1.0, 2.0]], [[3.0, 4.0]]]
+    """
+    # As under autocast: the layer multiplied in the lower precision, so its gradient consists of the rounded values.
+    inputs = inputs.to(gradients.dtype)
+    dtype = torch.promote_types(gradients.dtype, torch.float32)
+    inputs, gradients = inputs.to(dtype), gradients.to(dtype)
+    split: dict[str, Tensor] = {}
+    if isinstance(module, nn.Linear):
+        inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients))
+        split["weight"] = _linear_weight(inputs, gradients, sources)
+        per_sample = gradients.sum(1)
+    else:
+        split["weight"] = gradients.new_zeros(sources.num, *module.weight.shape)
+        for source, members in sources.members.items():
+            split["weight"][source] = _conv_weight(module, inputs[members], gradients[members])
+        per_sample = gradients.flatten(2).sum(2)
+    if module.bias is not None:
+        split["bias"] = per_sample.new_zeros(sources.num, per_sample.shape[1]).index_add_(0, sources.rows, per_sample)
+    return split
+
+
+def _linear_weight(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
+    """(B, positions, in) inputs and (B, positions, out) gradients -> (sources, out, in)."""
+    num_in, num_out = inputs.shape[-1], gradients.shape[-1]
+    if sources.num * num_in * gradients.numel() <= ONE_PRODUCT:
+        chosen = F.one_hot(sources.rows, sources.num).to(inputs.dtype)
+        spread = torch.einsum("bk,bpo->bpko", chosen, gradients)
+        return (spread.reshape(-1, sources.num * num_out).T @ inputs.reshape(-1, num_in)).view(-1, num_out, num_in)
+    split = inputs.new_zeros(sources.num, num_out, num_in)
+    for source, members in sources.members.items():
+        split[source] = gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
+    return split
+
+
+def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:
+    dims = module.weight.ndim - 2
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        inputs, padding = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode), [0] * dims
+    else:
+        padding = list(module.padding)
+    weight = module.weight.detach().to(gradients.dtype)  # only its shape is used
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        gradients,
+        inputs,
+        weight,
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        False,
+        [0] * dims,
+        module.groups,
+        [False, True, False],
+    )
+    result: Tensor = gradient
+    return result

@@ -1,0 +1,223 @@
+"""Tracking of single training samples in a fit: their table, their influence on a few inputs, and the files."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_neuro import loggers
+from lightning_neuro.batches import sample_dim, select_samples
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.isolation import isolated_random_state
+from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.refinement.drawn_indices import training_loaders
+from lightning_neuro.refinement.gradient_hooks import GradientHooks
+from lightning_neuro.refinement.influence import Influence
+from lightning_neuro.refinement.influence_table import InfluenceTable
+from lightning_neuro.refinement.layer_gradients import layer_samples_first
+from lightning_neuro.refinement.options import megabytes
+from lightning_neuro.refinement.plot import plot_influence, plot_top_samples
+from lightning_neuro.refinement.sample_table import Arrays, SampleTable, top_rows, write_csv
+from lightning_neuro.refinement.training_steps import TrainBatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOP = 20
+# Number of inputs in the influence table, which holds a vector per training sample for each of them.
+NUM_INPUTS = 16
+
+
+class TrackedInputs(NamedTuple):
+    """The samples whose influence is tracked; all None on a rank without samples in the probe set.
+
+    Attributes:
+        layer_inputs: (Q, ..., in), their current input of the layer.
+        inputs: The input of the model of each of them.
+        targets: (Q,) class labels, or None.
+    """
+
+    layer_inputs: Tensor | None
+    inputs: Sequence[Any] | None
+    targets: Tensor | None
+
+
+class SampleTracking:
+    """A `StepListener` that fills the table of samples and the table of influence, and logs them.
+
+    Args:
+        layers: Names of the layers in the table; empty: there is no table.
+        num_samples: Number of samples in the training dataset.
+        head: Name and module of the layer whose influence is tracked, if any.
+        memory_limit: Bytes that both tables may take.
+        saved: The state of an earlier part of the run.
+
+    Raises:
+        ArgumentError: If the tables would take more memory.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        num_samples: int,
+        *,
+        head: tuple[str, nn.Linear] | None = None,
+        memory_limit: float = float("inf"),
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.table = SampleTable(layers, num_samples) if layers else None
+        self.influence_table = None if head is None else InfluenceTable(*head, num_samples)
+        self.inputs: TrackedInputs | None = None
+        size = 0 if self.table is None else self.table.num_bytes
+        size += 0 if self.influence_table is None else self.influence_table.num_bytes(NUM_INPUTS)
+        if size > memory_limit:
+            raise ArgumentError(
+                f"`memory_limit` must be at least {megabytes(size)}, which the tables of {num_samples:,} training"
+                f" samples need; got {megabytes(memory_limit)}. Raise it, name fewer layers in `track_samples`, or"
+                " leave out `influence_every_n_steps`."
+            )
+        try:
+            for name, table in self._tables().items():
+                if saved and name in saved:
+                    table.load_state_dict(saved[name])
+        except ValueError as error:
+            rank_zero_warn(
+                f"Per-sample tracking starts anew at this step, because the saved state does not fit: {error}"
+            )
+
+    def _tables(self) -> dict[str, Any]:
+        tables = {"table": self.table, "influence": self.influence_table}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
+        """Pass a backward pass on to both tables."""
+        for table in self._tables().values():
+            table.see(layer, module, inputs, gradients, batch)
+
+    def commit(self, layer: str, rate: Tensor) -> None:
+        """Add the pending values of both tables."""
+        for table in self._tables().values():
+            table.commit(layer, rate)
+
+    def drop(self, layer: str) -> None:
+        """Discard the pending values of both tables."""
+        for table in self._tables().values():
+            table.drop(layer)
+
+    def find_inputs(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe_pass: ProbePass, hooks: GradientHooks
+    ) -> "TrackedInputs":
+        """The current state in the network of the first samples of the probe set."""
+        found = [TrackedInputs(None, None, None)]
+        if (table := self.influence_table) is None:
+            return found[0]
+
+        def keep(batch: ProbeBatch) -> None:
+            layer_inputs = hooks.recorded[table.layer][0][0]
+            layer_inputs, _ = layer_samples_first(table.module, layer_inputs, layer_inputs, batch.num_samples)
+            inputs = [
+                _one_sample(batch.inputs, row, batch.num_samples) for row in range(min(NUM_INPUTS, batch.num_samples))
+            ]
+            targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
+            found[0] = TrackedInputs(layer_inputs[:NUM_INPUTS], inputs, targets)
+
+        hooks.record(lambda: probe_pass.num_forwards)
+        try:
+            probe_pass.run(trainer, pl_module, keep, max_batches=1)
+        finally:
+            hooks.stop_recording()
+        return found[0]
+
+    def refresh(self, trainer: "pl.Trainer", found: "TrackedInputs") -> None:
+        """From now on, score against the inputs that rank 0 found. Call it on every rank."""
+        found = trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
+        if self.influence_table is not None and found.layer_inputs is not None:
+            self.influence_table.refresh(found.layer_inputs)
+            self.inputs = found
+
+    # Over all ranks
+
+    def table_over_ranks(self, trainer: "pl.Trainer") -> SampleTable | None:
+        """The table of all ranks. Call it on every rank."""
+        return None if self.table is None else self.table.over_ranks(trainer)
+
+    def top_over_ranks(self, trainer: "pl.Trainer") -> Influence | None:
+        """The strongest samples of all ranks for each input. Call it on every rank."""
+        return None if self.influence_table is None else self.influence_table.over_ranks(trainer).top()
+
+    def draw_influence(
+        self, trainer: "pl.Trainer", top: Influence | None, class_names: Sequence[str] | None
+    ) -> dict[str, "Figure"]:
+        """Draw the inputs, with the training samples that moved them most next to them."""
+        if top is None or self.inputs is None or self.influence_table is None:
+            return {}
+        layer = self.influence_table.layer
+        figure = plot_influence(
+            top,
+            self.inputs.inputs,
+            _training_dataset(trainer),
+            layer=layer,
+            targets=self.inputs.targets,
+            class_names=class_names,
+        )
+        return {f"influence/{layer}": figure}
+
+    def write_samples(
+        self, trainer: "pl.Trainer", name: str, device: torch.device, class_names: Sequence[str] | None
+    ) -> None:
+        """Log the samples that refined each layer most, and write the table to `samples.csv`. Call it on every rank."""
+        table = self.table_over_ranks(trainer)
+        folder = loggers.artefact_folder(trainer, name)
+        if table is None or not trainer.is_global_zero:
+            return
+        arrays = table.arrays()
+        # Datasets often augment what they return.
+        with isolated_random_state(device):
+            _log_top_samples(trainer, name, table.layers, arrays, class_names)
+        if folder is not None:
+            write_csv(arrays, folder / "samples.csv")
+
+    def state_dict(self, trainer: "pl.Trainer | None" = None) -> dict[str, Any]:
+        """Both tables; with a trainer, those of all ranks, and it must be called on every rank."""
+        tables = self._tables()
+        if trainer is not None:
+            tables = {name: table.over_ranks(trainer) for name, table in tables.items()}
+        return {name: table.state_dict() for name, table in tables.items()}
+
+
+def _log_top_samples(
+    trainer: "pl.Trainer", name: str, layers: Sequence[str], arrays: Arrays, class_names: Sequence[str] | None
+) -> None:
+    """Log a table and a figure of the samples that refined each layer most."""
+    header = ("rank", "sample id", "class", "visits", "refinement", "fraction of the layer's total")
+    for layer in layers:
+        text = loggers.markdown_table(header, top_rows(arrays, layer, TOP, class_names))
+        loggers.log_text(trainer, f"{name}/top_samples/{layer}", text)
+
+    def draw() -> dict[str, "Figure"]:
+        images = _training_dataset(trainer)
+        return {
+            f"top_samples/{layer}": plot_top_samples(arrays, layer, images, count=TOP, class_names=class_names)
+            for layer in layers
+        }
+
+    loggers.log_figures(trainer, name, draw)
+
+
+def _one_sample(inputs: Any, row: int, num_samples: int) -> Any:
+    """The input of one sample of a batch, which may be nested, without the dimension of the samples."""
+    one = select_samples(inputs, torch.tensor([row]), num_samples)
+
+    def squeeze(tensor: Tensor) -> Tensor:
+        dim = sample_dim(tensor, 1)
+        return tensor if dim is None else tensor.squeeze(dim)
+
+    return apply_to_collection(one, Tensor, squeeze, allow_frozen=True)
+
+
+def _training_dataset(trainer: "pl.Trainer") -> Any:
+    return training_loaders(trainer)[0].dataset

@@ -1,0 +1,168 @@
+"""Follows the training steps of a fit: the part of `RepresentationRefinement` that uses Lightning's training hooks."""
+
+from functools import partial
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+
+from lightning_neuro.batches import class_labels
+from lightning_neuro.callback import MetricCallback
+from lightning_neuro.isolation import why_off
+from lightning_neuro.probe import interval_passed
+from lightning_neuro.refinement.attachment import Attachment, attach
+from lightning_neuro.refinement.gradient_hooks import GradientHooks
+from lightning_neuro.refinement.options import RunOptions
+from lightning_neuro.refinement.refinement_run import RefinementRun
+from lightning_neuro.refinement.sample_tracking import SampleTracking
+from lightning_neuro.refinement.traced_layers import find_layers
+
+R = TypeVar("R")
+
+
+class TrainingHooksCallback(MetricCallback[R]):
+    """Places the hooks before the first forward pass, opens a run at the initial weights, and follows it step by step.
+
+    Attributes:
+        options: What to trace.
+        attachment: Hooks and sample ids of the running fit.
+        hooks: Hooks on the layers, in a fit or in a `trainer.validate` after it.
+        run: The latest run, with its ledgers and tables; None before training.
+        saved_run: The state of the run that is continued.
+    """
+
+    options: RunOptions
+    run_state = ("last_influence_step",)
+
+    def start_run(self) -> None:
+        """Reset the state of an earlier run."""
+        super().start_run()
+        self.last_influence_step = 0
+        self.attachment: Attachment | None = None
+        self.hooks: GradientHooks | None = None
+        self.run: RefinementRun | None = None
+        self.saved_run: dict[str, Any] = {}
+
+    @property
+    def tracking(self) -> SampleTracking | None:
+        """The tables of samples of the run, if samples are tracked."""
+        return None if self.run is None else self.run.tracking
+
+    # Training: hooks before the first forward pass, ledgers at the initial weights, then step by step
+
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Find the layers and hook them, before the first run of a compiled model."""
+        super().on_fit_start(trainer, pl_module)
+        if not why_off(trainer):
+            if not self.saved_run and self.run is not None:
+                # Without a checkpoint, each rank continues with its own state.
+                self.saved_run = self.run.state_dict() | {"of_this_rank": True}
+            self.run = None
+            self.attachment = attach(trainer, pl_module, self.options)
+            self.hooks = self.attachment.hooks
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Open the ledgers at the weights from which training starts."""
+        if not why_off(trainer):
+            self.attempt(trainer, "the probe set", lambda: self.open_run(trainer, pl_module))
+        super().on_train_start(trainer, pl_module)
+
+    def open_run(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Open the ledgers and tables of this fit, unless they are open."""
+        if self.run is not None or self.attachment is None:
+            return
+        num_sources = self.options.num_sources or self.probe_pass.count_classes(trainer, pl_module)
+        self.run = RefinementRun(
+            trainer,
+            self.attachment,
+            self.options,
+            name=self.name,
+            num_sources=num_sources,
+            class_names=self.probe_pass.class_names(trainer),
+            saved=self.saved_run,
+            report=lambda layer, error: self.report(f"layer '{layer}' in a training step", error),
+        )
+        self.saved_run = {}
+
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Set the sources of the samples for the coming backward passes."""
+        if self.run is None or why_off(trainer):
+            return
+        try:
+            targets = class_labels(self.probe_pass.target(batch))
+            if targets is None and self.needs_labels:
+                message = f"{self.name}: a training batch has no class labels, so it is credited to 'other'."
+                self.warn_once("unlabelled", message)
+            self.run.begin_batch(batch, targets, pl_module.device)
+        except Exception as error:
+            self.report("a training batch", error)
+
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End a phase, update the influence and evaluate, each if it is due."""
+        if self.run is not None:
+            self.run.end_batch(trainer.global_step)
+            every = self.options.influence_every_n_steps
+            if every is not None and interval_passed(every, trainer.global_step, self.last_influence_step):
+                self.last_influence_step = trainer.global_step
+                self._update_influence(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Write the table of the samples."""
+        run = self.run
+        if run is not None and not why_off(trainer):
+            what = "the training samples"
+            self.attempt(trainer, what, lambda: run.finish(trainer, pl_module.device, self.class_names))
+
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Hook the layers for a `trainer.validate` after the fit."""
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn == "validate" and self.run is not None and not why_off(trainer):
+            self.hooks = GradientHooks(find_layers(pl_module, self.options.layers))
+
+    def release(self) -> None:
+        """Release hooks, data loaders and files; the ledgers and tables stay."""
+        super().release()
+        if self.run is not None:
+            self.run.close()
+        if self.attachment is not None:
+            self.attachment.close()
+        if self.hooks is not None:
+            self.hooks.remove()
+        self.attachment = None
+        self.hooks = None
+
+    def _update_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """From now on, score against the current layer inputs of the first samples of the probe set."""
+        hooks, tracking = self.hooks, self.tracking
+        if hooks is not None and tracking is not None:
+            what = "the influence of training samples"
+            compute = partial(tracking.find_inputs, trainer, pl_module, self.probe_pass, hooks)
+            if (found := self.attempt(trainer, what, compute)) is not None:
+                tracking.refresh(trainer, found)
+
+    # State
+
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the tables of all ranks. Lightning calls this on every rank, after `state_dict`."""
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if trainer.world_size > 1 and saved and self.run is not None:
+            saved["run"] = self.run.state_dict(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks belong to the model of the running fit, and a copy of the callback is not part of it.
+        return vars(self) | {"attachment": None, "hooks": None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the state of the base class, the ledgers, and the tables of samples."""
+        return super().state_dict() | {"run": dict(self.saved_run) if self.run is None else self.run.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state; the ledgers are opened when training starts."""
+        super().load_state_dict(state_dict)
+        self.saved_run = state_dict["run"]

@@ -1,0 +1,89 @@
+"""The figure: one panel a layer, drawn fast, with words where nothing can be drawn."""
+
+import io
+import math
+
+import pytest
+import torch
+
+from lightning_neuro.entropy import NeuronEntropy, neuron_entropy, plot_entropy
+from tests.helpers import texts
+
+
+def results(layers=4):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 3, (512,), generator=generator)
+    return {
+        f"fc{number}": neuron_entropy(torch.randn(512, 64, generator=generator).relu(), targets)
+        for number in range(layers)
+    }
+
+
+def test_every_layer_has_a_panel_with_units_and_samples():
+    figure = plot_entropy(results(3))
+    assert len(figure.axes) == 3
+    titles = [panel.get_title() for panel in figure.axes]
+    for number, title in enumerate(titles):
+        assert title.startswith(f"fc{number}\n0% of 64 units") and "512 samples" in title
+    assert "class information" in texts(figure)
+    file = io.BytesIO()
+    figure.savefig(file)
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_what_is_drawn_is_the_total_in_falling_order():
+    result = results(1)["fc0"]
+    (panel,) = plot_entropy({"fc0": result}).axes
+    on_off, total = panel.collections
+    assert on_off.get_paths()[0].get_extents().y1 == pytest.approx(result.on_off.max().item())
+    assert total.get_paths()[0].get_extents().y1 == pytest.approx(result.total.max().item())
+    limit, points = panel.lines
+    assert limit.get_ydata()[0] == pytest.approx(math.log2(11))
+    order = result.total.argsort(descending=True)
+    assert points.get_ydata() == pytest.approx(result.class_information[order].numpy())
+
+
+def test_layers_with_nothing_to_draw_say_why():
+    figure = plot_entropy(
+        {
+            "dead": neuron_entropy(torch.zeros(9, 3)),
+            "one": neuron_entropy(torch.ones(1, 3)),
+            "paper": neuron_entropy(torch.zeros(9, 3), mode="mostafa2021"),
+            "nan": neuron_entropy(torch.full((4, 1), math.nan)),
+            "fine": neuron_entropy(torch.rand(9, 1), mode="mostafa2021"),
+        }
+    )
+    figure.canvas.draw()
+    said = texts(figure).replace("\n", " ")
+    assert "3 units" in said and "9 samples" in said
+    assert "at least 2 finite samples" in said
+    assert "1 unit, 0 samples" in said
+    assert "class information" not in said
+    assert "mostafa2021" in said
+
+
+def test_at_most_eight_panels():
+    figure = plot_entropy(results(1) | {f"layer{number}": results(1)["fc0"] for number in range(9)})
+    assert len(figure.axes) == 8
+    assert "2 more layers" in texts(figure)
+
+
+def test_no_layer_is_refused():
+    with pytest.raises(ValueError, match="results"):
+        plot_entropy({})
+
+
+@pytest.mark.filterwarnings("ignore:.*was called before the")
+def test_the_metric_plots_itself():
+    metric = NeuronEntropy()
+    assert "0 samples" in texts(metric.plot())
+    metric.update(torch.rand(10, 2))
+    assert len(metric.plot().axes) == 1
+    assert metric.plot(metric.compute(), layer="fc9").axes[0].get_title().startswith("fc9\n")
+
+
+def test_drawing_leaves_pyplot_alone():
+    import matplotlib.pyplot as plt
+
+    plot_entropy(results()).canvas.draw()
+    assert plt.get_fignums() == []

@@ -1,0 +1,141 @@
+"""What the figures show: the numbers, what is undefined, and no more than fits."""
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_neuro.observers import LinearObserver, depth_curve, read_attributes
+from lightning_neuro.observers.plot import plot_attributes, plot_proportion
+from lightning_neuro.observers.plot_units import MAX_UNITS, plot_explanation, plot_maps
+from tests.helpers import texts
+from tests.observers.planted import classes
+
+
+def result(units=8, attributes=5, seed=0):
+    x, labels = classes(200, units, attributes, seed=seed)
+    return read_attributes(x, labels)
+
+
+def images_of(figure):
+    return [np.ma.asarray(image.get_array()) for image in figure.axes[0].images]
+
+
+def test_the_matrix_holds_input_start_and_now():
+    one, two = result(), result(seed=1)
+    start = {"a": [0.5, 0.6, math.nan, 0.8, 0.9], "b": [0.5] * 5}
+    raw = {"class_0": 0.55, "class_1": 0.65}
+    figure = plot_attributes({"a": one, "b": two}, initial=start, from_input=raw)
+    first, before, now, _ = images_of(figure)
+    np.testing.assert_allclose(first[:2, 0], [0.55, 0.65])
+    assert first.mask[2:].all()
+    np.testing.assert_allclose(before[:, 0].filled(-1), [0.5, 0.6, -1, 0.8, 0.9])
+    np.testing.assert_allclose(now[:, 1], two.balanced_accuracy)
+    assert f"class_0 [{one.label_proportion[0].item():.0%}]" in texts(figure)
+    assert f"{two.balanced_accuracy[3].item():.2f}".replace("0.", ".") in texts(figure)
+    assert "-" in texts(figure).split(" | ") and "200 samples" in texts(figure)
+
+
+def test_the_metric_draws_itself():
+    x, labels = classes(100, 6, 3)
+    metric = LinearObserver()
+    metric.update(x, labels)
+    figure = metric.plot(layer="fc1")
+    np.testing.assert_allclose(images_of(figure)[0][:, 0], metric.compute().balanced_accuracy)
+    assert "fc1" in texts(figure)
+
+
+def test_maps_have_one_scale_and_only_stable_weights():
+    # By hand: weight x standard deviation is [[1, -1], [0, 2]] and, in the other layer, [[4, 0]] where it is stable.
+    one = replace(
+        result(2, 2),
+        weights=torch.tensor([[1.0, -2.0], [0.0, 4.0]]),
+        std=torch.tensor([1.0, 0.5]),
+        stable=torch.ones(2, 2, dtype=torch.bool),
+    )
+    two = replace(
+        one,
+        weights=torch.tensor([[4.0, 7.0], [0.0, 0.0]]),
+        std=torch.ones(2),
+        stable=torch.tensor([[True, False], [True, True]]),
+    )
+    figure = plot_maps({"a": one, "b": two})["weights"]
+    first, second, _ = images_of(figure)
+    assert first.tolist() == [[1, -1], [0, 2]] and second.tolist() == [[4], [0]]
+    assert {image.get_clim() for image in figure.axes[0].images} == {(-4, 4)}
+    assert re.findall(r"(\d+)% of mass", texts(figure)) == ["50", "50"]
+
+
+def test_maps_show_the_largest_units_of_each_layer_on_one_scale():
+    figures = plot_maps({"a": result(), "b": result(60, seed=1)})
+    assert set(figures) == {"weights", "patterns", "effects"}
+    for figure in figures.values():
+        ((low, high),) = {image.get_clim() for panel in figure.axes for image in panel.images}
+        assert low == -high
+        first, second, _ = images_of(figure)
+        assert first.shape[0] == second.shape[0] == 5 and first.shape[1] <= 8 and second.shape[1] <= MAX_UNITS
+        assert max(abs(first).max(), abs(second).max()) == pytest.approx(high)
+
+
+def test_at_most_eight_layers_are_drawn():
+    one = result(3, 2)
+    many = {f"layer{i}": one for i in range(10)}
+    for figure in (plot_attributes(many), plot_maps(many)["weights"]):
+        said = texts(figure)
+        assert "2 more layers" in said and "layer7" in said and "layer8" not in said
+
+
+def test_a_dead_layer_and_undefined_attributes_can_be_drawn():
+    dead = read_attributes(torch.zeros(50, 4), torch.zeros(50, 2))
+    plot_maps({"dead": dead})["weights"].canvas.draw()
+    plot_attributes({"dead": dead}).canvas.draw()
+    assert "no sample has one of the first attributes" in texts(plot_explanation({"dead": dead}))
+
+
+def test_an_undefined_attribute_leaves_the_others_their_scale():
+    x, labels = classes(200, 8, 5)
+    plain = read_attributes(x, labels, names=[f"class_{k}" for k in range(5)])
+    more = read_attributes(x, labels, names=[f"class_{k}" for k in range(6)])
+    for name, figure in plot_maps({"a": more}).items():
+        image, _ = figure.axes[0].images
+        assert np.isfinite(image.get_clim()).all(), name
+        assert image.get_clim() == pytest.approx(plot_maps({"a": plain})[name].axes[0].images[0].get_clim())
+        assert (np.asarray(image.get_array())[5] == 0).all()
+        assert "nan" not in texts(figure)
+
+
+def test_explanations_are_the_parts_of_the_score():
+    found = result(30)
+    figure = plot_explanation({"a": found}, units=5)
+    panel = figure.axes[0]
+    widths = [bar.get_width() for bar in panel.patches]
+    score = found.explain(found.examples[0], 0).sum().item()
+    assert len(widths) == 6
+    assert sum(widths) == pytest.approx(score)
+    assert f"score {score:.2f}" in panel.get_title()
+    assert panel.get_title().startswith("a sample with class_0")
+
+
+def test_proportion_over_depth_with_its_null():
+    curve = depth_curve([result().denotation, result(12, seed=2).denotation])
+    figure = plot_proportion(curve, ["a", "b"])
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), curve.proportion)
+    rho, null, p = curve.scalars().values()
+    assert f"depth {rho:.2f}; null {null:.2f} (p = {p:.3f})" in texts(figure)
+
+
+def test_proportion_over_depth_without_significant_units():
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    none = depth_curve([read_attributes(x, torch.arange(100) % 4).denotation])
+    figure = plot_proportion(none, ["a"])
+    assert "undefined" in texts(figure) and "no layer has significant units" in texts(figure)
+    assert not figure.axes[0].lines
+
+
+def test_nothing_to_draw_is_refused():
+    for draw in (plot_attributes, plot_maps, plot_explanation):
+        with pytest.raises(ValueError, match="at least one layer"):
+            draw({})
