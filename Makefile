@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lightning-neuro demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term

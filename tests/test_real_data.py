@@ -77,5 +77,5 @@ def test_each_class_needs_a_path_of_its_own() -> None:
         assert after[f"paths/self_overlap/{layer}"] > 0.8
         assert after[f"paths/overlap/{layer}"] < after[f"paths/self_overlap/{layer}"] - 0.4
         assert after[f"paths/hierarchy_correlation/{layer}"] > 0.5
-        assert after[f"paths/confusion_top3/{layer}"] > 1.5 * after[f"paths/confusion_top3_chance/{layer}"]
+        assert after[f"paths/confusion_top3/{layer}"] > 1.5 * after[f"paths/confusion_top3_null/{layer}"]
     assert (paths.evaluation.necessity > 0).sum() >= 9

@@ -88,6 +88,8 @@ def test_any_real_dtype(dtype):
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_too_few_samples_give_an_empty_graph(n):
     assert activation_graph(activations(n, 3)).adjacency.shape == (0, 0)
+    three = torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 5.0]])
+    assert activation_graph(three).adjacency.shape == (2, 2)
 
 
 def test_wrong_input():

@@ -21,7 +21,8 @@ from tests.contract.two_ranks import SCENARIOS
 from tests.helpers import run_two_ranks
 from tests.models import fit, images, loader, mlp
 
-pytestmark = pytest.mark.slow
+# In one worker, so that the two processes are started only once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contract-ranks")]
 
 ROOT = Path(__file__).parents[2]
 FAILING = [scenario for scenario in SCENARIOS if scenario.startswith("failing")]

@@ -6,7 +6,8 @@ import torch
 from tests.refinement.test_ranks import launch
 from tests.refinement.two_rank_ledgers import CASES, LAYERS, runs
 
-pytestmark = pytest.mark.slow
+# In one worker, so that the two processes are started only once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ledger-ranks")]
 
 
 @pytest.fixture(scope="module")

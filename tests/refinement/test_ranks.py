@@ -7,7 +7,8 @@ import torch
 
 from tests.helpers import run_two_ranks
 
-pytestmark = pytest.mark.slow
+# In one worker, so that the two processes are started only once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("refinement-ranks")]
 
 
 def launch(module, folder):
