@@ -24,12 +24,15 @@ IMAGES = Path(__file__).resolve().parent / "images"
 
 
 def write_figures(log: Path) -> None:
-    """Write the last step of every figure in the log."""
+    """Write the last step of every figure in the log that a page of the docs or the README shows."""
+    pages = [*IMAGES.parent.glob("*.md"), IMAGES.parents[1] / "README.md"]
+    shown = "".join(page.read_text() for page in pages)
     events = EventAccumulator(str(log), size_guidance={"images": 0})
     events.Reload()
     for tag in events.Tags()["images"]:
-        content = events.Images(tag)[-1].encoded_image_string
-        (IMAGES / f"{tag.replace('/', '_')}.png").write_bytes(content)
+        name = f"{tag.replace('/', '_')}.png"
+        if f"images/{name}" in shown:
+            (IMAGES / name).write_bytes(events.Images(tag)[-1].encoded_image_string)
 
 
 def photograph(log: Path) -> None:

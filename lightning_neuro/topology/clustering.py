@@ -1,8 +1,8 @@
 """DBSCAN on blocks of a matrix product.
 
-scikit-learn's DBSCAN gives the same labels. On the many small intervals of a Mapper graph it takes 1.6 times as long
-for 512 points, 1.8 times for 10,000 points of 64 units and 2.2 to 2.5 times for 10,000 to 30,000 points of 512 units
-(one core), and it does not run on a GPU.
+scikit-learn's DBSCAN gives the same labels. On the many small intervals of a Mapper graph it takes 1.7 times as long
+for 512 points of 64 units and 2.6 times for 30,000 points of 512 units (one core; the table is in docs/topology.md),
+and it does not run on a GPU.
 """
 
 from collections.abc import Callable
