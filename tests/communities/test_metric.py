@@ -113,7 +113,6 @@ def test_simulated_ranks_one_without_data():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("communities-ranks")  # in one worker, so that the processes are started only once
 @pytest.mark.parametrize("mode", ["correlation", "mostafa2021"])
 def test_two_processes(ranks, mode):
     whole = measured(planted(), torch.arange(300) % 3, mode=mode)

@@ -21,8 +21,7 @@ from tests.contract.two_ranks import SCENARIOS
 from tests.helpers import run_two_ranks
 from tests.models import fit, images, loader, mlp
 
-# In one worker, so that the two processes are started only once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contract-ranks")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 FAILING = [scenario for scenario in SCENARIOS if scenario.startswith("failing")]

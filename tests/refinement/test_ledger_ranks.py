@@ -6,8 +6,7 @@ import torch
 from tests.refinement.test_ranks import launch
 from tests.refinement.two_rank_ledgers import CASES, LAYERS, runs
 
-# In one worker, so that the two processes are started only once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ledger-ranks")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

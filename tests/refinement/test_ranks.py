@@ -7,8 +7,7 @@ import torch
 
 from tests.helpers import run_two_ranks
 
-# In one worker, so that the two processes are started only once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("refinement-ranks")]
+pytestmark = pytest.mark.slow
 
 
 def launch(module, folder):
