@@ -19,7 +19,7 @@ from lightning_neuro.checks import ArgumentError, check_metric, describe
 from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
 from lightning_neuro.layer_result import LayerResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import names_on_all_ranks
 from lightning_neuro.scheduled_callback import OnError, ScheduledCallback
 from lightning_neuro.session import Event
@@ -128,14 +128,13 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             self.update_layer(layer, activations, batch)
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
-        """Update one layer's metric with its activations in one batch."""
-        targets = batch.targets
-        if targets is not None and len(activations) != len(targets):  # several positions of each sample
-            positions, rest = divmod(len(activations), max(1, len(targets)))
-            if rest or not positions:
-                raise ValueError(f"{len(activations)} activations do not fit the {len(targets)} labels of the batch")
-            targets = targets.repeat_interleave(positions)
-        metric.update(activations, targets)
+        """Update one layer's metric with its activations in one batch, whose targets belong to the rows."""
+        metric.update(activations, batch.targets)
+
+    def finds_targets(self, batch: ProbeBatch) -> bool:
+        """Whether a batch holds the labels that the method requires: of samples or, for single positions, of these."""
+        per_position = self.probe.reduction in ("tokens", "random") and batch.labels.positions is not None
+        return batch.targets is not None or per_position
 
     def finalize(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", results: dict[str, R]) -> dict[str, R]:
         """Called on all ranks after the metrics have computed, for collective operations; returns the results."""
@@ -196,8 +195,15 @@ class MetricCallback(ScheduledCallback, Generic[R]):
 
     def update_layer(self, layer: str, activations: Tensor, batch: ProbeBatch) -> None:
         """Call `update` with the layer's metric; a layer that fails is left out of this evaluation."""
+        if self.needs_labels and not batch.is_aligned(layer):
+            self.warn_once(
+                f"{layer}/samples",
+                f"{self.name}: layer '{layer}' is left out, because its output does not have the {batch.num_samples}"
+                " samples of the batch in its first dimension.",
+            )
+            return
         try:
-            self.update(self.metric_at(layer, activations.device), activations, batch)
+            self.update(self.metric_at(layer, activations.device), activations, batch.at(layer))
         except Exception as error:
             self.note_failure(layer, error)
 
@@ -221,12 +227,17 @@ class MetricCallback(ScheduledCallback, Generic[R]):
 
         self._prepared = self.attempt(trainer, "the preparation of the pass", prepare) or False
 
+    def skip_evaluation(self, event: Event) -> None:
+        """Leave out an evaluation, because the pass over the probe set failed: there are no results."""
+        super().skip_evaluation(event)
+        self.result = {}
+
     def show(self, batch: ProbeBatch) -> None:
         """Process one batch of the pass, as long as nothing has failed in this callback."""
         if not self._prepared or self._broken is not None:
             return
         try:
-            if self.needs_labels and batch.targets is None:
+            if self.needs_labels and not self.finds_targets(batch):
                 raise ArgumentError(
                     f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in"
                     f" the batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import MetricCallback, Probe
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_pass import ProbePass
 from lightning_neuro.session import session_of
 from lightning_neuro.units import to_units
 from tests.helpers import hooks_of
@@ -178,13 +179,13 @@ class Transfers(Module):
         return batch
 
 
-def test_transfer_hooks_run_in_the_validation_stage_each_time_anew() -> None:
+def test_transfer_hooks_run_once_and_in_the_validation_stage() -> None:
     probe = Probe(source=images(8), num_samples=8)
     plain = look(probe, mlp())
     watch = look(Probe(source=images(8), num_samples=8), Transfers(mlp().net))
     for number in (0, 1):
         torch.testing.assert_close(watch.passes[number][0].inputs, plain.passes[0][0].inputs * 2 + 1)
-        assert watch.passes[number][0].batch[0] is watch.passes[number][0].inputs
+        assert torch.equal(watch.passes[number][0].batch[0], watch.passes[number][0].inputs)
 
 
 # Layers and reductions -----------------------------------------------------------------------------------------------
@@ -247,7 +248,8 @@ def test_tokens_are_shown_to_a_metric_with_the_target_of_their_sample() -> None:
             super().update(metric, activations, batch)
             y = batch.targets
             assert y is not None
-            self.expected = y.tolist()
+            assert batch.sample_index is not None and batch.labels.classes is not None
+            self.expected = batch.labels.classes.tolist()
 
     class Targets(MeanActivation):
         def update(self, activations: Tensor, targets: Tensor | None = None) -> None:
@@ -442,7 +444,7 @@ def test_validation_switched_off_looks_at_training_data() -> None:
     assert sum(batch.num_samples for batch in watch.passes[0]) == 64
 
 
-def test_labels_that_the_dataset_holds_are_read_without_loading_samples() -> None:
+def test_labels_that_the_dataset_holds_are_read_without_loading_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(TensorDataset):
         loaded = 0
 
@@ -450,5 +452,7 @@ def test_labels_that_the_dataset_holds_are_read_without_loading_samples() -> Non
             Counted.loaded += 1
             return super().__getitem__(index)
 
+    # In this process, so that loading can be counted.
+    monkeypatch.setattr("lightning_neuro.dataset_loading._can_fork", lambda: False)
     look(Probe(source=Counted(*images(64).tensors), num_samples=8), mlp())
     assert Counted.loaded == 8

@@ -21,7 +21,7 @@ from lightning_neuro.paths.previous_paths import Previous, previous_gates, to_re
 from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples, read_concepts
 from lightning_neuro.paths.result import PathResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.scheduled_callback import OnError
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class ConceptPaths(MetricCallback[PathResult]):
     """
 
     family = "paths"
+    rides = False
     baselines = ("overlap",)
     charts = {"overlap of paths, and its noise floor": ("overlap", "self_overlap")}  # noqa: RUF012
     histogram_name = "reuse"

@@ -14,7 +14,7 @@ from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_k
 from lightning_neuro.paths.half_split import numbers_in_concept
 from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts, masked_table
 from lightning_neuro.paths.options import Ablation
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
 
 # The size of the states is quadratic in the number of concepts.

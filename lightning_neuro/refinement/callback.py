@@ -13,7 +13,7 @@ from lightning_neuro import loggers
 from lightning_neuro.batches import BatchField
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
@@ -120,6 +120,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     """
 
     family = "refinement"
+    rides = False
     needs_layers = False
     charts = {  # noqa: RUF012
         "share of a sample's own class": ("own_class_share", "own_class_share_null"),

@@ -13,7 +13,8 @@ from lightning_neuro import loggers
 from lightning_neuro.batches import sample_dim, select_samples
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import isolated_random_state
-from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_pass import ProbePass
 from lightning_neuro.refinement.drawn_indices import training_loaders
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.influence import Influence
@@ -127,7 +128,7 @@ class SampleTracking:
 
         hooks.record(lambda: probe_pass.num_forwards)
         try:
-            probe_pass.run(trainer, pl_module, keep, max_batches=1)
+            probe_pass.run(trainer, pl_module, keep, max_batches=1, replay=True)
         finally:
             hooks.stop_recording()
         return found[0]

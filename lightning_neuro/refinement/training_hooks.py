@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 
-from lightning_neuro.batches import class_labels
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import interval_passed
@@ -90,7 +89,7 @@ class TrainingHooksCallback(MetricCallback[R]):
         if self.run is None or why_off(trainer):
             return
         try:
-            targets = class_labels(self.probe_pass.target(batch))
+            targets = self.probe_pass.class_labels(batch)
             if targets is None and self.needs_labels:
                 message = f"{self.name}: a training batch has no class labels, so it is credited to 'other'."
                 self.warn_once("unlabelled", message)

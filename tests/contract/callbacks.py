@@ -24,7 +24,7 @@ from lightning_neuro import (
 )
 from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths.half_split import numbers_in_concept
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from tests.helpers import ROOT
 from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
 
