@@ -87,18 +87,16 @@ class DeliveredOrder:
         batch_size: Number of samples in each batch but the last.
         start: Dataset index of the first sample.
         step: Difference between the indices of successive samples.
-        num_indices: Length of the dataset, after which the indices start again.
     """
 
     count: int
     batch_size: int
     start: int
     step: int
-    num_indices: int
 
     def indices(self, positions: Tensor) -> Tensor:
         """The dataset indices of the samples at some positions in this order, int64."""
-        return (self.start + self.step * positions) % self.num_indices
+        return self.start + self.step * positions
 
     def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of the batches, and rows in them, of the samples at some positions."""
@@ -117,15 +115,16 @@ def delivered_order(loader: Any, num_batches: float = float("inf")) -> Delivered
     sampler, size, num_samples = loader.batch_sampler.sampler, loader.batch_sampler.batch_size, len(loader.dataset)
     count, start, step = num_samples, 0, 1
     if isinstance(sampler, DistributedSampler) and not sampler.shuffle and sampler.dataset is loader.dataset:
-        # The first samples are repeated at the end, so that all ranks have equally many.
-        count, start, step = len(sampler), sampler.rank, sampler.num_replicas
+        start, step = sampler.rank, sampler.num_replicas
+        # Without the samples that are repeated at the end, so that all ranks have equally many.
+        count = min(len(sampler), -(-(num_samples - start) // step))
     elif type(sampler) is not SequentialSampler:
         return None
     if loader.batch_sampler.drop_last:
         count -= count % size
     if num_batches != float("inf"):
         count = min(count, int(num_batches) * size)
-    return DeliveredOrder(count, size, start, step, num_samples) if count > 0 else None
+    return DeliveredOrder(count, size, start, step) if count > 0 else None
 
 
 def drawn_range(loader: DataLoader[Any]) -> Sequence[int] | None:

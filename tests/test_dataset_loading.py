@@ -99,12 +99,20 @@ def _delivered(loader: DataLoader[Any], num_batches: float = float("inf")) -> li
     [
         lambda: DataLoader(DATA, batch_size=4),
         lambda: DataLoader(DATA, batch_size=4, drop_last=True),
-        lambda: DataLoader(DATA, batch_size=3, sampler=DistributedSampler(DATA, 3, 1, shuffle=False)),
-        lambda: DataLoader(DATA, batch_size=3, sampler=DistributedSampler(DATA, 3, 2, shuffle=False)),
+        lambda: DataLoader(DATA, batch_size=3, sampler=DistributedSampler(DATA, 3, 0, shuffle=False)),
+        lambda: DataLoader(DATA, batch_size=3, sampler=DistributedSampler(DATA, 5, 2, shuffle=False)),
     ],
 )
 def test_the_order_is_the_one_in_which_the_loader_delivers(make: Any) -> None:
     assert _delivered(make()) == [batch[0].long().tolist() for batch in make()]
+
+
+def test_samples_that_are_repeated_for_other_ranks_do_not_count_twice() -> None:
+    # Rank 1 of 3 has samples 1, 4 and 7, and the first one of rank 0 again.
+    assert _delivered(DataLoader(DATA, batch_size=2, sampler=DistributedSampler(DATA, 3, 1, shuffle=False))) == [
+        [1, 4],
+        [7],
+    ]
 
 
 def test_the_trainer_may_stop_early() -> None:

@@ -33,7 +33,9 @@ def test_the_choice_is_balanced_and_activations_go_along() -> None:
         assert batch.kept is not None and batch.rows is not None
         assert torch.equal(batch.activations["layer"].values, batch.kept.inputs)
         assert torch.equal(100 * batch.number + batch.rows, batch.kept.inputs[:, 0].long())
-        assert torch.equal(batch.kept.batch[0], batch.kept.inputs) and torch.equal(batch.kept.keys, batch.kept.inputs[:, 0])
+        assert torch.equal(batch.kept.batch[0], batch.kept.inputs) and torch.equal(
+            batch.kept.keys, batch.kept.inputs[:, 0]
+        )
 
 
 def test_units_come_in_the_order_of_the_set_whatever_the_order_of_the_loop() -> None:
@@ -64,7 +66,9 @@ def test_several_rows_per_sample_stay_with_their_sample() -> None:
 
 def test_rows_that_belong_to_no_sample_are_shown_once() -> None:
     samples = set_of_taken(ONE_RANK, choose_taken(BATCHES, 7, seed=0), rideable=True)
-    again = [TakenBatch(n, r, {"nodes": UnitRows(torch.ones(5, 2), aligned=False)}) for n, (r, _) in samples.places.items()]
+    again = [
+        TakenBatch(n, r, {"nodes": UnitRows(torch.ones(5, 2), aligned=False)}) for n, (r, _) in samples.places.items()
+    ]
     units = in_set_order(samples, again)
     assert [list(found) for found in units] == [["nodes"]] + [[]] * (len(units) - 1)
     assert units[0]["nodes"].values.shape == (15, 2) and not units[0]["nodes"].aligned
