@@ -127,7 +127,7 @@ class TrainingSteps:
     def end(self) -> None:
         """Finish the training micro-batch."""
         self._batch = self._sources = None
-        self.hooks.tracing = False
+        self.hooks.stop_tracing()
 
     def remove(self) -> None:
         """Remove the hooks from layers and optimizers."""
