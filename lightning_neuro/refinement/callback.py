@@ -15,6 +15,7 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.refinement.influence import Influence
+from lightning_neuro.refinement.layer_gradients import fitting_dims
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
 from lightning_neuro.refinement.options import Direction, Mode, RunOptions
@@ -255,6 +256,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         try:
             assert self.run is not None
             rows = self.run.rows(batch.batch, batch.targets)
+            module = self.ledger[layer].module
+            if fitting_dims(module, inputs, batch.num_samples):
+                inputs, outputs = self.run.sample_dims.samples_first(layer, module, inputs, outputs, batch.num_samples)
             # A `source_fn` that is written for several views of a training batch does not fit the single view here.
             targets = rows if len(rows) == batch.num_samples else None
             cast("RefinementSummary", self.metric_at(layer, outputs.device)).update(inputs, outputs, targets)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_neuro import batches
 from lightning_neuro.refinement.sources import Sources
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -53,11 +52,24 @@ def weights_on_cpu(module: nn.Module) -> list[Tensor]:
     return [parameter.detach().to("cpu", copy=True) for parameter in parameters if parameter is not None]
 
 
-def layer_samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+def fitting_dims(module: Operator, inputs: Tensor, num_samples: int) -> list[int]:
+    """The dimensions of a layer's input along which the samples may lie: 0, and 1 after the time, if the sizes fit."""
+    # Recurrent and attention layers put the time first by default.
+    time_first = isinstance(module, nn.Linear) and inputs.ndim == 3
+    return [dim for dim in ((0, 1) if time_first else (0,)) if inputs.shape[dim] == num_samples]
+
+
+def layer_samples_first(
+    module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int, dim: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Bring the samples of the batch to the first dimension of a layer's inputs and output gradients.
 
-    Linear layers may have them in the second dimension, after the time. If both dimensions have the size of the batch,
-    the first one is taken.
+    Args:
+        module: The layer.
+        inputs: Its input.
+        gradients: Gradient of the loss with respect to its output, in the same layout.
+        num_samples: Number of samples in the batch.
+        dim: The dimension of the samples, if two of them have this size; default: the first of those.
 
     Raises:
         ValueError: If neither dimension has the number of samples of the batch.
@@ -65,11 +77,9 @@ def layer_samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num
     unbatched = inputs.ndim == (1 if isinstance(module, nn.Linear) else module.weight.ndim - 1)
     if unbatched:
         inputs, gradients = inputs[None], gradients[None]
-    dim = batches.sample_dim(inputs, num_samples)
-    if dim == 0:
-        return inputs, gradients
-    if dim == 1 and isinstance(module, nn.Linear) and inputs.ndim == 3:  # recurrent and attention layers: time first
-        return inputs.transpose(0, 1), gradients.transpose(0, 1)
+    if dims := fitting_dims(module, inputs, num_samples):
+        dim = dim if dim in dims else dims[0]
+        return inputs.transpose(0, dim), gradients.transpose(0, dim)
     # The layout is not guessed: k times as many rows may be k views of the batch, or k positions of each sample.
     raise ValueError(
         f"its input of shape {tuple(inputs.shape)} does not have the {num_samples} samples of the batch in its first"

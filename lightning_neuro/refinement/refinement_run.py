@@ -20,6 +20,7 @@ from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.options import RunOptions, check_memory, parse_bytes
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.result import RefinementExplanation
+from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_tracking import SampleTracking
 from lightning_neuro.refinement.sources import Sources, check_num_sources, source_rows
 from lightning_neuro.refinement.traced_layers import require_linear
@@ -65,10 +66,12 @@ class RefinementRun:
         num_sources: Number of sources.
         class_names: Names of the classes, if known.
         saved: The state of an earlier part of the run; empty at its beginning.
+        sample_dims: In which dimension of the layers' inputs the samples lie.
         report: Called with the layer and the error if something fails in a training step.
 
     Attributes:
         ledgers: Layer -> ledger.
+        sample_dims: In which dimension of the layers' inputs the samples lie.
         tracking: The tables of samples; None if samples are not tracked.
         step_scores: Layer -> scores of the steps, in mode "pfahler2021".
 
@@ -87,6 +90,7 @@ class RefinementRun:
         num_sources: int,
         class_names: Sequence[str] | None,
         saved: Mapping[str, Any],
+        sample_dims: SampleDims,
         report: Callable[[str, Exception], None],
     ) -> None:
         check_num_sources(num_sources)
@@ -94,6 +98,7 @@ class RefinementRun:
         self.num_sources = num_sources
         self.source_fn = options.source_fn
         self._ids = attachment.ids
+        self.sample_dims = sample_dims
         layers = {layer: attachment.hooks.layers[layer][0] for layer in attachment.traced}
         num_phases, self._phase_ends = plan_phases(trainer, options.phases)
         names = None
@@ -119,6 +124,7 @@ class RefinementRun:
             elementwise=changes_elements(trainer, trainer.lightning_module),
             world_size=trainer.world_size,
             mean_over_ranks=partial(reduced, trainer, reduce_op="mean") if trainer.world_size > 1 else None,
+            sample_dims=sample_dims,
         )
 
     # Opening, in the order of the constructor

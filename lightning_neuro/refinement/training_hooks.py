@@ -1,5 +1,6 @@
 """Follows the training steps of a fit: the part of `RepresentationRefinement` that uses Lightning's training hooks."""
 
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from lightning_neuro.refinement.attachment import Attachment, attach
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.options import RunOptions
 from lightning_neuro.refinement.refinement_run import RefinementRun
+from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_tracking import SampleTracking
 from lightning_neuro.refinement.traced_layers import find_layers
 
@@ -71,6 +73,9 @@ class TrainingHooksCallback(MetricCallback[R]):
         if self.run is not None or self.attachment is None:
             return
         num_sources = self.options.num_sources or self.probe_pass.count_classes(trainer, pl_module)
+        sample_dims = SampleDims()
+        with suppress(Exception):  # the evaluation will report what is wrong with the pass
+            sample_dims.probe(trainer, pl_module, self.probe_pass, self.attachment.hooks)
         self.run = RefinementRun(
             trainer,
             self.attachment,
@@ -79,6 +84,7 @@ class TrainingHooksCallback(MetricCallback[R]):
             num_sources=num_sources,
             class_names=self.probe_pass.class_names(trainer),
             saved=self.saved_run,
+            sample_dims=sample_dims,
             report=lambda layer, error: self.report(f"layer '{layer}' in a training step", error),
         )
         self.saved_run = {}
@@ -137,10 +143,10 @@ class TrainingHooksCallback(MetricCallback[R]):
 
     def _update_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """From now on, score against the current layer inputs of the first samples of the probe set."""
-        hooks, tracking = self.hooks, self.tracking
-        if hooks is not None and tracking is not None:
+        run, hooks, tracking = self.run, self.hooks, self.tracking
+        if run is not None and hooks is not None and tracking is not None:
             what = "the influence of training samples"
-            compute = partial(tracking.find_inputs, trainer, pl_module, self.probe_pass, hooks)
+            compute = partial(tracking.find_inputs, trainer, pl_module, self.probe_pass, hooks, run.sample_dims)
             if (found := self.attempt(trainer, what, compute)) is not None:
                 tracking.refresh(trainer, found)
 
