@@ -1,5 +1,6 @@
 """What must be in place before the first forward pass of a fit: hooks on the layers, and the ids of the samples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
@@ -33,13 +34,25 @@ class Attachment:
             self.ids.close()
 
 
-def attach(trainer: "pl.Trainer", pl_module: "pl.LightningModule", options: RunOptions) -> Attachment:
+def attach(
+    trainer: "pl.Trainer",
+    pl_module: "pl.LightningModule",
+    options: RunOptions,
+    *,
+    order: Sequence[str] | None = None,
+) -> Attachment:
     """Find the layers and hook them, in `on_fit_start`: a model that was compiled without hooks does not call them.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The model.
+        options: What to trace.
+        order: Names of the layers in the order in which a forward pass called them, for the default layer.
 
     Raises:
         ArgumentError: If a layer cannot be traced, or an option needs a linear layer.
     """
-    layers = find_layers(pl_module, options.layers, "layers")
+    layers = find_layers(pl_module, options.layers, "layers", order=order)
     traced = tuple(layers)
     if not isinstance(options.track_samples, bool):
         layers |= find_layers(pl_module, options.track_samples, "track_samples")

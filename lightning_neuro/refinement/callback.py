@@ -18,7 +18,7 @@ from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.layer_gradients import fitting_dims
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
-from lightning_neuro.refinement.options import Direction, Mode, RunOptions
+from lightning_neuro.refinement.options import MEMORY_LIMIT, Direction, Mode, RunOptions
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.plot import plot_refinement
 from lightning_neuro.refinement.result import Divided, RefinementExplanation, RefinementResult, with_sample_gini
@@ -50,16 +50,17 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
 
     Args:
         probe: The samples that are explained, and when; see `Probe`. Its `layers` are not used here.
-        layers: Names or globs of linear and convolution layers; default: the classifier head (the last of them). In
-            each step, a layer costs its weight gradient once more. Its ledger takes (classes + 2) copies of its weights
-            in double precision, and twice as many with momentum or Adam.
+        layers: Names or globs of linear and convolution layers; default: the classifier head (the last one that is
+            trained and can be traced). In each step, a layer costs its weight gradient once more. Its ledger takes
+            (classes + 2) copies of its weights in double precision, and twice as many with momentum or Adam.
         mode: `"exact"`, or `"pfahler2021"` to also keep the change of the weights in each step, for the scores of the
             paper (`step_scores`): for small runs.
         phases: Number of equal phases of the planned training, or the optimizer steps after which a phase ends.
         source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
             comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
             "other". Default: the sources are the classes.
-        num_sources: Number of sources, at most 100; default: the number of classes in the probe set.
+        num_sources: Number of sources, at most 100; default: the number of classes in the probe set. Of more than 100
+            classes, the first 99 are followed, and all others count as "other".
         track_samples: Whether to track how much each training sample refined the layers, r_i = learning rate x
             |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
             `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled
@@ -109,8 +110,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         sample_table: The table of the training samples.
 
     Raises:
-        ArgumentError: If an argument is invalid, at construction. Before the first step: if a layer cannot be traced,
-            class labels are missing, or there are too many sources or too little memory.
+        ArgumentError: If an argument is invalid, at construction. Before the first step: if an argument that was given
+            cannot be met: a layer cannot be traced, there are too many sources, or too little memory. Without
+            arguments, a warning says why nothing is logged, and training goes on.
 
     Source:
         L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for refinement and its parts by training step. The exact division
@@ -151,7 +153,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         influence_every_n_steps: int | None = None,
         update_log: bool | str | Path = False,
         update_log_limit: int | str = "1GB",
-        memory_limit: int | str = "1GB",
+        memory_limit: int | str = MEMORY_LIMIT,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
         on_error: Literal["warn", "raise"] = "warn",

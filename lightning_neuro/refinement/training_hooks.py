@@ -1,6 +1,7 @@
 """Follows the training steps of a fit: the part of `RepresentationRefinement` that uses Lightning's training hooks."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -8,14 +9,17 @@ import pytorch_lightning as pl
 
 from lightning_neuro.batches import class_labels
 from lightning_neuro.callback import MetricCallback
+from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import interval_passed
+from lightning_neuro.probe_pass import ProbeBatch
 from lightning_neuro.refinement.attachment import Attachment, attach
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.options import RunOptions
 from lightning_neuro.refinement.refinement_run import RefinementRun
 from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_tracking import SampleTracking
+from lightning_neuro.refinement.sources import default_num_sources
 from lightning_neuro.refinement.traced_layers import find_layers
 
 R = TypeVar("R")
@@ -30,6 +34,7 @@ class TrainingHooksCallback(MetricCallback[R]):
         hooks: Hooks on the layers, in a fit or in a `trainer.validate` after it.
         run: The latest run, with its ledgers and tables; None before training.
         saved_run: The state of the run that is continued.
+        off: Whether the run cannot be traced, so that nothing is logged.
     """
 
     options: RunOptions
@@ -43,6 +48,12 @@ class TrainingHooksCallback(MetricCallback[R]):
         self.hooks: GradientHooks | None = None
         self.run: RefinementRun | None = None
         self.saved_run: dict[str, Any] = {}
+        self.off = False
+
+    def show(self, batch: ProbeBatch) -> None:
+        """Process one batch of the pass, unless the run cannot be traced."""
+        if not self.off:
+            super().show(batch)
 
     @property
     def tracking(self) -> SampleTracking | None:
@@ -59,8 +70,10 @@ class TrainingHooksCallback(MetricCallback[R]):
                 # Without a checkpoint, each rank continues with its own state.
                 self.saved_run = self.run.state_dict() | {"of_this_rank": True}
             self.run = None
-            self.attachment = attach(trainer, pl_module, self.options)
-            self.hooks = self.attachment.hooks
+            self.off = False
+            with self._off_if_impossible():
+                self.attachment = attach(trainer, pl_module, self.options)
+                self.hooks = self.attachment.hooks
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Open the ledgers at the weights from which training starts."""
@@ -70,15 +83,37 @@ class TrainingHooksCallback(MetricCallback[R]):
 
     def open_run(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Open the ledgers and tables of this fit, unless they are open."""
-        if self.run is not None or self.attachment is None:
-            return
-        num_sources = self.options.num_sources or self.probe_pass.count_classes(trainer, pl_module)
+        if self.run is None and self.attachment is not None:
+            with self._off_if_impossible():
+                self._open_run(trainer, pl_module, self.attachment)
+
+    @contextmanager
+    def _off_if_impossible(self) -> Iterator[None]:
+        """Turn the callback off, with a warning, if a run cannot be traced although nothing special was asked for."""
+        try:
+            yield
+        except ArgumentError as error:
+            if not self.options.are_defaults or self.probe.target_fn is not None or self.on_error == "raise":
+                raise
+            self.off = True
+            self._detach()
+            self.warn_once("off", f"{self.name}: nothing is logged in this run. {error}")
+
+    def _open_run(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attachment: Attachment) -> None:
+        num_classes = 0 if self.options.num_sources else self.probe_pass.count_classes(trainer, pl_module)
+        num_sources = self.options.num_sources or default_num_sources(num_classes)
+        if num_classes > num_sources:
+            self.warn_once(
+                "classes",
+                f"{self.name}: the probe set has {num_classes} classes, so the first {num_sources} are followed, and"
+                " all others count as 'other'. Group them with `source_fn` and `num_sources`.",
+            )
         sample_dims = SampleDims()
         with suppress(Exception):  # the evaluation will report what is wrong with the pass
-            sample_dims.probe(trainer, pl_module, self.probe_pass, self.attachment.hooks)
+            sample_dims.probe(trainer, pl_module, self.probe_pass, attachment.hooks)
         self.run = RefinementRun(
             trainer,
-            self.attachment,
+            attachment,
             self.options,
             name=self.name,
             num_sources=num_sources,
@@ -134,6 +169,9 @@ class TrainingHooksCallback(MetricCallback[R]):
         super().release()
         if self.run is not None:
             self.run.close()
+        self._detach()
+
+    def _detach(self) -> None:
         if self.attachment is not None:
             self.attachment.close()
         if self.hooks is not None:

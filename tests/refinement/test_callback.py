@@ -191,16 +191,6 @@ def test_refused_before_the_first_step(options, message):
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
 
 
-def test_no_labels_are_refused_with_the_remedy():
-    class NoLabels(Module):
-        def training_step(self, batch, batch_idx):
-            return self(batch[0]).square().mean()
-
-    data = DataLoader(TensorDataset(images().tensors[0]), batch_size=16)
-    with pytest.raises(ArgumentError, match=r"class label.*target_fn=.*`source_fn=`"):
-        fit(NoLabels(mlp().net), RepresentationRefinement(), train=data, val=False)
-
-
 def test_layer_tied_to_an_embedding_is_refused():
     module = mlp()
     module.embedding = nn.Embedding(4, 8)
