@@ -21,6 +21,7 @@ from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_tracking import SampleTracking
 from lightning_neuro.refinement.sources import default_num_sources
 from lightning_neuro.refinement.traced_layers import find_layers
+from lightning_neuro.session import session_of
 
 R = TypeVar("R")
 
@@ -163,6 +164,14 @@ class TrainingHooksCallback(MetricCallback[R]):
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "validate" and self.run is not None and not why_off(trainer):
             self.hooks = GradientHooks(find_layers(pl_module, self.options.layers))
+
+    def _join(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super()._join(trainer, pl_module)
+        # First in each batch, because others may run the model when they process it, and the hooks would record that.
+        callbacks = session_of(trainer).callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
 
     def release(self) -> None:
         """Release hooks, data loaders and files; the ledgers and tables stay."""
