@@ -1,6 +1,6 @@
 """Representation refinement as training curves: which training samples shaped a layer, exactly, while it is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -248,6 +248,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             return
         for layer, error in self.run.broken.items():
             self.note_failure(layer, error)
+            self._warned.add(f"layer '{layer}'/error")  # reported in the training step
         for layer in self.ledger:
             if layer not in self.hooks.recorded:
                 self.warn_once(layer, f"{self.name}: layer '{layer}' was not called, so it is left out.")
@@ -286,12 +287,18 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             self.hooks.stop_recording()
         if trainer.state.fn == "fit" and self.tracking is not None:
             self._whole_table = self.tracking.table_over_ranks(trainer)
+        broken = set() if self.run is None else set(self.run.broken)
+        # The last values of a layer that is not followed any more are not those of the present network.
+        self.scalars = {
+            key: value for key, value in self.scalars.items() if not broken or (results and not _is_of(key, broken))
+        }
         if not results or self._whole_table is None:
             return results
         for kind, note in self._whole_table.notes().items():
             self.warn_once(f"samples/{kind}", f"{self.name}: {note}")
         return with_sample_gini(
-            results, {layer: gini(self._whole_table.values(layer)) for layer in self._whole_table.layers}
+            results,
+            {layer: gini(self._whole_table.values(layer)) for layer in self._whole_table.layers if layer not in broken},
         )
 
     def draw(self, results: Mapping[str, Divided]) -> dict[str, "Figure"]:
@@ -307,3 +314,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         top = tracking.top_over_ranks(trainer)
         with self.guarded("the figure of influence"):
             loggers.log_figures(trainer, self.name, lambda: tracking.draw_influence(trainer, top, self.class_names))
+
+
+def _is_of(key: str, layers: Collection[str]) -> bool:
+    """Whether a key is the value of one of these layers."""
+    return key.rpartition("/")[2] in layers

@@ -41,7 +41,7 @@ def why_unsupported(module: nn.Module) -> str:
     if isinstance(module._parameters.get("weight"), UninitializedParameter):
         return "its weight has no shape yet; run the module once before the fit"
     if "weight_orig" in module._parameters:
-        return "it is pruned, so its weight is computed from `weight_orig` and a mask; call `prune.remove` first"
+        return "it is pruned: its weight is computed from `weight_orig` and a mask, until `prune.remove` is called"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed from other parameters (a parametrization), which must be removed first"
     return ""

@@ -180,6 +180,8 @@ class SampleTracking:
         if table is None or not trainer.is_global_zero:
             return
         arrays = table.arrays()
+        if not len(arrays["sample_id"]):
+            return  # no sample had an id, and a warning has said why
         # Datasets often augment what they return.
         with isolated_random_state(device):
             _log_top_samples(trainer, name, table.layers, arrays, class_names)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
-from lightning_neuro.refinement.layer_gradients import Operator, parameters_of
+from lightning_neuro.refinement.layer_gradients import Operator, parameters_of, why_unsupported
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sources import Sources
@@ -84,7 +84,7 @@ class TrainingSteps:
         sample_dims: In which dimension of the layers' inputs the samples lie, as far as it is known.
 
     Attributes:
-        broken: Layer -> error, for ledgers that missed a step.
+        broken: Layer -> error, for layers that are not followed any more, because a step was missed.
 
     Raises:
         ArgumentError: If two optimizers move the same layer.
@@ -143,7 +143,10 @@ class TrainingSteps:
 
     def see(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
         """Show one backward pass through one call of a layer to its ledger and to the listeners."""
-        if self._batch is None or self._sources is None:
+        if self._batch is None or self._sources is None or layer in self.broken:
+            return
+        if reason := why_unsupported(module):  # since the run began
+            self._break(layer, ValueError(f"In this run, {reason}"))
             return
         try:
             num_samples = len(self._sources.rows)
@@ -201,12 +204,17 @@ class TrainingSteps:
                     continue
                 own = ledger.step(optimizer, elementwise=self.elementwise, mean_over_ranks=self.mean_over_ranks)
             except Exception as error:
-                self.broken[layer] = error
-                self.report(layer, error)
+                self._break(layer, error)
                 continue
             if own is not None:  # it is 0 if the gradient was 0, and then carries no information
                 scale = torch.where(own != 0, own, torch.ones_like(own) if scale is None else scale)
         return scale
+
+    def _break(self, layer: str, error: Exception) -> None:
+        """Follow the steps of a layer no more."""
+        self.broken[layer] = error
+        self.drop(layer)
+        self.report(layer, error)
 
     def _commit(self, layer: str, rate: Tensor) -> None:
         for listener in self.listeners:
