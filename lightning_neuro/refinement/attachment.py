@@ -28,25 +28,23 @@ class Attachment:
     ids: SampleIds | None
 
     def close(self) -> None:
-        """Remove the hooks from the layers, and stop listening to the data loader."""
+        """Remove the hooks from the layers."""
         self.hooks.remove()
-        if self.ids is not None:
-            self.ids.close()
 
 
 def attach(
-    trainer: "pl.Trainer",
     pl_module: "pl.LightningModule",
     options: RunOptions,
+    ids: SampleIds | None,
     *,
     order: Sequence[str] | None = None,
 ) -> Attachment:
     """Find the layers and hook them, in `on_fit_start`: a model that was compiled without hooks does not call them.
 
     Args:
-        trainer: The trainer.
         pl_module: The model.
         options: What to trace.
+        ids: The ids of the samples; None if they are not needed.
         order: Names of the layers in the order in which a forward pass called them, for the default layer.
 
     Raises:
@@ -65,5 +63,5 @@ def attach(
         traced=traced,
         tracked=tuple(layers) if options.track_samples else (),
         hooks=GradientHooks(layers),
-        ids=SampleIds(trainer, options.sample_id_fn) if options.needs_sample_ids else None,
+        ids=ids,
     )

@@ -18,6 +18,7 @@ from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.options import RunOptions
 from lightning_neuro.refinement.refinement_run import RefinementRun
 from lightning_neuro.refinement.sample_dims import SampleDims
+from lightning_neuro.refinement.sample_ids import SampleIds
 from lightning_neuro.refinement.sample_tracking import SampleTracking
 from lightning_neuro.refinement.sources import default_num_sources
 from lightning_neuro.refinement.traced_layers import find_layers
@@ -49,6 +50,7 @@ class TrainingHooksCallback(MetricCallback[R]):
         self.hooks: GradientHooks | None = None
         self.run: RefinementRun | None = None
         self.saved_run: dict[str, Any] = {}
+        self._ids: SampleIds | None = None
         self.off = False
 
     def show(self, batch: ProbeBatch) -> None:
@@ -63,6 +65,13 @@ class TrainingHooksCallback(MetricCallback[R]):
 
     # Training: hooks before the first forward pass, ledgers at the initial weights, then step by step
 
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Listen to the data loader, before any iterator over it exists."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.options.needs_sample_ids and not why_off(trainer):
+            self._stop_listening()
+            self._ids = SampleIds(trainer, self.options.sample_id_fn)
+
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers and hook them, before the first run of a compiled model."""
         super().on_fit_start(trainer, pl_module)
@@ -73,7 +82,7 @@ class TrainingHooksCallback(MetricCallback[R]):
             self.run = None
             self.off = False
             with self._off_if_impossible():
-                self.attachment = attach(trainer, pl_module, self.options)
+                self.attachment = attach(pl_module, self.options, self._ids)
                 self.hooks = self.attachment.hooks
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -187,6 +196,12 @@ class TrainingHooksCallback(MetricCallback[R]):
             self.hooks.remove()
         self.attachment = None
         self.hooks = None
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._ids is not None:
+            self._ids.close()
+        self._ids = None
 
     def _update_influence(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """From now on, score against the current layer inputs of the first samples of the probe set."""
@@ -209,7 +224,7 @@ class TrainingHooksCallback(MetricCallback[R]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to the model of the running fit, and a copy of the callback is not part of it.
-        return vars(self) | {"attachment": None, "hooks": None}
+        return vars(self) | {"attachment": None, "hooks": None, "_ids": None}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the state of the base class, the ledgers, and the tables of samples."""
