@@ -155,9 +155,9 @@ class TrainingHooksCallback(MetricCallback[R]):
         """End a phase, update the influence and evaluate, each if it is due."""
         if self.run is not None:
             self.run.end_batch(trainer.global_step)
-            every = self.options.influence_every_n_steps
-            if every is not None and interval_passed(every, trainer.global_step, self.last_influence_step):
-                self.last_influence_step = trainer.global_step
+            every, step = self.options.influence_every_n_steps, self.run.num_steps
+            if every is not None and interval_passed(every, step, self.last_influence_step):
+                self.last_influence_step = step
                 self._update_influence(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

@@ -84,6 +84,7 @@ class TrainingSteps:
         sample_dims: In which dimension of the layers' inputs the samples lie, as far as it is known.
 
     Attributes:
+        num_steps: Number of optimizer steps so far.
         broken: Layer -> error, for layers that are not followed any more, because a step was missed.
 
     Raises:
@@ -111,6 +112,7 @@ class TrainingSteps:
         self.world_size = world_size
         self.mean_over_ranks = mean_over_ranks
         self.sample_dims = SampleDims() if sample_dims is None else sample_dims
+        self.num_steps = 0
         self.broken: dict[str, Exception] = {}
         self._batch: TrainBatch | None = None
         self._sources: Sources | None = None
@@ -182,6 +184,7 @@ class TrainingSteps:
                 if any(id(parameter) in rates for parameter in parameters_of(owners[0]).values()):
                     self.drop(layer)
             return
+        self.num_steps += 1
         scale = self._step_ledgers(optimizer)
         for layer, owners in self.hooks.layers.items():
             weight = owners[0].weight

@@ -225,7 +225,8 @@ def test_fallback_says_so_once():
     assert len(said) == 1
     assert "net.5" in said[0]
     assert "projection" in said[0]
-    assert callback.scalars["refinement/completeness_error"] < EXACT
+    assert callback.result["net.5"].completeness_error < EXACT
+    assert "refinement/completeness_error" not in callback.scalars
 
 
 def test_iterable_dataset_says_once_that_samples_have_no_ids():

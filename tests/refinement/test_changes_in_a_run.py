@@ -188,3 +188,16 @@ def test_bare_optimizer_gives_the_values_of_the_trainers_own(monkeypatch):
     torch.testing.assert_close(result.phase_shares, expected.phase_shares)
     assert updates.count(bare) == updates.count(own) == 2
     torch.testing.assert_close(bare.influence().scores, own.influence().scores)
+
+
+def test_resumed_run_with_a_bare_optimizer_continues_to_count(tmp_path):
+    def run(**options):
+        callback = RepresentationRefinement(Probe(num_samples=32), phases=[2, 6, 10], on_error="raise")
+        trainer = fit(Bare(bare=True), callback, train=loader(), **options)
+        return trainer, callback
+
+    _, whole = run(max_epochs=3)
+    run(max_epochs=1)[0].save_checkpoint(tmp_path / "first.ckpt")
+    _, resumed = run(max_epochs=3, ckpt_path=tmp_path / "first.ckpt")
+    assert resumed.run.num_steps == whole.run.num_steps == 12
+    torch.testing.assert_close(resumed.result["net.5"].phase_shares, whole.result["net.5"].phase_shares)
