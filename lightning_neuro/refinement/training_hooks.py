@@ -172,7 +172,8 @@ class TrainingHooksCallback(MetricCallback[R]):
         """Hook the layers for a `trainer.validate` after the fit."""
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "validate" and self.run is not None and not why_off(trainer):
-            self.hooks = GradientHooks(find_layers(pl_module, self.options.layers))
+            with self._off_if_impossible():
+                self.hooks = GradientHooks(find_layers(pl_module, list(self.run.ledgers)))
 
     def _join(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         super()._join(trainer, pl_module)
