@@ -14,8 +14,9 @@ from lightning_neuro.batches import BatchField
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.ranks import names_on_all_ranks
 from lightning_neuro.refinement.influence import Influence
-from lightning_neuro.refinement.layer_gradients import fitting_dims
+from lightning_neuro.refinement.layer_gradients import fitting_dims, why_unsupported
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
 from lightning_neuro.refinement.options import MEMORY_LIMIT, Direction, Mode, RunOptions
@@ -287,7 +288,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             self.hooks.stop_recording()
         if trainer.state.fn == "fit" and self.tracking is not None:
             self._whole_table = self.tracking.table_over_ranks(trainer)
-        broken = set() if self.run is None else set(self.run.broken)
+        everywhere, elsewhere = names_on_all_ranks(trainer, [] if self.run is None else list(self.run.broken))
+        broken = {*everywhere, *elsewhere}
         # The last values of a layer that is not followed any more are not those of the present network.
         self.scalars = {
             key: value for key, value in self.scalars.items() if not broken or (results and not _is_of(key, broken))
@@ -296,10 +298,11 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             return results
         for kind, note in self._whole_table.notes().items():
             self.warn_once(f"samples/{kind}", f"{self.name}: {note}")
-        return with_sample_gini(
-            results,
-            {layer: gini(self._whole_table.values(layer)) for layer in self._whole_table.layers if layer not in broken},
-        )
+        layers = {} if self.hooks is None else self.hooks.layers
+        followed = [
+            name for name in self._whole_table.layers if name in layers and not why_unsupported(layers[name][0])
+        ]
+        return with_sample_gini(results, {layer: gini(self._whole_table.values(layer)) for layer in followed})
 
     def draw(self, results: Mapping[str, Divided]) -> dict[str, "Figure"]:
         """Draw which classes of training samples shaped the output for which classes, and when."""

@@ -85,7 +85,7 @@ class TrainingSteps:
 
     Attributes:
         num_steps: Number of optimizer steps so far.
-        broken: Layer -> error, for layers that are not followed any more, because a step was missed.
+        broken: Layer -> error, for ledgers that missed a step.
 
     Raises:
         ArgumentError: If two optimizers move the same layer.
@@ -145,10 +145,13 @@ class TrainingSteps:
 
     def see(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
         """Show one backward pass through one call of a layer to its ledger and to the listeners."""
-        if self._batch is None or self._sources is None or layer in self.broken:
+        if self._batch is None or self._sources is None:
             return
         if reason := why_unsupported(module):  # since the run began
-            self._break(layer, ValueError(f"In this run, {reason}"))
+            self.drop(layer)
+            if layer not in self.broken:
+                self.broken[layer] = ValueError(f"In this run, {reason}")
+                self.report(layer, self.broken[layer])
             return
         try:
             num_samples = len(self._sources.rows)
@@ -207,17 +210,12 @@ class TrainingSteps:
                     continue
                 own = ledger.step(optimizer, elementwise=self.elementwise, mean_over_ranks=self.mean_over_ranks)
             except Exception as error:
-                self._break(layer, error)
+                self.broken[layer] = error
+                self.report(layer, error)
                 continue
             if own is not None:  # it is 0 if the gradient was 0, and then carries no information
                 scale = torch.where(own != 0, own, torch.ones_like(own) if scale is None else scale)
         return scale
-
-    def _break(self, layer: str, error: Exception) -> None:
-        """Follow the steps of a layer no more."""
-        self.broken[layer] = error
-        self.drop(layer)
-        self.report(layer, error)
 
     def _commit(self, layer: str, rate: Tensor) -> None:
         for listener in self.listeners:

@@ -121,7 +121,6 @@ def test_two_optimizers_on_one_layer_are_refused_before_the_first_step():
     with pytest.warns(UserWarning, match=r"nothing is logged.*two optimizers.*'net\.5'"):
         fit(module, callback)
     assert callback.scalars == {}
-    assert not all(torch.equal(one, two) for one, two in zip(before, module.state_dict().values(), strict=True))
 
 
 # Checkpoints
