@@ -1,7 +1,7 @@
 """Selection of layers: from names and globs to modules, and the default layers."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -14,19 +14,40 @@ from lightning_neuro.units import own_modules
 
 DEFAULT_MAX_LAYERS = 8
 
+_WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 _NOT_HIDDEN = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
 ACTIVATIONS = tuple(cls for cls in own_modules(_activation) if cls not in _NOT_HIDDEN)
 LINEAR_OR_CONV: tuple[type[nn.Module], ...] = (nn.Linear, _conv._ConvNd)
 
 
-def clean_name(name: str) -> str:
-    """A module's name without the wrapper that `torch.compile` puts around a module."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def clean_name(name: str, parallel: Collection[str] = ()) -> str:
+    """A module's name without the wrappers of `torch.compile`, FSDP, activation checkpointing and data parallelism.
+
+    Args:
+        name: The name, as `named_modules` returns it.
+        parallel: The names of the modules that a `DistributedDataParallel` or `DataParallel` wraps.
+    """
+    parts = name.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return ".".join(
+        part
+        for part, prefix in zip(parts, prefixes, strict=True)
+        if part not in _WRAPPED_NAMES and prefix not in parallel
+    )
+
+
+def modules_by_clean_name(model: nn.Module) -> dict[str, nn.Module]:
+    """A model and all its modules by their clean name, `""` for the model; a wrapped module instead of its wrapper."""
+    modules = dict(model.named_modules())
+    parallel = {f"{name}.module".lstrip(".") for name, module in modules.items() if isinstance(module, _PARALLEL)}
+    return {clean_name(name, parallel): module for name, module in modules.items()}
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model by their clean name; a compiled module has the name of the module it wraps."""
-    return {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
+    """All modules below a model by their clean name."""
+    return {name: module for name, module in modules_by_clean_name(model).items() if name}
 
 
 def resolve_layers(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
