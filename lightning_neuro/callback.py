@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
-from lightning_neuro.checks import ArgumentError, check_metric, describe
+from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, describe
 from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
 from lightning_neuro.layer_result import LayerResult
 from lightning_neuro.probe import Probe
@@ -89,6 +89,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     """Name of the histogram of a `LayerResult`."""
     needs_labels: bool = False
     """Whether the method requires class labels."""
+    requested: bool = False
+    """Whether the user's arguments ask for what needs labels or logits: without them, the fit ends with an error.
+    Otherwise the callback is disabled."""
 
     def __init__(
         self,
@@ -118,6 +121,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         self._saved_metrics: dict[str, Any] = {}
         self._memory: dict[str, Memory] = {}
         self._baselines: Table = {}
+        self._disabled = False
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Called before every pass, for statistics of the activations that the method needs beforehand."""
@@ -205,7 +209,19 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         """Leave a layer out of this evaluation, on all ranks, and report it once."""
         self._failed.setdefault(layer, error)
 
+    def report(self, what: str, error: Exception) -> None:
+        """As the base class, but disable the callback for this run if a default finds nothing to work on."""
+        if not isinstance(error, NothingToDoError) or self.requested or self.on_error == "raise":
+            super().report(what, error)
+        else:
+            self._disabled = True
+            self.warn_once("disabled", f"{self.name} is disabled in this run. {error}")
+
     # One evaluation, as the session calls it
+
+    def is_due(self, event: Event) -> bool:
+        """Whether this callback evaluates at this event."""
+        return not self._disabled and super().is_due(event)
 
     def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
         """Prepare for a pass over the probe set."""
@@ -227,7 +243,8 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             return
         try:
             if self.needs_labels and batch.targets is None:
-                raise ArgumentError(
+                kind = NothingToDoError if self.probe.target_fn is None else ArgumentError
+                raise kind(
                     f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in"
                     f" the batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
                 )
@@ -242,6 +259,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         complete = (
             complete and self._prepared and self.attempt(trainer, "the probe set", self._check_batches) is not None
         )
+        if self._disabled:
+            self.result = {}
+            return
         results = self._compute(trainer) if complete else {}
         self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
         table = self._table(trainer, self.result)
