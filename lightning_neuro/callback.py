@@ -5,6 +5,7 @@ evaluations is implemented in `scheduled_callback.py` and `session.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -376,12 +377,16 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         metrics = {layer: metric.state_dict() for layer, metric in self.layer_metrics.items()}
         saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
         baselines = [(*entry, value) for entry, value in self._baselines.items()]
-        return super().state_dict() | {"metrics": saved, "memory": self._memory, "baselines": baselines}
+        own = {"metrics": saved, "memory": self._memory, "baselines": baselines, "layers": self.probe.layers}
+        return deepcopy(super().state_dict() | own)  # the next evaluations must not change what was handed out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state."""
         super().load_state_dict(state_dict)
         self.layer_metrics = {}  # created anew, from the saved states
-        self._saved_metrics = state_dict["metrics"]
-        self._memory = state_dict["memory"]
+        self._saved_metrics = deepcopy(state_dict["metrics"])
+        self._memory = deepcopy(state_dict["memory"])
         self._baselines = {Entry(*entry): value for *entry, value in state_dict["baselines"]}
+        if state_dict.get("layers", self.probe.layers) != self.probe.layers:
+            # Without values the run begins with an evaluation, so that every key exists and none is of another layer.
+            self.scalars = {}

@@ -97,9 +97,9 @@ class ConceptPaths(MetricCallback[PathResult]):
         history: Training step and layer -> stability, from the second evaluation on.
 
     Raises:
-        ArgumentError: If an option is invalid, at construction. If an argument asks for what is not there (the batches have no
-            class labels, or the model returns no logits), before the first training step. Without arguments, the
-            callback is then disabled with a warning.
+        ArgumentError: If an option is invalid, at construction. If an argument asks for what is not there (the batches
+            have no class labels, or the model returns no logits), before the first training step. Without arguments,
+            the callback is then disabled with a warning.
 
     Source:
         J. Hu et al., *Architecture Disentanglement for Deep Neural Networks*, arXiv 2003.13268 (2021), for the idea and
