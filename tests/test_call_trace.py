@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -105,6 +106,32 @@ def test_the_depth_is_right_after_a_call_that_a_hook_of_the_user_stopped() -> No
     with call_trace(net) as seen:
         net(torch.ones(1, 2))
     assert [(call.name, call.depth) for call in seen] == [("", 0), ("outer", 1), ("after", 1)]
+
+
+def test_the_depth_is_right_after_a_call_that_ended_without_its_hook() -> None:
+    # torch calls no hook after exceptions that are no `Exception`.
+    class Stopped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    class Resumes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Stopped()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with suppress(KeyboardInterrupt):
+                self.inner(x)
+            return x
+
+    with call_trace(net := nn.Sequential(Resumes(), nn.ReLU())) as seen:
+        net(torch.ones(1, 2))
+    assert [(call.name, call.output_shape, call.depth) for call in seen] == [
+        ("", (1, 2), 0),
+        ("0", (1, 2), 1),
+        ("0.inner", None, 2),
+        ("1", (1, 2), 1),
+    ]
 
 
 def test_an_exception_takes_the_hooks_off() -> None:

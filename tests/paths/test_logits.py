@@ -87,7 +87,8 @@ def test_one_logit_becomes_two_classes_with_its_sigmoid(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize(
-    "output", [None, "text", {}, torch.zeros(2, 4), torch.zeros(3, 4, 5), torch.zeros(3, 4).long(), torch.zeros(3, 0)]
+    "output",
+    [None, "text", {}, Frozen, torch.zeros(2, 4), torch.zeros(3, 4, 5), torch.zeros(3, 4).long(), torch.zeros(3, 0)],
 )
 def test_other_outputs_are_refused(output: Any) -> None:
     with pytest.raises(ArgumentError, match="for 3 samples it returned") as found:
