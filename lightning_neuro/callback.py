@@ -5,6 +5,7 @@ evaluations is implemented in `scheduled_callback.py` and `session.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
-from lightning_neuro.checks import ArgumentError, check_metric, describe
+from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, describe
 from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
 from lightning_neuro.layer_result import LayerResult
 from lightning_neuro.probe import Probe
@@ -89,6 +90,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     """Name of the histogram of a `LayerResult`."""
     needs_labels: bool = False
     """Whether the method requires class labels."""
+    requested: bool = False
+    """Whether the user's arguments ask for what needs labels or logits: without them, the fit ends with an error.
+    Otherwise the callback is disabled."""
 
     def __init__(
         self,
@@ -118,6 +122,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         self._saved_metrics: dict[str, Any] = {}
         self._memory: dict[str, Memory] = {}
         self._baselines: Table = {}
+        self._disabled = False
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Called before every pass, for statistics of the activations that the method needs beforehand."""
@@ -211,7 +216,19 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         """Leave a layer out of this evaluation, on all ranks, and report it once."""
         self._failed.setdefault(layer, error)
 
+    def report(self, what: str, error: Exception) -> None:
+        """As the base class, but disable the callback for this run if a default finds nothing to work on."""
+        if not isinstance(error, NothingToDoError) or self.requested or self.on_error == "raise":
+            super().report(what, error)
+        else:
+            self._disabled = True
+            self.warn_once("disabled", f"{self.name} is disabled in this run. {error}")
+
     # One evaluation, as the session calls it
+
+    def is_due(self, event: Event) -> bool:
+        """Whether this callback evaluates at this event."""
+        return not self._disabled and super().is_due(event)
 
     def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
         """Prepare for a pass over the probe set."""
@@ -238,7 +255,8 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             return
         try:
             if self.needs_labels and not self.finds_targets(batch):
-                raise ArgumentError(
+                kind = NothingToDoError if self.probe.target_fn is None else ArgumentError
+                raise kind(
                     f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in"
                     f" the batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
                 )
@@ -253,6 +271,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         complete = (
             complete and self._prepared and self.attempt(trainer, "the probe set", self._check_batches) is not None
         )
+        if self._disabled:
+            self.result = {}
+            return
         results = self._compute(trainer) if complete else {}
         self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
         table = self._table(trainer, self.result)
@@ -367,12 +388,16 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         metrics = {layer: metric.state_dict() for layer, metric in self.layer_metrics.items()}
         saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
         baselines = [(*entry, value) for entry, value in self._baselines.items()]
-        return super().state_dict() | {"metrics": saved, "memory": self._memory, "baselines": baselines}
+        own = {"metrics": saved, "memory": self._memory, "baselines": baselines, "layers": self.probe.layers}
+        return deepcopy(super().state_dict() | own)  # the next evaluations must not change what was handed out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state."""
         super().load_state_dict(state_dict)
         self.layer_metrics = {}  # created anew, from the saved states
-        self._saved_metrics = state_dict["metrics"]
-        self._memory = state_dict["memory"]
+        self._saved_metrics = deepcopy(state_dict["metrics"])
+        self._memory = deepcopy(state_dict["memory"])
         self._baselines = {Entry(*entry): value for *entry, value in state_dict["baselines"]}
+        if state_dict.get("layers", self.probe.layers) != self.probe.layers:
+            # Without values the run begins with an evaluation, so that every key exists and none is of another layer.
+            self.scalars = {}

@@ -156,6 +156,15 @@ class ProbePass:
         if max_batches is None and keep_units:
             self.source.units = seen
 
+    def forward(self, pl_module: "pl.LightningModule", inputs: Any) -> Any:
+        """Call the model with the inputs of a batch of the set, as the run calls it; returns its output."""
+        if inputs is None:
+            raise NoReplayError(
+                f"the model cannot be run apart from Lightning's loops, because {self.source.why_no_plan}. Say how with"
+                " `Probe(forward_fn=lambda pl_module, batch: ..., input_fn=lambda batch: batch)`"
+            )
+        return self.source.runner.run(pl_module, inputs)
+
     def _to_device(self, trainer: "pl.Trainer", kept: KeptBatch) -> KeptBatch:
         # Copies, because models may change their inputs in place.
         device = trainer.strategy.root_device
@@ -172,14 +181,9 @@ class ProbePass:
 
     def _forward(self, pl_module: "pl.LightningModule", kept: KeptBatch, num_samples: int | None) -> Recording:
         self.num_forwards += 1
-        if kept.inputs is None:
-            raise NoReplayError(
-                f"the model cannot be run apart from Lightning's loops, because {self.source.why_no_plan}. Say how with"
-                " `Probe(forward_fn=lambda pl_module, batch: ..., input_fn=lambda batch: batch)`"
-            )
         shape = BatchShape(num_samples, None, kept.keys)
         with uncompiled(), self.reader.reading(pl_module, shape, kept.batch) as recording:
-            self.source.runner.run(pl_module, kept.inputs)
+            self.forward(pl_module, kept.inputs)
         if not recording.calls:
             self.reader.warn_of_missing(list(self.layers), {})
         return recording

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, ClassVar, Literal, TypeVar
 
 import pytorch_lightning as pl
@@ -58,6 +59,7 @@ class ScheduledCallback(Callback):
         self.prog_bar = tuple(patterns)
         self.on_error = on_error
         self._probe_pass: ProbePass | None = None
+        self._keeps_state = False
         self.start_run()
 
     def start_run(self) -> None:
@@ -75,6 +77,7 @@ class ScheduledCallback(Callback):
     def release(self) -> None:
         """Called at the end of a run and after an exception: release the model and everything large."""
         self._probe_pass = None
+        self._keeps_state = False
 
     def layers_of(self, measure: str) -> list[str]:
         """The layers for which a measure has keys; each gets its own chart."""
@@ -167,6 +170,7 @@ class ScheduledCallback(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Reset the state of an earlier run; raise an error if two callbacks have the same name."""
         self.event = None
+        self._keeps_state = stage != "fit"
         if stage == "fit" and trainer.global_step == 0:
             self.start_run()
         for other in _ours(trainer):
@@ -280,10 +284,14 @@ class ScheduledCallback(Callback):
         return {name: getattr(self, name) for name in self._all_run_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state; what belongs to a fit stays as it is if a checkpoint is loaded for anything else."""
+        if self._keeps_state:
+            # In place, so that overrides of this method find nothing else either.
+            state_dict.clear()
+            state_dict.update(self.state_dict())
         for name in self._all_run_state():
             if name in state_dict:  # not in checkpoints of a version that did not have it
-                setattr(self, name, state_dict[name])
+                setattr(self, name, deepcopy(state_dict[name]))
 
     def _all_run_state(self) -> list[str]:
         return [name for cls in type(self).__mro__ for name in vars(cls).get("run_state", ())]

@@ -81,7 +81,7 @@ def test_random_numbers_are_a_samples_own() -> None:
     keys = torch.arange(2000)
     numbers = fractions_of(keys, 0, "a")
     assert torch.equal(fractions_of(keys.flip(0), 0, "a").flip(0), numbers)
-    assert 0 <= float(numbers.min()) and float(numbers.max()) < 1
+    assert float(numbers.min()) >= 0 and float(numbers.max()) < 1
     assert abs(float(numbers.mean()) - 0.5) < 0.03
     for other in (fractions_of(keys, 0, "b"), fractions_of(keys, 1, "a")):
         assert abs(float(torch.corrcoef(torch.stack([numbers, other]))[0, 1])) < 0.1
@@ -94,7 +94,7 @@ def test_nodes_are_averaged_over_their_graph() -> None:
     assert torch.equal(every.values, nodes) and every.samples is not None and torch.equal(every.samples, owners)
 
 
-# Labels of rows --------------------------------------------------------------------------------------------------------
+# Labels of rows -----------------------------------------------------------------------------------------------------
 
 
 def batch_of(rows: UnitRows, **labels: Any) -> ProbeBatch:

@@ -97,8 +97,9 @@ class ConceptPaths(MetricCallback[PathResult]):
         history: Training step and layer -> stability, from the second evaluation on.
 
     Raises:
-        ArgumentError: If an option is invalid, at construction. If the batches have no class labels or the model
-            returns no logits, before the first training step.
+        ArgumentError: If an option is invalid, at construction. If an argument asks for what is not there (the batches
+            have no class labels, or the model returns no logits), before the first training step. Without arguments,
+            the callback is then disabled with a warning.
 
     Source:
         J. Hu et al., *Architecture Disentanglement for Deep Neural Networks*, arXiv 2003.13268 (2021), for the idea and
@@ -148,6 +149,7 @@ class ConceptPaths(MetricCallback[PathResult]):
         self.samples_per_class = samples_per_class
         self.concept_fn = concept_fn
         self.flow = flow
+        self.requested = bool(options) or any(argument is not None for argument in (concept_fn, hierarchy, flow))
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
 
     def start_run(self) -> None:
@@ -165,8 +167,8 @@ class ConceptPaths(MetricCallback[PathResult]):
         if trainer.world_size > 1:
             mode = self.search.mode
             require(mode != "nad", "mode", "be 'attribution' in more than one process", mode)
+        probe_pass = self.probe_pass
         if self._choice is None:
-            probe_pass = self.probe_pass
             self._choice = choose_samples(
                 trainer,
                 lambda visit: probe_pass.run(trainer, pl_module, visit),
@@ -174,8 +176,13 @@ class ConceptPaths(MetricCallback[PathResult]):
                 self.samples_per_class,
             )
         run = self.probe.forward_fn
-        forward = None if run is None else lambda inputs: run(pl_module, inputs)
-        self._samples = ProbeSamples(GatedModel(pl_module, self.probe_pass.layers, forward), self._choice)
+        if run is None:
+            names = self.probe.class_names
+            classes = self.probe_pass.count_classes(trainer, pl_module) if names is None else len(names)
+            gated = GatedModel(pl_module, self.probe_pass.layers, num_classes=classes)
+        else:  # its output is taken for logits
+            gated = GatedModel(pl_module, self.probe_pass.layers, lambda inputs: run(pl_module, inputs))
+        self._samples = ProbeSamples(gated, self._choice)
 
     def observe(self, batch: ProbeBatch) -> None:
         """Compute the contributions of all units to the logits of the batch's own classes."""

@@ -139,7 +139,7 @@ class ProbeSamples:
             return self._attribute(batch, read_concepts(batch, concept_fn), ablation)
         except ArgumentError as error:
             remedy = "If the model returns no logits, pass `Probe(forward_fn=lambda module, inputs: ...)`."
-            self.failure = ArgumentError(f"ConceptPaths: {error} {remedy}")
+            self.failure = type(error)(f"ConceptPaths: {error} {remedy}")
         except Exception as error:
             self.failure = error
         return None

@@ -1,15 +1,13 @@
 """In which dimension of a layer's input the samples lie: linear layers may have the time in front of them."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_neuro.batches import select_samples
 from lightning_neuro.capture import uncompiled
-from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_pass import ProbePass
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.layer_gradients import Operator, fitting_dims, layer_samples_first
 
@@ -72,18 +70,11 @@ class SampleDims:
                 hooks.record(lambda: 0)
                 inputs = select_samples(batch.inputs, torch.arange(fewer), batch.num_samples)
                 with uncompiled():
-                    _forward(probe_pass.probe.forward_fn, pl_module, inputs)
+                    probe_pass.forward(pl_module, inputs)
                 all_learned(fewer)
 
         hooks.record(lambda: 0)
         try:
-            probe_pass.run(trainer, pl_module, visit, max_batches=1)
+            probe_pass.run(trainer, pl_module, visit, max_batches=1, replay=True)
         finally:
             hooks.stop_recording()
-
-
-def _forward(forward_fn: Callable[[Any, Any], Any] | None, pl_module: "pl.LightningModule", inputs: Any) -> None:
-    if forward_fn is None:
-        pl_module(inputs)
-    else:
-        forward_fn(pl_module, inputs)

@@ -11,7 +11,7 @@ from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import interval_passed
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.refinement.attachment import Attachment, attach
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.options import RunOptions

@@ -289,7 +289,7 @@ def test_table_update_log_and_figures_are_written(tmp_path):
     assert live.sample_ids.shape[1] == 4
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (path,) = {path.parent for path in tmp_path.rglob("events.out*")}
+    (path,) = {path.parent for path in tmp_path.rglob("version_0/events.out*")}
     tags = EventAccumulator(str(path)).Reload().Tags()
     assert "refinement/sources" in tags["images"]
     assert "refinement/top_samples/net.5" in tags["images"]
