@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_neuro.checks import ArgumentError
+from lightning_neuro.checks import ArgumentError, NothingToDoError
 from lightning_neuro.default_layers import default_layers, spread
 from lightning_neuro.layer_kinds import LINEAR_OR_CONV as LINEAR_OR_CONV
 from lightning_neuro.layer_kinds import is_activation, is_gate, is_linear, is_recurrent, is_sigmoid
@@ -103,9 +103,9 @@ def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _default_layers(layers: Mapping[str, nn.Module], seen: Sequence["SeenCall"] | None) -> dict[str, nn.Module]:
-    names = _registered_defaults(layers) if seen is None else default_layers(seen)
+    names = (default_layers(seen) if seen else []) or _registered_defaults(layers)
     if not names:
-        raise ArgumentError(
+        raise NothingToDoError(
             "The model has neither activation modules nor two linear or convolution layers, so there are no default"
             f" layers. Pass `layers=[...]`; the model has: {', '.join(list(layers)[:20]) or 'no modules'}."
         )

@@ -217,7 +217,7 @@ class _Before:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Strategies run the step itself through the model's `forward`, which they replace for one call.
-        if self.seen is not None and not _is_redirected(module):
+        if self.seen is not None and not (self.name == "" and _is_redirected(module)):
             self.seen.enter(self.name, args, kwargs)
 
     def __reduce__(self) -> tuple[type["_Before"], tuple[()]]:
@@ -239,13 +239,19 @@ class _After:
 
 
 def _is_redirected(module: nn.Module) -> bool:
-    return "forward" in vars(module) and hasattr(module, "training_step")
+    replaced = vars(module).get("forward")
+    return replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is compiled itself."""
     compiled = isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
     return compiled or getattr(module, "_compiler_ctx", None) is not None
+
+
+def is_compiled_anywhere(model: nn.Module) -> bool:
+    """Whether a model or a part of it is compiled."""
+    return any(is_compiled(module) for module in model.modules())
 
 
 def modules_outside_graphs(model: nn.Module) -> dict[str, nn.Module]:

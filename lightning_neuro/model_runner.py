@@ -59,6 +59,12 @@ class ModelRunner:
             return self.probe.forward_fn(pl_module, inputs)
         if self.plan is not None and not self.is_given:
             return self.plan.run(pl_module, inputs if isinstance(inputs, tuple) else (inputs,))
+        if type(pl_module).forward.__qualname__ == "LightningModule.forward":
+            error = ArgumentError if self.is_given else GuessError
+            raise error(
+                f"{type(pl_module).__name__} has no `forward`, so the probe cannot run it. Define one, or pass"
+                " `Probe(forward_fn=lambda pl_module, inputs: ...)`."
+            )
         if self.is_given:
             return pl_module(inputs)
         try:

@@ -10,12 +10,14 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_neuro.batches import can_select_samples
+from lightning_neuro.call_trace import call_trace
 from lightning_neuro.capture import Recording, uncompiled
 from lightning_neuro.dataset_facts import as_class_names, class_names_of
-from lightning_neuro.isolation import undisturbed
+from lightning_neuro.isolation import undisturbed, why_no_replay
 from lightning_neuro.kept_batch import KeptBatch, copied
 from lightning_neuro.layer_reading import BatchShape
 from lightning_neuro.layers import resolve_layers
+from lightning_neuro.model_calls import is_compiled_anywhere
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_set import ProbeSet
@@ -71,12 +73,29 @@ class ProbePass:
         return self.reader.layers
 
     def resolve_layers(self, pl_module: "pl.LightningModule") -> None:
-        """Find the layers.
+        """Find the layers: those that the probe names, else those that a forward pass was seen to call.
 
         Raises:
-            ArgumentError: If a pattern matches nothing or the model has no default layers.
+            ArgumentError: If a pattern matches nothing.
+            NothingToDoError: If the model has no default layers.
         """
-        self.reader.layers = resolve_layers(pl_module, self.probe.layers)
+        self.reader.layers = resolve_layers(pl_module, self.probe.layers, self.source.trace)
+
+    def join(self, pl_module: "pl.LightningModule", *, needs_layers: bool) -> None:
+        """A callback takes part; layers that the probe names are found now, so that a wrong name raises early."""
+        self.reader.needs_layers = self.reader.needs_layers or needs_layers
+        # The hooks of compiled modules do not fire, so which of them are called cannot be seen.
+        if self.probe.layers is not None or is_compiled_anywhere(pl_module):
+            self.find_layers(pl_module)
+
+    def find_layers(self, pl_module: "pl.LightningModule") -> None:
+        """Find the layers, if a callback needs them and they are not known; raises as `resolve_layers`."""
+        if not self.reader.is_ready:
+            self.resolve_layers(pl_module)
+
+    def call_order(self) -> list[str]:
+        """Names of the modules in the order in which a forward pass was seen to call them; empty if none was seen."""
+        return [call.name for call in self.source.trace or ()]
 
     # What is known of the data
 
@@ -156,6 +175,14 @@ class ProbePass:
         if max_batches is None and keep_units:
             self.source.units = seen
 
+    def show_samples(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", visit: Visit) -> None:
+        """Call `visit` with each batch of this rank's samples, without running the model: there are no activations."""
+        self.source.load(trainer, pl_module)
+        if self.samples is None:
+            raise NoSamplesYetError("the samples are not known before the first validation")
+        for kept in self.samples.batches:
+            visit(self._shown(self._to_device(trainer, kept), {}))
+
     def forward(self, pl_module: "pl.LightningModule", inputs: Any) -> Any:
         """Call the model with the inputs of a batch of the set, as the run calls it; returns its output."""
         if inputs is None:
@@ -178,6 +205,21 @@ class ProbePass:
         if self.reader.axes.undecided and self._decide_axes(trainer, pl_module, kept):
             recording = self._forward(pl_module, self._to_device(trainer, kept), kept.num_samples)
         return self._shown(self._to_device(trainer, kept), recording.activations)
+
+    def see_calls(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """See in a pass over some samples which modules the model calls, if no step has shown it and they are known."""
+        if self.samples is None and not why_no_replay(trainer):
+            self.source.load(trainer, pl_module)
+        if self.samples is not None and self.source.trace is None:
+            with undisturbed(trainer, pl_module):
+                self._trace(trainer, pl_module, self.samples.batches[0])
+
+    def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kept: KeptBatch) -> None:
+        """See in a pass over some samples which modules the model calls, if no step has shown it."""
+        if self.source.trace is None and not is_compiled_anywhere(pl_module):
+            with call_trace(pl_module) as trace:
+                self.forward(pl_module, self._to_device(trainer, kept).inputs)
+            self.source.trace = trace
 
     def _forward(self, pl_module: "pl.LightningModule", kept: KeptBatch, num_samples: int | None) -> Recording:
         self.num_forwards += 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.batches import batch_length, can_select_samples, select_samples
+from lightning_neuro.call_trace import SeenCall, call_trace
 from lightning_neuro.capture import Recording
 from lightning_neuro.kept_batch import KeptBatch, copied, to_cpu
 from lightning_neuro.layer_reading import BatchShape
@@ -52,6 +53,7 @@ class Taking:
         why_no_plan: Why the calls cannot be repeated.
         calls_nothing: Whether the steps call no module.
         failure: What went wrong: nothing more is taken then.
+        trace: The calls of all modules in the first batch.
     """
 
     def __init__(self, target_of: TargetOf, observe: Observe | None) -> None:
@@ -61,6 +63,7 @@ class Taking:
         self.plan: CallPlan | None = None
         self.why_no_plan = ""
         self.calls_nothing = False
+        self.trace: list[SeenCall] | None = None
         self.failure: Exception | None = None
         self._hooks = ExitStack()
         self._finish: Callable[[], TakenBatch] | None = None
@@ -108,6 +111,8 @@ class Taking:
         # The step may change its batch in place.
         original = copied(batch)
         seen = self._hooks.enter_context(watched_calls(pl_module, batch))
+        if self.trace is None:
+            self.trace = self._hooks.enter_context(call_trace(pl_module))
         recording = None
         if self.observe is not None:
             recording = self._hooks.enter_context(self.observe(BatchShape(length, rows, keys), batch))

@@ -1,6 +1,7 @@
 """Finds the samples of a probe in one run: taken from Lightning's loops, or loaded."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_neuro.batches import default_target, read_field
+from lightning_neuro.call_trace import SeenCall, call_trace
 from lightning_neuro.dataset_loading import delivered_order
 from lightning_neuro.isolation import undisturbed, why_no_replay
 from lightning_neuro.kept_batch import KeptBatch, copied, to_cpu
-from lightning_neuro.model_calls import is_compiled
+from lightning_neuro.model_calls import is_compiled_anywhere
 from lightning_neuro.model_runner import ModelRunner
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_set import ROWS_PER_BATCH, LoadedBatch, ProbeSet, load_delivered, load_probe_set
@@ -40,6 +42,7 @@ class SampleSource:
         samples: The probe set, once it is known.
         runner: Calls the model.
         units: For each batch of the set: layer -> units, if they were taken in the loop that has just ended.
+        trace: The calls of all modules in a forward pass of the run; None if none was seen yet.
         why_no_plan: Why the model cannot be called as it was in the run; empty if it can.
     """
 
@@ -50,7 +53,9 @@ class SampleSource:
         self.samples: ProbeSet | None = None
         self.runner = ModelRunner(probe)
         self.units: list[dict[str, UnitRows]] | None = None
+        self.trace: list[SeenCall] | None = None
         self.why_no_plan = ""
+        self._tracing = ExitStack()
         self._taking: Taking | None = None
         self._recording: Taking | None = None
         self._delivers_the_same = True
@@ -80,18 +85,15 @@ class SampleSource:
             return
         self.close()
         # Hooks that are added to compiled modules do not fire, and would change the user's graphs.
-        if (
-            not self._delivers_the_same
-            or self._calls_nothing
-            or any(is_compiled(module) for module in pl_module.modules())
-        ):
+        if not self._delivers_the_same or self._calls_nothing or is_compiled_anywhere(pl_module):
             return
         total = trainer.num_val_batches[0]
-        observe = partial(self.reader.reading, pl_module)
+        # Without layers, because the default ones are not known yet, the loop shows the calls of the model only.
+        observe = partial(self.reader.reading, pl_module) if self.reader.is_ready else None
         if self.samples is not None:
-            if due and self.samples.places:
+            if due and self.samples.places and observe is not None:
                 self._taking = TakingAgain(self.target, observe, self.samples)
-        elif trainer.sanity_checking and total > trainer.num_sanity_val_batches[0]:
+        elif observe is None or (trainer.sanity_checking and total > trainer.num_sanity_val_batches[0]):
             # Too few batches for a set, but they show how the model is called.
             self._taking = TakingSpread(self.target, None, float("inf"), 1)
         else:
@@ -105,6 +107,7 @@ class SampleSource:
 
     def end_batch(self) -> None:
         """The step has ended."""
+        self._tracing.close()
         for taking in (self._taking, self._recording):
             if taking is not None:
                 taking.end()
@@ -137,6 +140,7 @@ class SampleSource:
             self._was_watched = True
             self.why_no_plan = taking.why_no_plan
             self.runner = ModelRunner(self.probe, taking.plan)
+            self.trace = self.trace or taking.trace
 
     def _end_taking_again(self, trainer: "pl.Trainer", taking: TakingAgain) -> None:
         if on_any_rank(trainer, taking.differs):
@@ -150,6 +154,7 @@ class SampleSource:
 
     def close(self) -> None:
         """Remove all hooks, after an exception in the user's step."""
+        self._tracing.close()
         for taking in (self._taking, self._recording):
             if taking is not None:
                 taking.close()
@@ -158,7 +163,9 @@ class SampleSource:
     # Samples that are loaded, or recorded in training
 
     def begin_training_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, n: int) -> None:
-        """A training step begins: take its samples, if the set is to hold training data that cannot be loaded."""
+        """A training step begins: see which modules it calls, and take its samples if none can be found otherwise."""
+        if self.trace is None and not self.reader.is_ready and not is_compiled_anywhere(pl_module):
+            self.trace = self._tracing.enter_context(call_trace(pl_module))
         if not self._records_training or self.samples is not None:
             return
         if self._recording is None:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_neuro.checks import NothingToDoError
 from lightning_neuro.compat import MISCONFIGURATIONS
 from lightning_neuro.isolation import isolated_random_state, without_inference_mode
 from lightning_neuro.model_runner import GuessError
@@ -58,8 +59,7 @@ class Session:
         if callback not in self.callbacks:
             self.callbacks.append(callback)
         probe_pass = self.passes.setdefault(callback.probe, ProbePass(callback.probe))
-        if callback.needs_layers and not probe_pass.layers:
-            probe_pass.resolve_layers(pl_module)
+        probe_pass.join(pl_module, needs_layers=callback.needs_layers)
         return probe_pass
 
     def leave(self, callback: "ScheduledCallback") -> None:
@@ -80,6 +80,8 @@ class Session:
             kind = "validate" if trainer.state.fn == "validate" else "start"
         event = Event(kind, trainer.current_epoch, trainer.global_step)
         for probe_pass, group in self._groups(event):
+            if probe_pass.source.trace is not None and not _have_layers(pl_module, probe_pass, group):
+                continue
             probe_pass.source.begin_loop(trainer, pl_module, due=any(callback.rides for callback in group))
 
     def begin_batch(self, pl_module: "pl.LightningModule", batch: Any, number: int) -> None:
@@ -132,8 +134,9 @@ def _evaluate_group(
     probe_pass: ProbePass,
     group: Sequence["ScheduledCallback"],
 ) -> None:
-    if not _has_samples(trainer, pl_module, event, probe_pass, group):
+    if not _is_ready(trainer, pl_module, event, probe_pass, group):
         return
+    group = [callback for callback in group if callback.is_due(event)]  # those without layers are disabled now
     # If the model has to be run anyway, its activations serve all callbacks.
     runners = [callback for callback in group if not callback.rides]
     riders = [callback for callback in group if callback.rides]
@@ -154,22 +157,41 @@ def _evaluate_group(
         callback.end_evaluation(trainer, pl_module, complete=complete[callback.rides])
 
 
-def _has_samples(
+def _have_layers(pl_module: "pl.LightningModule", probe_pass: ProbePass, group: Sequence["ScheduledCallback"]) -> bool:
+    """Whether the layers are known; if the model has no default ones, the callbacks that need them are told."""
+    try:
+        probe_pass.find_layers(pl_module)
+    except NothingToDoError as error:
+        for callback in group:
+            if callback.needs_layers:
+                callback.report("the default layers", error)
+        return False
+    return True
+
+
+def _is_ready(
     trainer: "pl.Trainer",
     pl_module: "pl.LightningModule",
     event: Event,
     probe_pass: ProbePass,
     group: Sequence["ScheduledCallback"],
 ) -> bool:
-    """Whether the samples are known; if they cannot even be loaded, the callbacks are told."""
+    """Whether the samples and the layers are known; if they cannot be found, the callbacks are told."""
     try:
         probe_pass.source.load(trainer, pl_module)
+        if probe_pass.samples is None:
+            if event.kind == "start":
+                names = _names(group)
+                rank_zero_info(f"{names}: no values before training, because the samples are not known yet.")
+            return False
+        if not probe_pass.reader.is_ready:
+            agreed(trainer, lambda: probe_pass.see_calls(trainer, pl_module))
     except Exception as error:
+        for callback in group:
+            callback.skip_evaluation(event)
         _report(trainer, event, probe_pass, group, error)
         return False
-    if probe_pass.samples is None and event.kind == "start":
-        rank_zero_info(f"{_names(group)}: no values before training, because the samples are not known yet.")
-    return probe_pass.samples is not None
+    return _have_layers(pl_module, probe_pass, group) or any(not callback.needs_layers for callback in group)
 
 
 def _show(
@@ -191,6 +213,7 @@ def _show(
     try:
         agreed(trainer, lambda: probe_pass.run(trainer, pl_module, show, replay=replay, keep_units=True))
     except Exception as error:
+        probe_pass.source.units = None  # also where the pass succeeded, because it failed on another rank
         _report(trainer, event, probe_pass, group, error)
         return False
     return True
@@ -205,6 +228,10 @@ def _report(
 ) -> None:
     if isinstance(error, (GuessError, FailedOnAnotherRankError)) and probe_pass.source.forget_guess(trainer):
         rank_zero_info(f"{_names(group)}: no values yet, because it is not known how the model is called.")
+        return
+    if isinstance(error, NothingToDoError):
+        for callback in group:
+            callback.report("the pass over the probe set", error)
         return
     wrong_argument = isinstance(error, MISCONFIGURATIONS) and event.kind in ("start", "validate")
     if wrong_argument or any(callback.on_error == "raise" for callback in group):

@@ -28,7 +28,8 @@ class UnitReader:
         warn: Called for each layer that cannot be recorded.
 
     Attributes:
-        layers: Layer name -> module.
+        layers: Layer name -> module; empty while the default layers are not known.
+        needs_layers: Whether a callback uses the layers.
         axes: Where the samples and the units lie.
     """
 
@@ -36,7 +37,13 @@ class UnitReader:
         self.probe = probe
         self.warn = warn
         self.layers: dict[str, nn.Module] = {}
+        self.needs_layers = False
         self.axes = LayerAxes()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the layers are known, as far as they are needed."""
+        return bool(self.layers) or not self.needs_layers
 
     @contextmanager
     def reading(self, model: nn.Module, shape: BatchShape, batch: Any) -> Iterator[Recording]:

@@ -133,9 +133,10 @@ def test_the_call_through_which_a_strategy_runs_the_step_does_not_count() -> Non
             return self(batch[0])
 
     net = Lit()
+    original = net.forward
 
     def run_step(*args: Any) -> Tensor:  # as Lightning's redirection under distributed strategies
-        del net.forward
+        net.forward = original  # type: ignore[method-assign]
         return net.training_step(*args)
 
     with watched_calls(net, (X, Y)) as seen:

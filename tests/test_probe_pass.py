@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import MetricCallback, Probe
-from lightning_neuro.checks import ArgumentError
+from lightning_neuro.model_runner import GuessError
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_pass import ProbePass
 from lightning_neuro.session import session_of
@@ -70,8 +70,8 @@ def test_callbacks_with_equal_probes_share_one_pass(other: Any, looks: int) -> N
         MetricCallback(MeanActivation(), Probe(**({"num_samples": 16} | other)), name="b"),
     ]
     fit(Module(net), *callbacks, max_epochs=2, limit_val_batches=0)
-    # Before training and after each of two epochs, a batch (or two) each.
-    assert net.looks == 3 * (1 if looks == 1 else 1 + 2)
+    # Before training and after each of two epochs, a batch (or two) each; and one batch to see what the model calls.
+    assert net.looks == (1 + 3 * 1 if looks == 1 else (1 + 3 * 1) + (1 + 3 * 2))
     if looks == 1:
         assert callbacks[0].initial["a/value"] == callbacks[1].initial["b/value"]
         assert callbacks[0].scalars["a/value"] == callbacks[1].scalars["b/value"] != callbacks[0].initial["a/value"]
@@ -374,7 +374,7 @@ class NoForward(pl.LightningModule):
 
 
 def test_a_model_without_forward_explains_and_can_be_told() -> None:
-    with pytest.raises(ArgumentError, match=r"NoForward has no `forward`.*Probe\(forward_fn="):
+    with pytest.raises(GuessError, match=r"NoForward has no `forward`.*Probe\(forward_fn="):
         look(Probe(), NoForward())
     watch = look(Probe(num_samples=8, forward_fn=lambda pl_module, x: pl_module.net(x)), NoForward())
     expected = look(Probe(num_samples=8), mlp(), limit_val_batches=0)
@@ -384,7 +384,7 @@ def test_a_model_without_forward_explains_and_can_be_told() -> None:
 def test_input_and_target_functions() -> None:
     x, y = images(8).tensors
     batch = {"pictures": {"left": x}, "class": y}
-    with pytest.raises(ArgumentError, match=r"keys 'pictures', 'class'.*Probe\(input_fn="):
+    with pytest.raises(GuessError, match=r"keys 'pictures', 'class'.*Probe\(input_fn="):
         look(Probe(source=[batch]), mlp())
     probe = Probe(source=[batch], input_fn=lambda b: b["pictures"]["left"], target_fn=lambda b: b["class"])
     watch = look(probe, mlp())

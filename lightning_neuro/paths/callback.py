@@ -162,7 +162,7 @@ class ConceptPaths(MetricCallback[PathResult]):
         self._samples: ProbeSamples | None = None
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Choose the samples, in a separate pass before the first evaluation."""
+        """Choose the samples, before the first evaluation."""
         self.evaluation = self._samples = None
         if trainer.world_size > 1:
             mode = self.search.mode
@@ -171,17 +171,19 @@ class ConceptPaths(MetricCallback[PathResult]):
         if self._choice is None:
             self._choice = choose_samples(
                 trainer,
-                lambda visit: probe_pass.run(trainer, pl_module, visit),
+                lambda visit: probe_pass.show_samples(trainer, pl_module, visit),
                 lambda batch: read_concepts(batch, self.concept_fn),
                 self.samples_per_class,
             )
-        run = self.probe.forward_fn
-        if run is None:
+        classes: int | None = None  # what `forward_fn` returns is taken for logits
+        if self.probe.forward_fn is None:
             names = self.probe.class_names
-            classes = self.probe_pass.count_classes(trainer, pl_module) if names is None else len(names)
-            gated = GatedModel(pl_module, self.probe_pass.layers, num_classes=classes)
-        else:  # its output is taken for logits
-            gated = GatedModel(pl_module, self.probe_pass.layers, lambda inputs: run(pl_module, inputs))
+            classes = probe_pass.count_classes(trainer, pl_module) if names is None else len(names)
+
+        def forward(inputs: Any) -> Any:
+            return probe_pass.forward(pl_module, inputs)
+
+        gated = GatedModel(pl_module, probe_pass.layers, forward, num_classes=classes)
         self._samples = ProbeSamples(gated, self._choice)
 
     def observe(self, batch: ProbeBatch) -> None:

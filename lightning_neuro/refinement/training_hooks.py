@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import why_off
+from lightning_neuro.model_calls import is_compiled_anywhere
 from lightning_neuro.probe import interval_passed
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.refinement.attachment import Attachment, attach
@@ -80,9 +81,15 @@ class TrainingHooksCallback(MetricCallback[R]):
                 self.saved_run = self.run.state_dict() | {"of_this_rank": True}
             self.run = None
             self.off = False
-            with self._off_if_impossible():
-                self.attachment = attach(pl_module, self.options, self._ids)
-                self.hooks = self.attachment.hooks
+            # Compiled modules must be hooked before they run; for others, it is better to see first what is called.
+            if self.options.layers is not None or is_compiled_anywhere(pl_module):
+                self._attach(pl_module)
+
+    def _attach(self, pl_module: "pl.LightningModule") -> None:
+        """Hook the layers: those that are named, else the last linear one that is called."""
+        with self._off_if_impossible():
+            self.attachment = attach(pl_module, self.options, self._ids, order=self.probe_pass.call_order())
+            self.hooks = self.attachment.hooks
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Open the ledgers at the weights from which training starts."""
@@ -92,6 +99,10 @@ class TrainingHooksCallback(MetricCallback[R]):
 
     def open_run(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Open the ledgers and tables of this fit, unless they are open."""
+        if self.run is None and self.attachment is None and not self.off and trainer.state.fn == "fit":
+            with suppress(Exception):  # the evaluation will report what is wrong with the pass
+                self.probe_pass.see_calls(trainer, pl_module)
+            self._attach(pl_module)
         if self.run is None and self.attachment is not None:
             with self._off_if_impossible():
                 self._open_run(trainer, pl_module, self.attachment)
@@ -137,6 +148,7 @@ class TrainingHooksCallback(MetricCallback[R]):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Set the sources of the samples for the coming backward passes."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.run is None or why_off(trainer):
             return
         try:
