@@ -177,7 +177,10 @@ def _listening(result: Run) -> Iterator[None]:
             result.others.add(str(message))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always")
+        # What Python shows a user by default: one of a text and a line, no deprecations.
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
         warnings.showwarning = note  # type: ignore[assignment]
         yield
 
