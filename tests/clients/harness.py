@@ -249,10 +249,9 @@ def _same_values(one: dict[str, float], other: dict[str, float]) -> bool:
 def wrong_warnings(heard: list[str]) -> list[str]:
     """What is wrong with warnings: one twice, two of one cause, exceptions instead of a sentence."""
     found = []
-    if len(set(heard)) < len(heard):
-        found.append(f"{len(heard)} warnings, of which {len(set(heard))} different ones")
-    elif len({without_details(text) for text in heard}) < len(heard):
-        found.append(f"{len(heard)} warnings of {len({without_details(text) for text in heard})} causes")
+    kinds = {without_details(text): text for text in heard}
+    if len(kinds) < len(heard):
+        found.append(f"{len(heard)} warnings of {len(kinds)} cause(s): {' | '.join(kinds.values())}")
     found += [
         f"an exception is shown: {text}"
         for text in dict.fromkeys(heard)
@@ -276,7 +275,7 @@ def judge(name: str, callback: str) -> Cell:
     scalars = len(result.keys.get(callback, []))
 
     def cell(outcome: str, text: str) -> Cell:
-        return Cell(outcome, scalars, text, result.seconds)
+        return Cell(outcome, scalars, " ".join(text.split()), result.seconds)
 
     if result.error:
         return cell("F", f"ends the fit: {result.error}")

@@ -1,12 +1,14 @@
 """Prints the table of docs/clients/README.md: `python -m tests.clients.table [client ...] [--json FILE]`.
 
-A cell is W and the number of values, O and the number of a sentence below the table, or F and the number of a failure.
-Clients of packages that are not installed here are left out.
+A cell is W and the number of values (works), O (off, and says so) or F (fails); a number in brackets is that of a text
+below the table: the sentence, the failure or a notice. Bold is what `EXPECTED` does not allow. Clients of packages that
+are not installed here are left out.
 """
 
 import argparse
 import json
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,8 +41,9 @@ def markdown(table: dict[str, dict[str, Cell]]) -> str:
         wanted = cell.outcome in EXPECTED[name][callback].split("/")
         mark = cell.outcome if wanted else f"**{cell.outcome}**"
         if cell.outcome == "W":
-            return f"{mark} {cell.scalars}"
-        return f"{mark} [{notes.setdefault(cell.text, len(notes) + 1)}]"
+            mark += f" {cell.scalars}"
+        text = textwrap.shorten(cell.text, 500, placeholder=" ...")
+        return f"{mark} [{notes.setdefault(text, len(notes) + 1)}]" if text else mark
 
     lines = ["| client | " + " | ".join(CALLBACKS) + " |", "|---|" + "---|" * len(CALLBACKS)]
     for name, row in table.items():
