@@ -60,3 +60,23 @@ EXPECTED: dict[str, dict[str, Outcome]] = {
 """Client -> callback -> outcome."""
 
 assert all(outcome in get_args(Outcome) for row in EXPECTED.values() for outcome in row.values())
+
+PLANTED = (
+    "classifier",
+    "multi_label",
+    "binary_logit",
+    "regression",
+    "no_forward",
+    "vae",
+    "simclr",
+    "timm_resnet18",
+    "timm_vit_tiny",
+    "timm_convnext_atto",
+    "timm_mobilenetv3",
+    "vit_pixel_values",
+    "tabular_classification",
+    "tabular_regression",
+    "pyg_graphs",
+    "pyg_nodes",
+)
+"""Clients whose data show their target so plainly that some layer must tell it, trained or not."""

@@ -31,7 +31,7 @@ from lightning_neuro import (
 )
 from lightning_neuro.batches import tensors_in
 from lightning_neuro.compat import Callback
-from tests.clients.registry import load_clients
+from tests.clients.registry import Project, load_clients
 from tests.helpers import hooks_of
 
 CALLBACKS: dict[str, Callable[[], Any]] = {
@@ -117,17 +117,25 @@ class Run:
         return {key: value for key, value in self.values.items() if key.split("/")[0] not in CALLBACKS}
 
 
-def run(name: str, callbacks: tuple[str, ...] = (), make: dict[str, Callable[[], Any]] = CALLBACKS) -> Run:
-    """Build a client from the seed and fit it with some of the six callbacks."""
+def run(name: str, callbacks: tuple[str, ...] = (), change: Callable[[Project], object] | None = None) -> Run:
+    """Build a client from the seed and fit it with some of the six callbacks.
+
+    Args:
+        name: Of the client.
+        callbacks: Names of callbacks, in the order of the trainer's list.
+        change: Is shown the project before it is fitted, and may change it.
+    """
     project_of = load_clients()[name].build
     _quiet()
     result, recorder = Run(), Recorder()
     # Libraries that make the trainer may write beside it.
     with tempfile.TemporaryDirectory() as folder, chdir(folder), _seeded(), _listening(result):
         project = project_of()
+        if change is not None:
+            change(project)
         start = time.perf_counter()
         try:
-            project.train([recorder, *(make[callback]() for callback in callbacks)])
+            project.train([recorder, *(CALLBACKS[callback]() for callback in callbacks)])
         except Exception as error:
             result.error = _told(error)
         result.seconds = time.perf_counter() - start

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.clients.expected import EXPECTED
+from tests.clients.expected import EXPECTED, PLANTED
 from tests.clients.harness import CALLBACKS, alone, bare, differences, judge, run
 from tests.clients.registry import load_clients
 
@@ -60,6 +60,15 @@ def test_all_six_in_either_order(client: str) -> None:
     for values in (reversed_.own, singles):
         assert together.own.keys() == values.keys()
         assert not [key for key, value in together.own.items() if not _same(value, values[key])]
+
+
+@pytest.mark.parametrize("client", PLANTED)
+def test_observers_find_what_was_planted(client: str) -> None:
+    """Rows of activations and targets that belong to different samples would give chance."""
+    scores = [
+        value for key, value in alone(client, "observers").own.items() if key.split("/")[1] == "balanced_accuracy"
+    ]
+    assert max(scores, default=0) > 0.7
 
 
 def _same(one: float, other: float) -> bool:
