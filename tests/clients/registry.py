@@ -140,13 +140,13 @@ def loaders(train: Any, val: Any, batch_size: int = 32, **options: Any) -> dict[
 
 
 def images(num_samples: int, classes: int = 4, size: int = 16, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy images, each class with a bright stripe of its own."""
+    """Noisy images, each class with a bright stripe of its own place and colour."""
     y = torch.arange(num_samples) % classes
     x = 0.5 * torch.randn(num_samples, channels, size, size)
     width = max(size // classes, 1)
     for row, label in enumerate(y.tolist()):
         start = label * width % size
-        x[row, label // size % channels, start : start + width] += 2
+        x[row, label % channels, start : start + width] += 2
     return x, y
 
 
