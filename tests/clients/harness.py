@@ -189,7 +189,7 @@ def _listening(result: Run) -> Iterator[None]:
         warnings.simplefilter("default")
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
-        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.showwarning = note
         yield
 
 
@@ -272,7 +272,7 @@ def wrong_warnings(heard: list[str]) -> list[str]:
 
 def is_sentence(warning: str, callback: str) -> bool:
     """Whether a warning names its callback and says what to do."""
-    named = CALLBACKS[callback].__name__ in warning or warning.startswith(callback)  # type: ignore[attr-defined]
+    named = CALLBACKS[callback].__name__ in warning or warning.startswith(callback)
     return named and bool(_ADVICE.search(warning))
 
 

@@ -1,4 +1,4 @@
-"""Prints the table of docs/clients/README.md: `python -m tests.clients.table [client ...] [--json FILE]`.
+"""Prints the table of docs/clients/README.md: `python -m tests.clients.table [client ...] [--json FILE] [--readme]`.
 
 A cell is W and the number of values (works), O (off, and says so) or F (fails); a number in brackets is that of a text
 below the table: the sentence, the failure or a notice. Bold is what `EXPECTED` does not allow. Clients of packages that
@@ -14,6 +14,10 @@ from pathlib import Path
 
 from tests.clients.expected import EXPECTED
 from tests.clients.harness import CALLBACKS, Cell, alone, bare, importable, judge
+from tests.helpers import ROOT
+
+README = ROOT / "docs" / "clients" / "README.md"
+MARK = "<!-- table -->"
 
 
 def cells_of(names: list[str], file: Path | None = None) -> dict[str, dict[str, Cell]]:
@@ -56,10 +60,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clients", nargs="*", metavar="client", help="names of clients; default: all")
     parser.add_argument("--json", type=Path, help="also write the cells to this file")
+    parser.add_argument("--readme", action="store_true", help="also put the table into docs/clients/README.md")
     given = parser.parse_args(arguments)
     if unknown := set(given.clients) - EXPECTED.keys():
         parser.error(f"no such client: {', '.join(sorted(unknown))}")
-    print(markdown(cells_of(given.clients or list(EXPECTED), given.json)))
+    table = markdown(cells_of(given.clients or list(EXPECTED), given.json))
+    print(table)
+    if given.readme:
+        README.write_text(README.read_text().split(MARK)[0] + f"{MARK}\n\n{table}\n")
 
 
 if __name__ == "__main__":
