@@ -18,10 +18,11 @@ class KeptBatch:
 
     Attributes:
         batch: The batch, as the model's steps receive it.
-        inputs: What the model is called with.
+        inputs: What the model is called with; None if it is to be found in the batch, or not known.
         target: The field with the targets.
         num_samples: N; None if it is not known.
         keys: (N,) int64, identify the samples: their position in the delivered data.
+        is_loaded: Whether the samples were loaded, so that the inputs are found in the batch.
     """
 
     batch: Any
@@ -29,13 +30,14 @@ class KeptBatch:
     target: Any
     num_samples: int | None
     keys: Tensor
+    is_loaded: bool = False
 
     def select(self, rows: Tensor) -> "KeptBatch":
         """Some of the samples."""
         assert self.num_samples is not None
         values = (self.batch, self.inputs, self.target)
         batch, inputs, target = (select_samples(value, rows, self.num_samples) for value in values)
-        return KeptBatch(batch, inputs, target, len(rows), self.keys[rows])
+        return KeptBatch(batch, inputs, target, len(rows), self.keys[rows], self.is_loaded)
 
 
 def merged(batches: Sequence[KeptBatch], max_size: int) -> list[KeptBatch]:

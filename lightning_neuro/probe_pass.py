@@ -160,8 +160,7 @@ class ProbePass:
         if self.source.units is not None and not replay:
             assert self.samples is not None
             for kept, units in list(zip(self.samples.batches, self.source.units, strict=True))[:max_batches]:
-                on_device = self._to_device(trainer, kept)
-                visit(self._shown(on_device, units))
+                visit(self._shown(self._to_device(trainer, kept), units))
             return
         self.source.load(trainer, pl_module)
         if self.samples is None:
@@ -197,6 +196,8 @@ class ProbePass:
         device = trainer.strategy.root_device
         values = (kept.batch, kept.inputs, kept.target)
         batch, inputs, target = (copied(move_data_to_device(value, device)) for value in values)
+        if kept.is_loaded:
+            inputs = self.source.runner.inputs_of(batch)
         return KeptBatch(batch, inputs, target, kept.num_samples, kept.keys)
 
     def _replayed(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kept: KeptBatch) -> ProbeBatch:

@@ -177,14 +177,16 @@ class TakingAgain(Taking):
 
     Args:
         samples: The set.
+        watch: Whether to see how the model is called in the first batch.
 
     Attributes:
         differs: Whether the first batch does not hold the samples of the set.
     """
 
-    def __init__(self, target_of: TargetOf, observe: Observe, samples: ProbeSet) -> None:
+    def __init__(self, target_of: TargetOf, observe: Observe, samples: ProbeSet, *, watch: bool = False) -> None:
         super().__init__(target_of, observe)
         self.samples = samples
+        self.watch = watch
         self.differs = False
 
     def _begin(self, pl_module: "pl.LightningModule", batch: Any, number: int) -> None:
@@ -196,8 +198,15 @@ class TakingAgain(Taking):
             some = batch if rows is None or length is None else select_samples(batch, rows, length)
             self.differs = not self.samples.holds(some, int(numbers[0]))
         keys = number * ROWS_PER_BATCH + (torch.arange(length or 1) if rows is None else rows)
+        seen = self._hooks.enter_context(watched_calls(pl_module, batch)) if self.watch and not self.batches else None
         recording = self._hooks.enter_context(self.observe(BatchShape(length, rows, keys), batch))
-        self._finish = lambda: TakenBatch(number, rows, recording.activations)
+
+        def finish() -> TakenBatch:
+            if seen is not None:
+                self.plan, self.why_no_plan, self.calls_nothing = seen.plan(), seen.why_not, seen.calls_nothing
+            return TakenBatch(number, rows, recording.activations)
+
+        self._finish = finish
 
     @property
     def is_complete(self) -> bool:

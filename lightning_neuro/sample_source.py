@@ -1,7 +1,7 @@
 """Finds the samples of a probe in one run: taken from Lightning's loops, or loaded."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_neuro.dataset_loading import delivered_order
 from lightning_neuro.isolation import undisturbed, why_no_replay
 from lightning_neuro.kept_batch import KeptBatch, copied, to_cpu
 from lightning_neuro.model_calls import is_compiled_anywhere
-from lightning_neuro.model_runner import ModelRunner
+from lightning_neuro.model_runner import GuessError, ModelRunner
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_set import ROWS_PER_BATCH, LoadedBatch, ProbeSet, load_delivered, load_probe_set
 from lightning_neuro.probe_sources import find_source, validates
@@ -90,9 +90,12 @@ class SampleSource:
         total = trainer.num_val_batches[0]
         # Without layers, because the default ones are not known yet, the loop shows the calls of the model only.
         observe = partial(self.reader.reading, pl_module) if self.reader.is_ready else None
+        if self.samples is None and not trainer.sanity_checking and self._can_load(trainer):
+            with suppress(GuessError):
+                self.load(trainer, pl_module)  # so that the set is the same with and without a sanity check
         if self.samples is not None:
             if due and self.samples.places and observe is not None:
-                self._taking = TakingAgain(self.target, observe, self.samples)
+                self._taking = TakingAgain(self.target, observe, self.samples, watch=not self._was_watched)
         elif observe is None or (trainer.sanity_checking and total > trainer.num_sanity_val_batches[0]):
             # Too few batches for a set, but they show how the model is called.
             self._taking = TakingSpread(self.target, None, float("inf"), 1)
@@ -117,10 +120,11 @@ class SampleSource:
         taking, self._taking = self._taking, None
         if taking is None:
             return
+        if not self._was_watched:
+            self._learn_calls(taking)
         if isinstance(taking, TakingAgain):
             self._end_taking_again(trainer, taking)
             return
-        self._learn_calls(taking)
         loadable = trainer.sanity_checking and self._can_load(trainer)
         if taking.observe is None or loadable or on_any_rank(trainer, taking.calls_nothing):
             return
@@ -246,7 +250,7 @@ class SampleSource:
         target = self.target(batch)
         length = length_of(batch, target)
         keys = loaded.keys if length is None or len(loaded.keys) == length else torch.arange(length)
-        return KeptBatch(to_cpu(batch), to_cpu(self.runner.inputs_of(batch)), to_cpu(target), length, keys)
+        return KeptBatch(to_cpu(batch), None, to_cpu(target), length, keys, is_loaded=True)
 
     def forget_guess(self, trainer: "pl.Trainer") -> bool:
         """After a failed pass: whether the model was called by a guess, which Lightning's next steps can replace."""

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_neuro.checks import NothingToDoError
 from lightning_neuro.compat import MISCONFIGURATIONS
-from lightning_neuro.isolation import isolated_random_state, without_inference_mode
+from lightning_neuro.isolation import isolated_random_state, why_no_replay, without_inference_mode
 from lightning_neuro.model_runner import GuessError
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
@@ -140,6 +140,13 @@ def _evaluate_group(
     # If the model has to be run anyway, its activations serve all callbacks.
     runners = [callback for callback in group if not callback.rides]
     riders = [callback for callback in group if callback.rides]
+    if reason := why_no_replay(trainer):
+        for callback in runners:
+            callback.warn_once("no_replay", f"{callback.name}: no values, because {reason}.")
+            callback.skip_evaluation(event)
+        runners = []
+        if probe_pass.source.units is None:
+            return
     complete = {True: True, False: True}
     for callback in runners:
         callback.begin_evaluation(trainer, pl_module, event)

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.isolation import why_off
+from lightning_neuro.isolation import why_no_replay, why_off
 from lightning_neuro.model_calls import is_compiled_anywhere
 from lightning_neuro.probe import interval_passed
 from lightning_neuro.probe_batch import ProbeBatch
@@ -25,6 +25,11 @@ from lightning_neuro.refinement.traced_layers import find_layers
 from lightning_neuro.session import session_of
 
 R = TypeVar("R")
+
+
+def _is_off(trainer: "pl.Trainer") -> bool:
+    """Whether nothing can be traced: with sharded weights, no rank holds the gradient of a layer."""
+    return bool(why_off(trainer) or why_no_replay(trainer))
 
 
 class TrainingHooksCallback(MetricCallback[R]):
@@ -68,14 +73,14 @@ class TrainingHooksCallback(MetricCallback[R]):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Listen to the data loader, before any iterator over it exists."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.options.needs_sample_ids and not why_off(trainer):
+        if stage == "fit" and self.options.needs_sample_ids and not _is_off(trainer):
             self._stop_listening()
             self._ids = SampleIds(trainer, self.options.sample_id_fn)
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers and hook them, before the first run of a compiled model."""
         super().on_fit_start(trainer, pl_module)
-        if not why_off(trainer):
+        if not _is_off(trainer):
             if not self.saved_run and self.run is not None:
                 # Without a checkpoint, each rank continues with its own state.
                 self.saved_run = self.run.state_dict() | {"of_this_rank": True}
@@ -93,7 +98,7 @@ class TrainingHooksCallback(MetricCallback[R]):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Open the ledgers at the weights from which training starts."""
-        if not why_off(trainer):
+        if not _is_off(trainer):
             self.attempt(trainer, "the probe set", lambda: self.open_run(trainer, pl_module))
         super().on_train_start(trainer, pl_module)
 
@@ -149,7 +154,7 @@ class TrainingHooksCallback(MetricCallback[R]):
     ) -> None:
         """Set the sources of the samples for the coming backward passes."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.run is None or why_off(trainer):
+        if self.run is None or _is_off(trainer):
             return
         try:
             targets = self.probe_pass.class_labels(batch)
@@ -175,14 +180,14 @@ class TrainingHooksCallback(MetricCallback[R]):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Write the table of the samples."""
         run = self.run
-        if run is not None and not why_off(trainer):
+        if run is not None and not _is_off(trainer):
             what = "the training samples"
             self.attempt(trainer, what, lambda: run.finish(trainer, pl_module.device, self.class_names))
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hook the layers for a `trainer.validate` after the fit."""
         super().on_validation_start(trainer, pl_module)
-        if trainer.state.fn == "validate" and self.run is not None and not why_off(trainer):
+        if trainer.state.fn == "validate" and self.run is not None and not _is_off(trainer):
             with self._off_if_impossible():
                 self.hooks = GradientHooks(find_layers(pl_module, list(self.run.ledgers)))
 

@@ -348,7 +348,7 @@ def test_figures_are_those_promised():
 
 
 def test_without_labels_the_default_is_disabled_with_one_warning() -> None:
-    callback = ObserverProbes(Probe(source=[(images(32).tensors[0], torch.rand(32))]))
+    callback = ObserverProbes(Probe(source=[(images(32).tensors[0],)]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(mlp(), callback)
