@@ -40,14 +40,34 @@ def default_input(batch: Any) -> Any:
 def default_target(batch: Any) -> Any:
     """The target in a batch: its second element, or a field of a usual name; None if there is none."""
     if isinstance(batch, Mapping):
-        return next((batch[key] for key in TARGET_KEYS if key in batch), None)
+        named = next((batch[key] for key in TARGET_KEYS if key in batch), None)
+        return _only_integers(batch) if named is None else named
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return batch[1] if len(batch) > 1 else None
+        return _labels_of_objects(batch[1]) if len(batch) > 1 else None
     if isinstance(batch, Tensor):
         return None
     with suppress(Exception):  # objects, such as batches of graphs, whose properties may raise any error
         return next((found for key in TARGET_KEYS if isinstance(found := getattr(batch, key, None), Tensor)), None)
     return None
+
+
+def _only_integers(batch: Mapping[Any, Any]) -> Any:
+    """The only field with one integer per sample; None if there is none, or more than one."""
+    found = [
+        part
+        for key, part in batch.items()
+        if isinstance(part, Tensor) and part.ndim == 1 and not part.is_floating_point() and key not in INPUT_KEYS
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _labels_of_objects(target: Any) -> Any:
+    """The labels of the objects in each image, (N, objects) padded with -100, from a list of dicts with `labels`."""
+    listed = isinstance(target, (list, tuple)) and len(target) > 0
+    if not listed or not all(isinstance(part, Mapping) and isinstance(part.get("labels"), Tensor) for part in target):
+        return target
+    labels = [part["labels"].flatten() for part in target]
+    return torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def class_labels(targets: Any) -> Tensor | None:

@@ -18,6 +18,7 @@ from lightning_neuro.kept_batch import KeptBatch, copied
 from lightning_neuro.layer_reading import BatchShape
 from lightning_neuro.layers import resolve_layers
 from lightning_neuro.model_calls import is_compiled_anywhere
+from lightning_neuro.module_state import module_state_restored
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_set import ProbeSet
@@ -109,6 +110,11 @@ class ProbePass:
         """Names of the attributes that the targets say of each sample; empty if they are classes, or none is known."""
         return () if self.samples is None else self.samples.targets.names
 
+    @property
+    def has_class_labels(self) -> bool:
+        """Whether each sample has a class label."""
+        return self.samples is not None and self.samples.targets.form in ("classes", "binary", "one_hot")
+
     def count_classes(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
         """As `num_classes`, after the samples were loaded if they can be."""
         if self.samples is None:
@@ -152,7 +158,7 @@ class ProbePass:
             visit: Called with each batch.
             max_batches: Number of batches; None: all.
             replay: Whether to run the model even if the activations were taken in the validation loop.
-            keep_units: Whether to keep the activations of a pass, for further calls without one.
+            keep_units: Whether to keep the activations, unless the validation loop has given them.
 
         Raises:
             NoSamplesYetError: If the samples are not known yet.
@@ -168,10 +174,13 @@ class ProbePass:
         seen: list[dict[str, UnitRows]] = []
         with undisturbed(trainer, pl_module):
             for kept in self.samples.batches[:max_batches]:
+                _seed(pl_module.device, self.probe.seed)  # for models that draw random numbers
                 batch = self._replayed(trainer, pl_module, kept)
                 seen.append(dict(batch.rows))
-                visit(batch)
-        if max_batches is None and keep_units:
+                # A callback may run the model, too; the next batch must not depend on that.
+                with module_state_restored(pl_module):
+                    visit(batch)
+        if max_batches is None and keep_units and self.source.units is None:
             self.source.units = seen
 
     def show_samples(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", visit: Visit) -> None:
@@ -261,3 +270,10 @@ class ProbePass:
         if (cause or sentence) not in self._warned:
             self._warned.add(cause or sentence)
             rank_zero_warn(sentence)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of one device; the caller isolates them."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -58,6 +58,7 @@ class SampleSource:
         self._tracing = ExitStack()
         self._taking: Taking | None = None
         self._recording: Taking | None = None
+        self._load_error: Exception | None = None
         self._delivers_the_same = True
         self._records_training = False
         self._was_watched = False
@@ -194,8 +195,14 @@ class SampleSource:
             return
         if not self._can_call:
             return
+        if self._load_error is not None:  # it would fail again, after the same time
+            raise self._load_error
         with undisturbed(trainer, pl_module):
-            loaded = agreed(trainer, lambda: self._load(trainer))
+            try:
+                loaded = agreed(trainer, lambda: self._load(trainer))
+            except Exception as error:
+                self._load_error = error
+                raise
             if on_any_rank(trainer, loaded is None):
                 self._records_training = self.probe.source == "train" or not validates(trainer)
                 return

@@ -18,7 +18,7 @@ from lightning_neuro.isolation import isolated_random_state, why_no_replay, with
 from lightning_neuro.model_runner import GuessError
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
-from lightning_neuro.probe_pass import ProbePass
+from lightning_neuro.probe_pass import NoReplayError, ProbePass
 from lightning_neuro.ranks import FailedOnAnotherRankError, agreed, explain
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Session:
 
     def __init__(self) -> None:
         self.callbacks: list[ScheduledCallback] = []
+        # In the order of the trainer, in which Lightning calls them.
+        self._in_order: list[ScheduledCallback] = []
         self.passes: dict[Probe, ProbePass] = {}
 
     def join(self, callback: "ScheduledCallback", pl_module: "pl.LightningModule") -> ProbePass:
@@ -58,6 +60,7 @@ class Session:
         """
         if callback not in self.callbacks:
             self.callbacks.append(callback)
+            self._in_order.append(callback)
         probe_pass = self.passes.setdefault(callback.probe, ProbePass(callback.probe))
         probe_pass.join(pl_module, needs_layers=callback.needs_layers)
         return probe_pass
@@ -66,12 +69,13 @@ class Session:
         """Unregister a callback. With the last one of a probe, its samples and references to the model are released."""
         if callback in self.callbacks:
             self.callbacks.remove(callback)
+            self._in_order.remove(callback)
         if all(other.probe != callback.probe for other in self.callbacks):
             self.passes.pop(callback.probe, None)
 
     def acts_for_all(self, callback: "ScheduledCallback") -> bool:
-        """Whether a callback passes Lightning's events on to the passes, as the first of the session's callbacks."""
-        return bool(self.callbacks) and self.callbacks[0] is callback
+        """Whether a callback passes Lightning's events on to the passes, as the first that Lightning calls."""
+        return bool(self._in_order) and self._in_order[0] is callback
 
     def begin_loop(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """A validation loop begins."""
@@ -217,11 +221,12 @@ def _show(
         for callback in shown:
             callback.show(batch)
 
+    units = probe_pass.source.units
     try:
         agreed(trainer, lambda: probe_pass.run(trainer, pl_module, show, replay=replay, keep_units=True))
     except Exception as error:
-        probe_pass.source.units = None  # also where the pass succeeded, because it failed on another rank
-        _report(trainer, event, probe_pass, group, error)
+        probe_pass.source.units = units  # as before, also where the pass succeeded, because it failed on another rank
+        _report(trainer, event, probe_pass, group if units is None else shown, error)
         return False
     return True
 
@@ -239,6 +244,9 @@ def _report(
     if isinstance(error, NothingToDoError):
         for callback in group:
             callback.report("the pass over the probe set", error)
+        return
+    if isinstance(error, NoReplayError):
+        probe_pass.warn_once(f"{_names(group)}: no values, because {error}.")
         return
     wrong_argument = isinstance(error, MISCONFIGURATIONS) and event.kind in ("start", "validate")
     if wrong_argument or any(callback.on_error == "raise" for callback in group):

@@ -265,7 +265,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             if fitting_dims(module, inputs, batch.num_samples):
                 inputs, outputs = self.run.sample_dims.samples_first(layer, module, inputs, outputs, batch.num_samples)
             # A `source_fn` that is written for several views of a training batch does not fit the single view here.
-            targets = rows if len(rows) == batch.num_samples else None
+            known = self.needs_labels or self.options.source_fn is not None
+            targets = rows if known and len(rows) == batch.num_samples else None
             cast("RefinementSummary", self.metric_at(layer, outputs.device)).update(inputs, outputs, targets)
         except Exception as error:
             self.note_failure(layer, error)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import ArgumentError
@@ -127,6 +128,11 @@ class TrainingHooksCallback(MetricCallback[R]):
     def _open_run(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attachment: Attachment) -> None:
         num_classes = 0 if self.options.num_sources else self.probe_pass.count_classes(trainer, pl_module)
         num_sources = self.options.num_sources or default_num_sources(num_classes)
+        unlabelled = not self.probe_pass.has_class_labels and self.probe.target_fn is None
+        if unlabelled and not self.options.num_sources:
+            # Then all training samples are one source, "other".
+            rank_zero_info(f"{self.name}: no class labels are known, so the refinement is not divided among classes.")
+            num_classes, num_sources, self.needs_labels = 0, 1, False
         if num_classes > num_sources:
             self.warn_once(
                 "classes",

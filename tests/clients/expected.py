@@ -11,13 +11,13 @@ OUTCOMES = ("W", "O", "W/O")
 # position and the default reduction is the mean over positions, a sentence may ask for another reduction.
 _ROWS = {
     "classifier": "W W W W W W",
-    "multi_label": "W W W W W W",
+    "multi_label": "W W W W W O",
     "binary_logit": "W W W W W W",
     "regression": "W W W W W O",
     "stateful_rnn": "W W W W W W",
     "encoder_text": "W W W W W W",
     "no_forward": "W W W W W W",
-    "gan": "W W W W W O",
+    "gan": "W W O W W O",
     "vae": "W W W W W O",
     "autoencoder": "W W W O W O",
     "simclr": "W W W W W O",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import RIDING, Act, Make
+from tests.contract.callbacks import Act, Make
 from tests.helpers import hooks_of
 from tests.models import NETWORKS as MODELS
 from tests.models import MemoryLogger, Module, fit, images, loader, mlp

@@ -18,7 +18,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
     "no validation loop": ({"val": False}, {}, [4, 8, 12, 16]),
     "limit_val_batches=0": ({"limit_val_batches": 0}, {"source": "train"}, [4, 8, 12, 16]),
     "check_val_every_n_epoch=2": ({"check_val_every_n_epoch": 2}, {}, [4, 8, 12, 16]),
-    "val_check_interval=0.5": ({"val_check_interval": 0.5}, {}, [4, 8, 12, 16]),
+    "val_check_interval=0.5": ({"val_check_interval": 0.5}, {}, [2, 4, 6, 8, 10, 12, 14, 16]),
     "every_n_epochs=3": ({}, {"every_n_epochs": 3}, [12]),
     "every_n_epochs=3, no validation": ({"val": False}, {"every_n_epochs": 3}, [12]),
     "every_n_steps=3": ({}, {"every_n_steps": 3}, [3, 6, 9, 12, 15]),

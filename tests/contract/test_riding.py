@@ -19,6 +19,7 @@ from lightning_neuro import (
     NeuronCommunities,
     ObserverProbes,
     Probe,
+    RepresentationRefinement,
 )
 from tests.helpers import hooks_of
 from tests.models import Module, convnet, fit, images, loader, mlp, transformer
@@ -29,6 +30,9 @@ RIDERS = {
     "observers": ObserverProbes,
     "topology": ActivationTopology,
 }
+
+
+SIX = {**RIDERS, "refinement": RepresentationRefinement, "paths": ConceptPaths}
 
 
 class Recurrent(nn.Module):
@@ -145,6 +149,29 @@ def test_a_ride_costs_no_forward_pass(name: str) -> None:
     plain, ours = counts
     # Two batches before training, and none later.
     assert ours == plain | {"eval": plain["eval"] + 2}
+
+
+def test_all_six_share_the_ride_in_any_order() -> None:
+    values = []
+    for order in (list(SIX), list(reversed(SIX))):
+        callbacks = {name: SIX[name](Probe(num_samples=24)) for name in order}
+        seen: list[bool] = []
+        observe = callbacks["communities"].begin_evaluation
+
+        def begin(trainer: Any, module: Any, event: Any, o: Any = observe, s: Any = seen, c: Any = callbacks) -> None:
+            s.append(c["communities"].probe_pass.source.units is not None and event.kind == "validation")
+            o(trainer, module, event)
+
+        callbacks["communities"].begin_evaluation = begin  # type: ignore[method-assign]
+        fit(mlp(), *callbacks.values())
+        assert seen == [False, True, True]
+        values.append({key: value for callback in callbacks.values() for key, value in callback.scalars.items()})
+    alone = {}
+    for make_one in SIX.values():
+        callback = make_one(Probe(num_samples=24))
+        fit(mlp(), callback)
+        alone |= callback.scalars
+    assert values[0] == values[1] == alone
 
 
 def test_hooks_are_on_during_the_steps_with_samples_of_the_set_only() -> None:
