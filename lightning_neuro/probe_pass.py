@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from lightning_neuro.module_state import module_state_restored
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_set import ProbeSet
-from lightning_neuro.probe_sources import find_source
+from lightning_neuro.probe_sources import find_source, several_loaders, validates
 from lightning_neuro.sample_source import SampleSource
 from lightning_neuro.targets import target_format
 from lightning_neuro.unit_reader import UnitReader
@@ -61,6 +61,7 @@ class ProbePass:
         self.reader = UnitReader(probe, lambda sentence, cause: self.warn_once(sentence, cause=cause))
         self.source = SampleSource(probe, self.reader, self.warn_once)
         self.num_forwards = 0
+        self._announced = False
         self._warned: set[str] = set()
 
     @property
@@ -93,6 +94,18 @@ class ProbePass:
         """Find the layers, if a callback needs them and they are not known; raises as `resolve_layers`."""
         if not self.reader.is_ready:
             self.resolve_layers(pl_module)
+
+    def announce(self, trainer: "pl.Trainer", names: str) -> None:
+        """Say once what is looked at."""
+        if self._announced or self.samples is None:
+            return
+        self._announced = True
+        loaders = several_loaders(trainer) if self.probe.source == "val" and validates(trainer) else 0
+        where = "given samples" if not isinstance(self.probe.source, str) else "training samples"
+        if loaders:
+            where = "validation samples" if loaders == 1 else f"samples of the first of {loaders} validation loaders"
+        layers = f", layers {', '.join(self.layers)}" if self.layers else ""
+        rank_zero_info(f"{names}: {self.samples.num_samples} {where} on each rank{layers}.")
 
     def call_order(self) -> list[str]:
         """Names of the modules in the order in which a forward pass was seen to call them; empty if none was seen."""

@@ -201,8 +201,9 @@ class SampleSource:
             try:
                 loaded = agreed(trainer, lambda: self._load(trainer))
             except Exception as error:
-                self._load_error = error
-                raise
+                # Without the traceback, whose frames would keep the worker process waiting.
+                self._load_error = error.with_traceback(None)
+                raise self._load_error from None
             if on_any_rank(trainer, loaded is None):
                 self._records_training = self.probe.source == "train" or not validates(trainer)
                 return

@@ -141,6 +141,7 @@ def _evaluate_group(
     if not _is_ready(trainer, pl_module, event, probe_pass, group):
         return
     group = [callback for callback in group if callback.is_due(event)]  # those without layers are disabled now
+    probe_pass.announce(trainer, _names(group))
     # If the model has to be run anyway, its activations serve all callbacks.
     runners = [callback for callback in group if not callback.rides]
     riders = [callback for callback in group if callback.rides]

@@ -275,7 +275,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         """The `RefinementSummary` of one layer."""
         metric = self.layer_metrics.get(layer)
         if not isinstance(metric, RefinementSummary) or metric.ledger is not self.ledger[layer]:
-            metric = RefinementSummary(self.ledger[layer], own=self.options.source_fn is None)
+            metric = RefinementSummary(self.ledger[layer], own=self.needs_labels)
             self.layer_metrics[layer] = metric
         return metric.to(device)
 
