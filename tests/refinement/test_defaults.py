@@ -97,13 +97,13 @@ class NoLabels(Module):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_data_without_labels_turns_the_callback_off(first):
+def test_data_without_labels_is_one_source(first):
     data = DataLoader(TensorDataset(images().tensors[0]), batch_size=16)
     other, ours = NeuronCommunities(Probe(num_samples=32)), RepresentationRefinement(Probe(num_samples=32))
     callbacks = [ours, other] if first else [other, ours]
-    (message,) = warned(NoLabels(mlp().net), *callbacks, train=data, val=False)
-    assert "class label" in message and "target_fn=" in message and "source_fn=" in message
-    assert ours.scalars == {}
+    assert warned(NoLabels(mlp().net), *callbacks, train=data, val=False) == []
+    assert ours.scalars["refinement/norm"] > 0 and ours.scalars["refinement/completeness_error"] < 1e-5
+    assert "refinement/own_class_share" not in ours.scalars
     assert other.scalars
     callback = RepresentationRefinement(Probe(target_fn=lambda batch: None))
     with pytest.raises(ArgumentError, match="class label"):
