@@ -38,12 +38,36 @@ def default_input(batch: Any) -> Any:
 
 
 def default_target(batch: Any) -> Any:
-    """The target in a batch: its second element, or a dict entry of a usual name; None if there is none."""
+    """The target in a batch: its second element, or a field of a usual name; None if there is none."""
     if isinstance(batch, Mapping):
-        return next((batch[key] for key in TARGET_KEYS if key in batch), None)
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1:
-        return batch[1]
+        named = next((batch[key] for key in TARGET_KEYS if key in batch), None)
+        return _only_integers(batch) if named is None else named
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return _labels_of_objects(batch[1]) if len(batch) > 1 else None
+    if isinstance(batch, Tensor):
+        return None
+    with suppress(Exception):  # objects, such as batches of graphs, whose properties may raise any error
+        return next((found for key in TARGET_KEYS if isinstance(found := getattr(batch, key, None), Tensor)), None)
     return None
+
+
+def _only_integers(batch: Mapping[Any, Any]) -> Any:
+    """The only field with one integer per sample; None if there is none, or more than one."""
+    found = [
+        part
+        for key, part in batch.items()
+        if isinstance(part, Tensor) and part.ndim == 1 and not part.is_floating_point() and key not in INPUT_KEYS
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _labels_of_objects(target: Any) -> Any:
+    """The labels of the objects in each image, (N, objects) padded with -100, from a list of dicts with `labels`."""
+    listed = isinstance(target, (list, tuple)) and len(target) > 0
+    if not listed or not all(isinstance(part, Mapping) and isinstance(part.get("labels"), Tensor) for part in target):
+        return target
+    labels = [part["labels"].flatten() for part in target]
+    return torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def class_labels(targets: Any) -> Tensor | None:
@@ -104,8 +128,37 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 
 def batch_length(*values: Any) -> int | None:
-    """The number of samples in a batch, from the first tensor in the values; None if there is none."""
-    return next((tensor.shape[0] for tensor in tensors_in(*values) if tensor.ndim > 0), None)
+    """The number of samples in a batch, from the first tensor in the values; None if there is none.
+
+    A list of images of which each is a tensor counts as one sample per tensor, and a batch of graphs has one sample per
+    graph.
+    """
+    for value in values:
+        if (length := _listed_samples(value)) is not None:
+            return length
+        for tensor in tensors_in(value):
+            if tensor.ndim > 0:
+                return tensor.shape[0]
+        for name in ("num_graphs", "num_nodes"):
+            if type(length := getattr(value, name, None)) is int:
+                return length
+    return None
+
+
+def _listed_samples(value: Any) -> int | None:
+    """The number of samples if they are listed one by one; None if the value, or its first field, is no such list."""
+    fields = list(value.values()) if isinstance(value, Mapping) else value
+    first = fields[0] if isinstance(fields, (list, tuple)) and fields else None
+    if not isinstance(first, (list, tuple)) or not first or not all(isinstance(part, Tensor) for part in first):
+        return None
+    if any(part.ndim == 0 or part.ndim > 3 for part in first):
+        return None  # several views of a batch of images
+    described = any(
+        field is not first and isinstance(field, (list, tuple)) and len(field) == len(first) for field in fields
+    )
+    sizes_differ = len({part.shape for part in first}) > 1
+    is_image = first[0].ndim == 3 and first[0].shape[0] in (1, 3)
+    return len(first) if described or sizes_differ or is_image else None
 
 
 def sample_dim(tensor: Tensor, num_samples: int) -> int | None:
@@ -143,7 +196,36 @@ def select_samples(values: Any, rows: Tensor, num_samples: int) -> Any:
         dim = sample_dim(tensor, num_samples)
         return tensor if dim is None else tensor.index_select(dim, rows.to(tensor.device))
 
-    return apply_to_collection(values, Tensor, select, allow_frozen=True)
+    def selected(value: Any, is_batch: bool = False) -> Any:
+        if isinstance(value, list) and len(value) == num_samples and not is_batch and not tensors_in(value):
+            return [value[row] for row in rows.tolist()]  # names or texts of the samples
+        if type(value) in (list, tuple):
+            return type(value)(selected(part) for part in value)
+        if type(value) is dict:
+            return {key: selected(part) for key, part in value.items()}
+        return apply_to_collection(value, Tensor, select, allow_frozen=True)
+
+    return selected(values, is_batch=True)
+
+
+def can_select_samples(values: Any, num_samples: int | None) -> bool:
+    """Whether each tensor in nested values holds the samples of the batch, so that some of them can be selected.
+
+    In a batch of graphs or of detections, tensors have other lengths, so such a batch can only be used as a whole.
+    """
+    if num_samples is None or _opaque(values):
+        return False
+    found = [tensor for tensor in tensors_in(values) if tensor.ndim > 0]
+    return bool(found) and all(sample_dim(tensor, num_samples) is not None for tensor in found)
+
+
+def _opaque(values: Any) -> bool:
+    """Whether nested values hold an object whose tensors are out of sight."""
+    if isinstance(values, Mapping):
+        return any(_opaque(part) for part in values.values())
+    if isinstance(values, (list, tuple)):
+        return any(_opaque(part) for part in values)
+    return hasattr(values, "to") and not isinstance(values, Tensor) and not tensors_in(values)
 
 
 def concatenate_samples(batches: Sequence[Any], lengths: Sequence[int]) -> Any:

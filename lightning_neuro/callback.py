@@ -5,6 +5,7 @@ evaluations is implemented in `scheduled_callback.py` and `session.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -15,11 +16,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
-from lightning_neuro.checks import ArgumentError, check_metric, describe
+from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, describe
 from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
 from lightning_neuro.layer_result import LayerResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import names_on_all_ranks
 from lightning_neuro.scheduled_callback import OnError, ScheduledCallback
 from lightning_neuro.session import Event
@@ -89,6 +90,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     """Name of the histogram of a `LayerResult`."""
     needs_labels: bool = False
     """Whether the method requires class labels."""
+    requested: bool = False
+    """Whether the user's arguments ask for what needs labels or logits: without them, the fit ends with an error.
+    Otherwise the callback is disabled."""
 
     def __init__(
         self,
@@ -118,6 +122,7 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         self._saved_metrics: dict[str, Any] = {}
         self._memory: dict[str, Memory] = {}
         self._baselines: Table = {}
+        self._disabled = False
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Called before every pass, for statistics of the activations that the method needs beforehand."""
@@ -128,14 +133,13 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             self.update_layer(layer, activations, batch)
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
-        """Update one layer's metric with its activations in one batch."""
-        targets = batch.targets
-        if targets is not None and len(activations) != len(targets):  # several positions of each sample
-            positions, rest = divmod(len(activations), max(1, len(targets)))
-            if rest or not positions:
-                raise ValueError(f"{len(activations)} activations do not fit the {len(targets)} labels of the batch")
-            targets = targets.repeat_interleave(positions)
-        metric.update(activations, targets)
+        """Update one layer's metric with its activations in one batch, whose targets belong to the rows."""
+        metric.update(activations, batch.targets)
+
+    def finds_targets(self, batch: ProbeBatch) -> bool:
+        """Whether a batch holds the labels that the method requires: of samples or, for single positions, of these."""
+        per_position = self.probe.reduction in ("tokens", "random") and batch.labels.positions is not None
+        return batch.targets is not None or per_position
 
     def finalize(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", results: dict[str, R]) -> dict[str, R]:
         """Called on all ranks after the metrics have computed, for collective operations; returns the results."""
@@ -196,8 +200,15 @@ class MetricCallback(ScheduledCallback, Generic[R]):
 
     def update_layer(self, layer: str, activations: Tensor, batch: ProbeBatch) -> None:
         """Call `update` with the layer's metric; a layer that fails is left out of this evaluation."""
+        if self.needs_labels and not batch.is_aligned(layer):
+            self.warn_once(
+                f"{layer}/samples",
+                f"{self.name}: layer '{layer}' is left out, because its output does not have the {batch.num_samples}"
+                " samples of the batch in its first dimension.",
+            )
+            return
         try:
-            self.update(self.metric_at(layer, activations.device), activations, batch)
+            self.update(self.metric_at(layer, activations.device), activations, batch.at(layer))
         except Exception as error:
             self.note_failure(layer, error)
 
@@ -205,7 +216,19 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         """Leave a layer out of this evaluation, on all ranks, and report it once."""
         self._failed.setdefault(layer, error)
 
+    def report(self, what: str, error: Exception) -> None:
+        """As the base class, but disable the callback for this run if a default finds nothing to work on."""
+        if not isinstance(error, NothingToDoError) or self.requested or self.on_error == "raise":
+            super().report(what, error)
+        else:
+            self._disabled = True
+            self.warn_once("disabled", f"{self.name} is disabled in this run. {error}")
+
     # One evaluation, as the session calls it
+
+    def is_due(self, event: Event) -> bool:
+        """Whether this callback evaluates at this event."""
+        return not self._disabled and super().is_due(event)
 
     def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
         """Prepare for a pass over the probe set."""
@@ -221,13 +244,19 @@ class MetricCallback(ScheduledCallback, Generic[R]):
 
         self._prepared = self.attempt(trainer, "the preparation of the pass", prepare) or False
 
+    def skip_evaluation(self, event: Event) -> None:
+        """Leave out an evaluation, because the pass over the probe set failed: there are no results."""
+        super().skip_evaluation(event)
+        self.result = {}
+
     def show(self, batch: ProbeBatch) -> None:
         """Process one batch of the pass, as long as nothing has failed in this callback."""
         if not self._prepared or self._broken is not None:
             return
         try:
-            if self.needs_labels and batch.targets is None:
-                raise ArgumentError(
+            if self.needs_labels and not self.finds_targets(batch):
+                kind = NothingToDoError if self.probe.target_fn is None else ArgumentError
+                raise kind(
                     f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in"
                     f" the batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
                 )
@@ -242,6 +271,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         complete = (
             complete and self._prepared and self.attempt(trainer, "the probe set", self._check_batches) is not None
         )
+        if self._disabled:
+            self.result = {}
+            return
         results = self._compute(trainer) if complete else {}
         self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
         table = self._table(trainer, self.result)
@@ -356,12 +388,16 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         metrics = {layer: metric.state_dict() for layer, metric in self.layer_metrics.items()}
         saved = {layer: dict(state) for layer, state in (self._saved_metrics | metrics).items() if state}
         baselines = [(*entry, value) for entry, value in self._baselines.items()]
-        return super().state_dict() | {"metrics": saved, "memory": self._memory, "baselines": baselines}
+        own = {"metrics": saved, "memory": self._memory, "baselines": baselines, "layers": self.probe.layers}
+        return deepcopy(super().state_dict() | own)  # the next evaluations must not change what was handed out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state."""
         super().load_state_dict(state_dict)
         self.layer_metrics = {}  # created anew, from the saved states
-        self._saved_metrics = state_dict["metrics"]
-        self._memory = state_dict["memory"]
+        self._saved_metrics = deepcopy(state_dict["metrics"])
+        self._memory = deepcopy(state_dict["memory"])
         self._baselines = {Entry(*entry): value for *entry, value in state_dict["baselines"]}
+        if state_dict.get("layers", self.probe.layers) != self.probe.layers:
+            # Without values the run begins with an evaluation, so that every key exists and none is of another layer.
+            self.scalars = {}

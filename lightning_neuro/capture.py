@@ -33,11 +33,11 @@ class Recording:
 
     calls: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     @property
-    def activations(self) -> dict[str, Tensor]:
-        """Layer name -> output tensor, in the order of the forward pass."""
+    def activations(self) -> dict[str, Any]:
+        """Layer name -> output tensor, or what a subclass of `Capture` keeps, in the order of the forward pass."""
         return {
             name if self.calls[name] == 1 else f"{name}.call{call}": tensor
             for (name, call), tensor in self.outputs.items()
@@ -93,11 +93,13 @@ class Capture:
             )
             return
         try:
-            recording.outputs[name, call] = self._keep(name, first_tensor(output).detach())
+            recording.outputs[name, call] = self.keep(name, call, module, output)
         except (TypeError, ValueError) as error:
             recording.failures[name] = str(error)
 
-    def _keep(self, name: str, tensor: Tensor) -> Tensor:
+    def keep(self, name: str, call: int, module: nn.Module, output: Any) -> Any:
+        """What to keep of the output of a layer's call: by default its first tensor, transformed."""
+        tensor = first_tensor(output).detach()
         if self.transform is None:
             return tensor.clone()
         kept = self.transform(name, tensor)

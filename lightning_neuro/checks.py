@@ -26,6 +26,13 @@ class ArgumentError(MisconfigurationException, ValueError):
     """
 
 
+class NothingToDoError(ArgumentError):
+    """Raised where a default finds nothing to work on, such as labels or logits.
+
+    It disables the callback for the run, with a warning, unless the user asked for what cannot be done.
+    """
+
+
 def require(condition: bool, name: str, must: str, seen: object) -> None:
     """Raise an `ArgumentError` of the form "`name` must ...; got ...." unless the condition holds.
 

@@ -16,8 +16,11 @@ _SHARDED = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpe
 
 def why_off(trainer: "pl.Trainer") -> str:
     """Why the analyses cannot run under this trainer; an empty string if they can."""
-    if trainer.barebones:
-        return "the trainer is barebones and logs nothing"
+    return "the trainer is barebones and logs nothing" if trainer.barebones else ""
+
+
+def why_no_replay(trainer: "pl.Trainer") -> str:
+    """Why the model cannot be run in addition to Lightning's own steps; an empty string if it can."""
     if _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
         name = type(trainer.strategy).__name__
         return f"{name} shards the weights, which a separate forward pass cannot gather"

@@ -1,35 +1,55 @@
 """Selection of layers: from names and globs to modules, and the default layers."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.nn.modules import activation as _activation
-from torch.nn.modules import conv as _conv
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_neuro.checks import ArgumentError
-from lightning_neuro.units import own_modules
+from lightning_neuro.checks import ArgumentError, NothingToDoError
+from lightning_neuro.default_layers import default_layers, spread
+from lightning_neuro.layer_kinds import LINEAR_OR_CONV as LINEAR_OR_CONV
+from lightning_neuro.layer_kinds import is_activation, is_gate, is_linear, is_recurrent, is_sigmoid
 
-DEFAULT_MAX_LAYERS = 8
+if TYPE_CHECKING:
+    from lightning_neuro.call_trace import SeenCall
 
-_NOT_HIDDEN = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
-ACTIVATIONS = tuple(cls for cls in own_modules(_activation) if cls not in _NOT_HIDDEN)
-LINEAR_OR_CONV: tuple[type[nn.Module], ...] = (nn.Linear, _conv._ConvNd)
+_WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def clean_name(name: str) -> str:
-    """A module's name without the wrapper that `torch.compile` puts around a module."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def clean_name(name: str, parallel: Collection[str] = ()) -> str:
+    """A module's name without the wrappers of `torch.compile`, FSDP, activation checkpointing and data parallelism.
+
+    Args:
+        name: The name, as `named_modules` returns it.
+        parallel: The names of the modules that a `DistributedDataParallel` or `DataParallel` wraps.
+    """
+    parts = name.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return ".".join(
+        part
+        for part, prefix in zip(parts, prefixes, strict=True)
+        if part not in _WRAPPED_NAMES and prefix not in parallel
+    )
+
+
+def modules_by_clean_name(model: nn.Module) -> dict[str, nn.Module]:
+    """A model and all its modules by their clean name, `""` for the model; a wrapped module instead of its wrapper."""
+    modules = dict(model.named_modules())
+    parallel = {f"{name}.module".lstrip(".") for name, module in modules.items() if isinstance(module, _PARALLEL)}
+    return {clean_name(name, parallel): module for name, module in modules.items()}
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model by their clean name; a compiled module has the name of the module it wraps."""
-    return {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
+    """All modules below a model by their clean name."""
+    return {name: module for name, module in modules_by_clean_name(model).items() if name}
 
 
-def resolve_layers(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
+def resolve_layers(
+    model: nn.Module, patterns: str | Sequence[str] | None = None, seen: Sequence["SeenCall"] | None = None
+) -> dict[str, nn.Module]:
     """Find the modules that match names or globs.
 
     A pattern that is the full name of a module matches only this module. Any other pattern is compared, segment by
@@ -37,12 +57,13 @@ def resolve_layers(model: nn.Module, patterns: str | Sequence[str] | None = None
 
     Args:
         model: The model whose submodules are searched.
-        patterns: A name or glob, or several; None for the default: the activation modules or, if the model has none,
-            the linear and convolution layers without the last one (the logits). If these are more than eight, eight of
-            them are used, evenly spread over the depth.
+        patterns: A name or glob, or several; None for the default layers, see `default_layers`.
+        seen: The calls of a forward pass, from which the default layers are chosen. Without it, they are chosen from
+            the registered modules: activations and recurrent layers or, if there are none, linear and convolution
+            layers without the last one, at most eight.
 
     Returns:
-        Module by name, in the model's own order.
+        Module by name, in the model's own order; default layers in the order of their calls.
 
     Raises:
         ArgumentError: If a pattern matches nothing (the nearest names are listed) or the model has no default layers.
@@ -55,7 +76,7 @@ def resolve_layers(model: nn.Module, patterns: str | Sequence[str] | None = None
     """
     layers = named_layers(model)
     if patterns is None:
-        return _default_layers(layers)
+        return _default_layers(layers, seen)
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [pattern] if pattern in layers else [name for name in layers if _matches(name, pattern)]
@@ -81,24 +102,20 @@ def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))[:5] or names[:5]
 
 
-def _default_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    found = {name: module for name, module in layers.items() if isinstance(module, ACTIVATIONS)}
-    if not found:
-        # An attention module uses the weights of its projection without calling it, so no hook fires.
-        found = {
-            name: module
-            for name, module in layers.items()
-            if isinstance(module, LINEAR_OR_CONV) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        }
-        # The last one computes the logits, whose units are the classes themselves.
-        found = dict(list(found.items())[:-1])
-    if not found:
-        raise ArgumentError(
+def _default_layers(layers: Mapping[str, nn.Module], seen: Sequence["SeenCall"] | None) -> dict[str, nn.Module]:
+    names = (default_layers(seen) if seen else []) or _registered_defaults(layers)
+    if not names:
+        raise NothingToDoError(
             "The model has neither activation modules nor two linear or convolution layers, so there are no default"
             f" layers. Pass `layers=[...]`; the model has: {', '.join(list(layers)[:20]) or 'no modules'}."
         )
-    names = list(found)
-    if len(names) > DEFAULT_MAX_LAYERS:
-        last = len(names) - 1
-        names = [names[round(i * last / (DEFAULT_MAX_LAYERS - 1))] for i in range(DEFAULT_MAX_LAYERS)]
-    return {name: found[name] for name in names}
+    return {name: layers[name] for name in names}
+
+
+def _registered_defaults(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The default layers where no forward pass has been seen, in the order in which they are registered."""
+    features = [name for name, module in layers.items() if is_activation(module) or is_recurrent(module)]
+    features = [name for name in features if not is_gate(name)]
+    features = [name for name in features if not is_sigmoid(layers[name])] or features
+    # The last one computes the logits, whose units are the classes themselves.
+    return spread(features or [name for name, module in layers.items() if is_linear(module)][:-1])

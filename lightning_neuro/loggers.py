@@ -1,5 +1,6 @@
 """All access to Lightning's loggers: scalars for all of them, figures and text for those that accept them, files."""
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -208,14 +209,25 @@ def multiline_charts(
 
 
 def log_layout(trainer: "pl.Trainer", layout: Layout) -> None:
-    """Write the layout of TensorBoard's Custom Scalars tab: family -> chart title -> ["Multiline", tag patterns]."""
+    """Write the layout of TensorBoard's Custom Scalars tab: family -> chart title -> ["Multiline", tag patterns].
+
+    It is written to a run of its own, the folder `charts` in the log directory. TensorBoard shows the layouts of all
+    runs, but of each run only the last one, and the user may write one, too.
+    """
     layout = {family: charts for family, charts in layout.items() if charts}
     if not trainer.is_global_zero or not layout:
         return
     for logger in trainer.loggers:
         writer = _writer(logger)
-        if writer is not None:
+        if writer is None:
+            continue
+        folder: str | None = getattr(logger, "log_dir", None)
+        if folder is None:
             writer.add_custom_scalars(layout)
+        else:
+            charts = type(writer)(os.path.join(folder, "charts"))  # noqa: PTH118  (it may be a URL)
+            charts.add_custom_scalars(layout)
+            charts.close()
 
 
 def _writer(logger: Any) -> Any:

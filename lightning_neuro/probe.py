@@ -38,8 +38,11 @@ class Probe:
             first position), `"flatten"` (each unit at each position is a unit).
         input_fn: Where the model's input is found in a batch: a function of the batch, or the key or index of a field.
             Default: the batch itself, its first element, or an entry of a usual name (`"image"`, `"x"`, ...).
-        target_fn: Where the target is found in a batch, in the same form. Default: the second element, or an entry of a
+        target_fn: Where the target is found in a batch, in the same form. Default: the second element, or a field of a
             usual name (`"label"`, `"y"`, ...).
+        mask_fn: Where the padding mask is found in a batch, in the same form: bool (N, positions), True where there is
+            data. Padding is left out of all reductions. Default: a mask of a usual name in the batch
+            (`"attention_mask"`, ...), or the one that attention layers of `torch.nn` are called with.
         forward_fn: Runs the model: `forward_fn(pl_module, inputs)`. Default: `pl_module(inputs)`.
         class_names: Names of the classes, in the order of their labels, for figures, tables and messages. Default: the
             dataset's `classes`, or the datamodule's `class_names` or `classes`, if they exist.
@@ -66,6 +69,7 @@ class Probe:
     reduction: Reduction = "mean"
     input_fn: BatchField | None = None
     target_fn: BatchField | None = None
+    mask_fn: BatchField | None = None
     forward_fn: Callable[[Any, Any], Any] | None = None
     class_names: Sequence[str] | None = None
     seed: int = 0
@@ -79,6 +83,7 @@ class Probe:
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_field("input_fn", self.input_fn)
         check_field("target_fn", self.target_fn)
+        check_field("mask_fn", self.mask_fn)
         require(self.forward_fn is None or callable(self.forward_fn), "forward_fn", "be a function", self.forward_fn)
         check_int("seed", self.seed)
         known = self.source in ("val", "train") if isinstance(self.source, str) else not isinstance(self.source, Tensor)

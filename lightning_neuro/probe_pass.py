@@ -1,105 +1,138 @@
-"""The passes of one probe in one run: the model runs over the probe set, and each batch is passed to a visitor."""
+"""The samples of one probe in one run: taken from Lightning's loops or loaded, and shown to callbacks in batches."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
-from zlib import crc32
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_neuro.batches import (
-    batch_length,
-    class_labels,
-    default_input,
-    default_target,
-    read_field,
-    sample_dim,
-)
-from lightning_neuro.capture import Capture, uncompiled
-from lightning_neuro.checks import ArgumentError
-from lightning_neuro.isolation import undisturbed
+from lightning_neuro.batches import can_select_samples
+from lightning_neuro.call_trace import call_trace
+from lightning_neuro.capture import Recording, uncompiled
+from lightning_neuro.dataset_facts import as_class_names, class_names_of
+from lightning_neuro.isolation import undisturbed, why_no_replay
+from lightning_neuro.kept_batch import KeptBatch, copied
+from lightning_neuro.layer_reading import BatchShape
 from lightning_neuro.layers import resolve_layers
+from lightning_neuro.model_calls import is_compiled_anywhere
+from lightning_neuro.module_state import module_state_restored
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_set import ProbeSet, as_class_names, load_probe_set
-from lightning_neuro.ranks import agreed, over_ranks
-from lightning_neuro.units import latest_layout, to_units
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_set import ProbeSet
+from lightning_neuro.probe_sources import find_source, several_loaders, validates
+from lightning_neuro.sample_source import SampleSource
+from lightning_neuro.targets import target_format
+from lightning_neuro.unit_reader import UnitReader
+from lightning_neuro.units import UnitRows
+
+Visit = Callable[[ProbeBatch], object]
 
 
-@dataclass(frozen=True, eq=False)
-class ProbeBatch:
-    """One batch of the probe set, as callbacks receive it.
+class NoSamplesYetError(RuntimeError):
+    """Raised if the samples of a probe are only known once Lightning has delivered them."""
 
-    Attributes:
-        activations: Layer name -> (N, units) tensor on the model's device; (N x positions, units) for
-            `reduction="tokens"`.
-        inputs: The inputs of the model.
-        targets: (N,) int64 class labels; None if the batch has none.
-        batch: The whole batch, on the model's device.
-        num_samples: N.
-        num_classes: Largest class label in the whole probe set, over all ranks, plus one; 0 without class labels.
-    """
 
-    activations: dict[str, Tensor]
-    inputs: Any
-    targets: Tensor | None
-    batch: Any
-    num_samples: int
-    num_classes: int
+class NoReplayError(RuntimeError):
+    """Raised if it is not known how to run the model on the kept samples."""
 
 
 class ProbePass:
-    """Runs the model over the probe set of one probe. There is one per probe in a run, shared by its callbacks.
+    """Holds the samples of one probe, and shows them to its callbacks. There is one per probe in a run.
+
+    Where the validation loop delivers the samples, their activations are taken in its own forward passes. Otherwise the
+    model runs once more on samples that were kept, isolated from the run.
 
     Args:
         probe: The probe.
 
     Attributes:
         probe: The probe.
-        layers: Layer name -> module, once `resolve_layers` was called.
-        num_forwards: Number of forward passes so far, by which the hooks of callbacks recognise which calls belong to
-            one forward pass.
+        reader: Records the units of the layers.
+        source: Finds the samples.
+        num_forwards: Number of own forward passes so far, by which the hooks of callbacks recognise which calls belong
+            to one forward pass.
     """
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
-        self.layers: dict[str, nn.Module] = {}
+        self.reader = UnitReader(probe, lambda sentence, cause: self.warn_once(sentence, cause=cause))
+        self.source = SampleSource(probe, self.reader, self.warn_once)
         self.num_forwards = 0
-        self._probe_set: ProbeSet | None = None
-        self._num_classes = 0
+        self._announced = False
         self._warned: set[str] = set()
 
+    @property
+    def samples(self) -> ProbeSet | None:
+        """The probe set, once it is known."""
+        return self.source.samples
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Layer name -> module, once `resolve_layers` was called."""
+        return self.reader.layers
+
     def resolve_layers(self, pl_module: "pl.LightningModule") -> None:
-        """Find the layers.
+        """Find the layers: those that the probe names, else those that a forward pass was seen to call.
 
         Raises:
-            ArgumentError: If a pattern matches nothing or the model has no default layers.
+            ArgumentError: If a pattern matches nothing.
+            NothingToDoError: If the model has no default layers.
         """
-        self.layers = resolve_layers(pl_module, self.probe.layers)
+        self.reader.layers = resolve_layers(pl_module, self.probe.layers, self.source.trace)
 
-    def run(
-        self,
-        trainer: "pl.Trainer",
-        pl_module: "pl.LightningModule",
-        visit: Callable[[ProbeBatch], object],
-        *,
-        max_batches: int | None = None,
-    ) -> None:
-        """Run the model over this rank's samples once, or the first batches of them, and call `visit` with each."""
-        with undisturbed(trainer, pl_module):
-            samples = self._load(trainer)
-            generators = {name: self._generator(name) for name in self.layers}
-            for cpu_batch in samples.batches[:max_batches]:
-                visit(self._forward(trainer, pl_module, cpu_batch, generators))
+    def join(self, pl_module: "pl.LightningModule", *, needs_layers: bool) -> None:
+        """A callback takes part; layers that the probe names are found now, so that a wrong name raises early."""
+        self.reader.needs_layers = self.reader.needs_layers or needs_layers
+        # The hooks of compiled modules do not fire, so which of them are called cannot be seen.
+        if self.probe.layers is not None or is_compiled_anywhere(pl_module):
+            self.find_layers(pl_module)
+
+    def find_layers(self, pl_module: "pl.LightningModule") -> None:
+        """Find the layers, if a callback needs them and they are not known; raises as `resolve_layers`."""
+        if not self.reader.is_ready:
+            self.resolve_layers(pl_module)
+
+    def announce(self, trainer: "pl.Trainer", names: str) -> None:
+        """Say once what is looked at."""
+        if self._announced or self.samples is None:
+            return
+        self._announced = True
+        loaders = several_loaders(trainer) if self.probe.source == "val" and validates(trainer) else 0
+        where = "given samples" if not isinstance(self.probe.source, str) else "training samples"
+        if loaders:
+            where = "validation samples" if loaders == 1 else f"samples of the first of {loaders} validation loaders"
+        layers = f", layers {', '.join(self.layers)}" if self.layers else ""
+        rank_zero_info(f"{names}: {self.samples.num_samples} {where} on each rank{layers}.")
+
+    def call_order(self) -> list[str]:
+        """Names of the modules in the order in which a forward pass was seen to call them; empty if none was seen."""
+        return [call.name for call in self.source.trace or ()]
+
+    # What is known of the data
+
+    @property
+    def num_classes(self) -> int:
+        """Largest class label in the probe set, over all ranks, plus one; 0 if there are none or none is known yet."""
+        return 0 if self.samples is None else self.samples.num_classes
+
+    @property
+    def attribute_names(self) -> tuple[str, ...]:
+        """Names of the attributes that the targets say of each sample; empty if they are classes, or none is known."""
+        return () if self.samples is None else self.samples.targets.names
+
+    @property
+    def has_class_labels(self) -> bool:
+        """Whether each sample has a class label."""
+        return self.samples is not None and self.samples.targets.form in ("classes", "binary", "one_hot")
 
     def count_classes(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
-        """Largest class label in the probe set, over all ranks, plus one; 0 without class labels."""
-        with undisturbed(trainer, pl_module):
-            self._load(trainer)
-        return self._num_classes
+        """As `num_classes`, after the samples were loaded if they can be."""
+        if self.samples is None:
+            self.source.load(trainer, pl_module)
+        return self.num_classes
 
     def class_names(self, trainer: "pl.Trainer") -> tuple[str, ...] | None:
         """The names of the classes: the probe's, else the datamodule's, else the dataset's; None if there are none."""
@@ -109,96 +142,141 @@ class ProbePass:
         for name in ("class_names", "classes"):
             if (found := as_class_names(getattr(datamodule, name, None))) is not None:
                 return found
-        return None if self._probe_set is None else self._probe_set.class_names
+        source = find_source(trainer, self.probe, quiet=True)
+        return class_names_of(getattr(source, "dataset", source))
 
-    def target(self, batch: Any) -> Any:
-        """The target in a batch, as the probe finds it."""
-        field = self.probe.target_fn
-        return default_target(batch) if field is None else read_field("target_fn", field, batch)
+    def class_labels(self, batch: Any) -> Tensor | None:
+        """The class labels in a batch, which may be a training batch; None if there are none."""
+        target = self.source.target(batch)
+        form = target_format([target]) if self.samples is None else self.samples.targets
+        return form.read(target).classes
 
-    def _input(self, batch: Any) -> Any:
-        field = self.probe.input_fn
-        return default_input(batch) if field is None else read_field("input_fn", field, batch)
+    # Showing the samples
 
-    def _generator(self, name: str) -> torch.Generator:
-        # One generator per layer, new in every pass, so that each sample keeps its position throughout the run.
-        return torch.Generator().manual_seed(self.probe.seed + crc32(name.encode()))
+    def run(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        visit: Visit,
+        *,
+        max_batches: int | None = None,
+        replay: bool = False,
+        keep_units: bool = False,
+    ) -> None:
+        """Call `visit` with each batch of this rank's samples, or with the first batches of them.
 
-    def _load(self, trainer: "pl.Trainer") -> ProbeSet:
-        if self._probe_set is None:
-            found = agreed(
-                trainer,
-                lambda: load_probe_set(
-                    _find_source(trainer, self.probe.source),
-                    num_samples=self.probe.num_samples,
-                    seed=self.probe.seed,
-                    # The default is passed on unchanged, because with it labels may be read without loading samples.
-                    target_fn=default_target if self.probe.target_fn is None else self.target,
-                    rank=trainer.global_rank,
-                    world_size=trainer.world_size,
-                ),
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+            visit: Called with each batch.
+            max_batches: Number of batches; None: all.
+            replay: Whether to run the model even if the activations were taken in the validation loop.
+            keep_units: Whether to keep the activations, unless the validation loop has given them.
+
+        Raises:
+            NoSamplesYetError: If the samples are not known yet.
+        """
+        if self.source.units is not None and not replay:
+            assert self.samples is not None
+            for kept, units in list(zip(self.samples.batches, self.source.units, strict=True))[:max_batches]:
+                visit(self._shown(self._to_device(trainer, kept), units))
+            return
+        self.source.load(trainer, pl_module)
+        if self.samples is None:
+            raise NoSamplesYetError("the samples are not known before the first validation")
+        seen: list[dict[str, UnitRows]] = []
+        with undisturbed(trainer, pl_module):
+            for kept in self.samples.batches[:max_batches]:
+                _seed(pl_module.device, self.probe.seed)  # for models that draw random numbers
+                batch = self._replayed(trainer, pl_module, kept)
+                seen.append(dict(batch.rows))
+                # A callback may run the model, too; the next batch must not depend on that.
+                with module_state_restored(pl_module):
+                    visit(batch)
+        if max_batches is None and keep_units and self.source.units is None:
+            self.source.units = seen
+
+    def show_samples(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", visit: Visit) -> None:
+        """Call `visit` with each batch of this rank's samples, without running the model: there are no activations."""
+        self.source.load(trainer, pl_module)
+        if self.samples is None:
+            raise NoSamplesYetError("the samples are not known before the first validation")
+        for kept in self.samples.batches:
+            visit(self._shown(self._to_device(trainer, kept), {}))
+
+    def forward(self, pl_module: "pl.LightningModule", inputs: Any) -> Any:
+        """Call the model with the inputs of a batch of the set, as the run calls it; returns its output."""
+        if inputs is None:
+            raise NoReplayError(
+                f"the model cannot be run apart from Lightning's loops, because {self.source.why_no_plan}. Say how with"
+                " `Probe(forward_fn=lambda pl_module, batch: ..., input_fn=lambda batch: batch)`"
             )
-            self._num_classes = over_ranks(trainer, found.num_classes, "max")
-            total = over_ranks(trainer, found.num_samples, "sum")
-            if 0 < total < self.probe.num_samples:
-                rank_zero_info(f"The probe set holds all {total} samples (num_samples={self.probe.num_samples}).")
-            self._probe_set = found
-        return self._probe_set
+        return self.source.runner.run(pl_module, inputs)
 
-    def _forward(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, generators: dict[str, torch.Generator]
-    ) -> ProbeBatch:
-        # A copy, because transfer hooks and models may change their batch in place, and the samples must not change.
-        batch = apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        inputs = self._input(batch)
-        targets = class_labels(self.target(batch))
-        # The number of samples is taken from the labels first, because inputs may have the time in dimension 0.
-        num_samples = batch_length(targets, inputs, batch)
+    def _to_device(self, trainer: "pl.Trainer", kept: KeptBatch) -> KeptBatch:
+        # Copies, because models may change their inputs in place.
+        device = trainer.strategy.root_device
+        values = (kept.batch, kept.inputs, kept.target)
+        batch, inputs, target = (copied(move_data_to_device(value, device)) for value in values)
+        if kept.is_loaded:
+            inputs = self.source.runner.inputs_of(batch)
+        return KeptBatch(batch, inputs, target, kept.num_samples, kept.keys)
 
-        def units(name: str, output: Tensor) -> Tensor:
-            return self._units(output, num_samples, layout(output), generators[name])
+    def _replayed(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kept: KeptBatch) -> ProbeBatch:
+        on_device = self._to_device(trainer, kept)
+        recording = self._forward(pl_module, on_device, kept.num_samples)
+        if self.reader.axes.undecided and self._decide_axes(trainer, pl_module, kept):
+            recording = self._forward(pl_module, self._to_device(trainer, kept), kept.num_samples)
+        return self._shown(self._to_device(trainer, kept), recording.activations)
 
-        # The hooks exist for this call only, so none can be left behind, and training steps run without them.
-        capture = Capture(self.layers, transform=units)
+    def see_calls(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """See in a pass over some samples which modules the model calls, if no step has shown it and they are known."""
+        if self.samples is None and not why_no_replay(trainer):
+            self.source.load(trainer, pl_module)
+        if self.samples is not None and self.source.trace is None:
+            with undisturbed(trainer, pl_module):
+                self._trace(trainer, pl_module, self.samples.batches[0])
+
+    def _trace(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kept: KeptBatch) -> None:
+        """See in a pass over some samples which modules the model calls, if no step has shown it."""
+        if self.source.trace is None and not is_compiled_anywhere(pl_module):
+            with call_trace(pl_module) as trace:
+                self.forward(pl_module, self._to_device(trainer, kept).inputs)
+            self.source.trace = trace
+
+    def _forward(self, pl_module: "pl.LightningModule", kept: KeptBatch, num_samples: int | None) -> Recording:
         self.num_forwards += 1
-        with uncompiled(), latest_layout(pl_module) as layout, capture.recording() as recording:
-            self._call(pl_module, inputs)
-        self._warn_of_missing(capture.not_called(recording), recording.failures)
-        return ProbeBatch(recording.activations, inputs, targets, batch, num_samples or 0, self._num_classes)
+        shape = BatchShape(num_samples, None, kept.keys)
+        with uncompiled(), self.reader.reading(pl_module, shape, kept.batch) as recording:
+            self.forward(pl_module, kept.inputs)
+        if not recording.calls:
+            self.reader.warn_of_missing(list(self.layers), {})
+        return recording
 
-    def _call(self, pl_module: "pl.LightningModule", inputs: Any) -> None:
-        if self.probe.forward_fn is not None:
-            self.probe.forward_fn(pl_module, inputs)
-        elif type(pl_module).forward.__qualname__ == "LightningModule.forward":
-            raise ArgumentError(
-                f"{type(pl_module).__name__} has no `forward`, so the probe cannot run it. Define one, or pass"
-                " `Probe(forward_fn=lambda pl_module, inputs: ...)`."
-            )
-        else:
-            pl_module(inputs)
+    def _decide_axes(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kept: KeptBatch) -> bool:
+        """Find the dimension of the samples by a pass over one sample fewer; returns whether this was possible."""
+        count = kept.num_samples
+        values = (kept.batch, kept.inputs)
+        if count is None or count < 2 or not can_select_samples(values, count):
+            return False
+        fewer = kept.select(torch.arange(count - 1))
+        self._forward(pl_module, self._to_device(trainer, fewer), count - 1)
+        self.reader.axes.undecided.clear()
+        return True
 
-    def _units(
-        self, output: Tensor, num_samples: int | None, units_last: bool | None, generator: torch.Generator
-    ) -> Tensor:
-        if num_samples is not None and output.ndim > 0 and output.shape[0] != num_samples:
-            if output.ndim != 3 or sample_dim(output, num_samples) is None:
-                raise ValueError(
-                    f"its output of shape {tuple(output.shape)} does not have the {num_samples} samples of the batch"
-                    " in its first dimension"
-                )
-            output, units_last = output.transpose(0, 1), True
-        if output.device.type == "mps":
-            output = output.cpu()  # metrics need float64, which this device does not support
-        return to_units(output, self.probe.reduction, units_last=units_last, generator=generator)
-
-    def _warn_of_missing(self, not_called: list[str], failures: dict[str, str]) -> None:
-        why = "its hook did not fire, because the forward pass does not call it or it is scripted or fused"
-        for name, reason in (failures | dict.fromkeys(not_called, why)).items():
-            sentence = f"Layer '{name}' is not (fully) recorded: {reason}. Leave it out with `Probe(layers=...)`."
-            self.warn_once(sentence, cause=name)
+    def _shown(self, kept: KeptBatch, units: dict[str, UnitRows]) -> ProbeBatch:
+        assert self.samples is not None
+        labels = self.samples.targets.read(kept.target)
+        return ProbeBatch(
+            activations={layer: rows.values for layer, rows in units.items()},
+            inputs=kept.inputs,
+            targets=labels.classes,
+            batch=kept.batch,
+            num_samples=kept.num_samples or 0,
+            num_classes=self.num_classes,
+            labels=labels,
+            rows=units,
+        )
 
     def warn_once(self, sentence: str, *, cause: str | None = None) -> None:
         """Warn, once per cause (default: the sentence itself) in a run."""
@@ -207,23 +285,8 @@ class ProbePass:
             rank_zero_warn(sentence)
 
 
-def _find_source(trainer: "pl.Trainer", source: Any) -> Any:
-    if not isinstance(source, str):
-        return source
-    loaders = _val_loaders(trainer) if source == "val" else trainer.train_dataloader
-    if source == "val" and (loaders is None or loaders == []):
-        rank_zero_info("There is no validation data, so the probe set is taken from the training data.")
-        loaders = trainer.train_dataloader
-    while isinstance(loaders, (list, tuple, dict)) and len(loaders) > 0:
-        loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
-    if loaders is None:
-        raise ArgumentError(f"The trainer has no {source} data to take the probe set from. Pass `Probe(source=...)`.")
-    return loaders
-
-
-def _val_loaders(trainer: "pl.Trainer") -> Any:
-    if trainer.val_dataloaders is None and trainer.state.fn == "fit" and trainer.enable_validation:
-        # The first epoch ends without validation, so Lightning has not requested the loaders yet. A separate request
-        # does not change the time of Lightning's own request, nor its use of the random generators.
-        return trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
-    return trainer.val_dataloaders
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of one device; the caller isolates them."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

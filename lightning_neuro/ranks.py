@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_neuro.checks import ArgumentError
+from lightning_neuro.checks import ArgumentError, NothingToDoError
 from lightning_neuro.compat import MISCONFIGURATIONS
 
 T = TypeVar("T")
@@ -34,18 +34,21 @@ def raise_on_all_ranks(trainer: "pl.Trainer", error: Exception | None) -> None:
 
     Raises:
         Exception: The error of this rank.
-        ArgumentError: If it is only on another rank, and a wrong argument there.
+        ArgumentError: If it is only on another rank, and a wrong argument there; a `NothingToDoError` if it is one.
         FailedOnAnotherRankError: If it is only on another rank, and anything else.
     """
     if not on_any_rank(trainer, error is not None):
         return
     words = "" if error is None else explain(error)
     wrong_argument = on_any_rank(trainer, isinstance(error, MISCONFIGURATIONS))
+    nothing_to_do = on_any_rank(trainer, isinstance(error, NothingToDoError))
     # Rank 0 alone can warn the user, so it must know what happened elsewhere.
     found = gather_texts(trainer, words)
     if error is not None:
         raise error
     elsewhere = "; ".join(f"on rank {rank}, {text}" for rank, text in enumerate(found) if text)
+    if nothing_to_do:
+        raise NothingToDoError(elsewhere)
     raise ArgumentError(elsewhere) if wrong_argument else FailedOnAnotherRankError(elsewhere)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, ClassVar, Literal, TypeVar
 
 import pytorch_lightning as pl
@@ -12,7 +13,8 @@ from lightning_neuro.checks import ArgumentError, check_choice, check_name, requ
 from lightning_neuro.compat import MISCONFIGURATIONS, Callback
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_pass import ProbePass
 from lightning_neuro.ranks import agreed, explain
 from lightning_neuro.session import Event, session_of
 
@@ -38,6 +40,8 @@ class ScheduledCallback(Callback):
     """Title -> measures shown in one chart of TensorBoard's Custom Scalars."""
     needs_layers: ClassVar[bool] = True
     """Whether the method uses the probe's layers."""
+    rides: ClassVar[bool] = True
+    """Whether the activations of the validation loop's own forward passes are enough; else the model is run again."""
     run_state: ClassVar[tuple[str, ...]] = ("scalars", "initial", "last_epoch", "last_step")
     """Names of attributes that belong to the run: saved in checkpoints and restored on resume."""
 
@@ -55,6 +59,7 @@ class ScheduledCallback(Callback):
         self.prog_bar = tuple(patterns)
         self.on_error = on_error
         self._probe_pass: ProbePass | None = None
+        self._keeps_state = False
         self.start_run()
 
     def start_run(self) -> None:
@@ -72,6 +77,7 @@ class ScheduledCallback(Callback):
     def release(self) -> None:
         """Called at the end of a run and after an exception: release the model and everything large."""
         self._probe_pass = None
+        self._keeps_state = False
 
     def layers_of(self, measure: str) -> list[str]:
         """The layers for which a measure has keys; each gets its own chart."""
@@ -107,7 +113,7 @@ class ScheduledCallback(Callback):
 
         Invalid arguments always raise up to and including the first evaluation. Later, they do not end the run.
         """
-        begun = self.event is not None and self.event.kind in ("step", "epoch")
+        begun = self.event is not None and self.event.kind in ("step", "validation", "epoch")
         if self.on_error == "raise" or (isinstance(error, MISCONFIGURATIONS) and not begun):
             raise error
         self.warn_once(f"{what}/error", f"{self.name}: the analysis of {what} failed and is left out. {explain(error)}")
@@ -128,15 +134,24 @@ class ScheduledCallback(Callback):
             return not self.scalars
         if event.kind == "step":
             return self.probe.due_at_step(event.step, self.last_step)
+        if event.kind == "validation":
+            return self.probe.due_at_epoch(event.epoch)
         if event.kind == "epoch":
             return event.epoch != self.last_epoch and self.probe.due_at_epoch(event.epoch)
         return self.probe.source != "train"  # `trainer.validate` has no training data
 
     def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
         """Prepare for a pass over the probe set."""
+        self._note(event)
+
+    def skip_evaluation(self, event: Event) -> None:
+        """Leave out an evaluation, because the pass over the probe set failed."""
+        self._note(event)
+
+    def _note(self, event: Event) -> None:
         self.event = event
         self.last_step = event.step
-        if event.kind == "epoch":
+        if event.kind in ("validation", "epoch"):
             self.last_epoch = event.epoch
 
     def show(self, batch: ProbeBatch) -> None:
@@ -155,6 +170,7 @@ class ScheduledCallback(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Reset the state of an earlier run; raise an error if two callbacks have the same name."""
         self.event = None
+        self._keeps_state = stage != "fit"
         if stage == "fit" and trainer.global_step == 0:
             self.start_run()
         for other in _ours(trainer):
@@ -184,28 +200,71 @@ class ScheduledCallback(Callback):
             self.warn_once(f"prog_bar/{pattern}", sentence)
         self._log_layout(trainer)
 
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Take samples from the batch, if the probe set cannot be found otherwise."""
+        session = session_of(trainer)
+        if session.acts_for_all(self):
+            session.begin_training_batch(trainer, pl_module, batch, batch_idx)
+
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Evaluate if the schedule counts steps and an evaluation is due."""
+        session = session_of(trainer)
+        if session.acts_for_all(self):
+            session.end_batch()
         if self.probe.every_n_steps is not None and not why_off(trainer):
-            session_of(trainer).evaluate(trainer, pl_module, "step")
+            session.evaluate(trainer, pl_module, "step")
 
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Find the layers for `trainer.validate`."""
+        """Find the layers for `trainer.validate`, and prepare to take activations in the loop."""
         if trainer.state.fn == "validate":
             self._join(trainer, pl_module)
 
+    def on_validation_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take activations in the step, if the batch holds samples of the probe set."""
+        session = session_of(trainer)
+        if session.acts_for_all(self) and dataloader_idx == 0:
+            if batch_idx == 0:
+                session.begin_loop(trainer, pl_module)
+            session.begin_batch(pl_module, batch, batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop to take activations."""
+        session = session_of(trainer)
+        if session.acts_for_all(self):
+            session.end_batch()
+
     def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Evaluate at the last validation of an epoch, so that callbacks that act after validation see the values."""
+        """Evaluate, so that callbacks that act after validation see the values."""
         if why_off(trainer):
             return
+        session = session_of(trainer)
+        if session.acts_for_all(self):
+            session.end_loop(trainer)
         if trainer.state.fn == "validate" and self.probe.source == "train":
             self.warn_once("validate", f"{self.name}: no training data in `trainer.validate`, so nothing is logged.")
         elif trainer.state.fn == "validate":
-            session_of(trainer).evaluate(trainer, pl_module, "validate")
-        elif not trainer.sanity_checking and trainer.is_last_batch:
-            session_of(trainer).evaluate(trainer, pl_module, "epoch")
+            session.evaluate(trainer, pl_module, "validate")
+        elif not trainer.sanity_checking:
+            session.evaluate(trainer, pl_module, "validation")
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Evaluate if the epoch ended without validation."""
@@ -225,10 +284,14 @@ class ScheduledCallback(Callback):
         return {name: getattr(self, name) for name in self._all_run_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state; what belongs to a fit stays as it is if a checkpoint is loaded for anything else."""
+        if self._keeps_state:
+            # In place, so that overrides of this method find nothing else either.
+            state_dict.clear()
+            state_dict.update(self.state_dict())
         for name in self._all_run_state():
             if name in state_dict:  # not in checkpoints of a version that did not have it
-                setattr(self, name, state_dict[name])
+                setattr(self, name, deepcopy(state_dict[name]))
 
     def _all_run_state(self) -> list[str]:
         return [name for cls in type(self).__mro__ for name in vars(cls).get("run_state", ())]
@@ -238,7 +301,9 @@ class ScheduledCallback(Callback):
             self._probe_pass = session_of(trainer).join(self, pl_module)
 
     def _leave(self, trainer: "pl.Trainer") -> None:
-        session_of(trainer).leave(self)
+        session = session_of(trainer)
+        session.close()
+        session.leave(self)
         self.release()
 
     def _log_layout(self, trainer: "pl.Trainer") -> None:

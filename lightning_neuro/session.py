@@ -6,21 +6,25 @@ each probe set and every batch is passed to the callbacks of that probe, and the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_neuro.checks import NothingToDoError
 from lightning_neuro.compat import MISCONFIGURATIONS
-from lightning_neuro.isolation import isolated_random_state, without_inference_mode
+from lightning_neuro.isolation import isolated_random_state, why_no_replay, without_inference_mode
+from lightning_neuro.model_runner import GuessError
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch, ProbePass
-from lightning_neuro.ranks import agreed, explain
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_pass import NoReplayError, ProbePass
+from lightning_neuro.ranks import FailedOnAnotherRankError, agreed, explain
 
 if TYPE_CHECKING:
     from lightning_neuro.scheduled_callback import ScheduledCallback
 
-EventKind = Literal["start", "step", "epoch", "validate"]
+EventKind = Literal["start", "step", "validation", "epoch", "validate"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Event:
     """A moment at which callbacks evaluate.
 
     Attributes:
-        kind: Before the first training step, after a step, at the end of an epoch, or in `trainer.validate`.
+        kind: Before the first training step, after a step, at the end of a validation in a fit, at the end of an epoch
+            without validation, or in `trainer.validate`.
         epoch: The trainer's current epoch.
         step: The trainer's global step.
     """
@@ -43,6 +48,8 @@ class Session:
 
     def __init__(self) -> None:
         self.callbacks: list[ScheduledCallback] = []
+        # In the order of the trainer, in which Lightning calls them.
+        self._in_order: list[ScheduledCallback] = []
         self.passes: dict[Probe, ProbePass] = {}
 
     def join(self, callback: "ScheduledCallback", pl_module: "pl.LightningModule") -> ProbePass:
@@ -53,27 +60,75 @@ class Session:
         """
         if callback not in self.callbacks:
             self.callbacks.append(callback)
+            self._in_order.append(callback)
         probe_pass = self.passes.setdefault(callback.probe, ProbePass(callback.probe))
-        if callback.needs_layers and not probe_pass.layers:
-            probe_pass.resolve_layers(pl_module)
+        probe_pass.join(pl_module, needs_layers=callback.needs_layers)
         return probe_pass
 
     def leave(self, callback: "ScheduledCallback") -> None:
         """Unregister a callback. With the last one of a probe, its samples and references to the model are released."""
         if callback in self.callbacks:
             self.callbacks.remove(callback)
+            self._in_order.remove(callback)
         if all(other.probe != callback.probe for other in self.callbacks):
             self.passes.pop(callback.probe, None)
+
+    def acts_for_all(self, callback: "ScheduledCallback") -> bool:
+        """Whether a callback passes Lightning's events on to the passes, as the first that Lightning calls."""
+        return bool(self._in_order) and self._in_order[0] is callback
+
+    def begin_loop(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """A validation loop begins."""
+        kind: EventKind = "validation"
+        if trainer.state.fn == "validate" or trainer.sanity_checking:
+            kind = "validate" if trainer.state.fn == "validate" else "start"
+        event = Event(kind, trainer.current_epoch, trainer.global_step)
+        for probe_pass, group in self._groups(event):
+            if probe_pass.source.trace is not None and not _have_layers(pl_module, probe_pass, group):
+                continue
+            probe_pass.source.begin_loop(trainer, pl_module, due=any(callback.rides for callback in group))
+
+    def begin_batch(self, pl_module: "pl.LightningModule", batch: Any, number: int) -> None:
+        """A validation step begins."""
+        for probe_pass in self.passes.values():
+            probe_pass.source.begin_batch(pl_module, batch, number)
+
+    def begin_training_batch(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, number: int
+    ) -> None:
+        """A training step begins."""
+        for probe_pass in self.passes.values():
+            probe_pass.source.begin_training_batch(trainer, pl_module, batch, number)
+
+    def end_batch(self) -> None:
+        """A step has ended."""
+        for probe_pass in self.passes.values():
+            probe_pass.source.end_batch()
+
+    def end_loop(self, trainer: "pl.Trainer") -> None:
+        """A validation loop has ended."""
+        for probe_pass in self.passes.values():
+            probe_pass.source.end_loop(trainer)
+
+    def close(self) -> None:
+        """Remove all hooks, after an exception."""
+        for probe_pass in self.passes.values():
+            probe_pass.source.close()
+
+    def _groups(self, event: Event) -> list[tuple[ProbePass, list["ScheduledCallback"]]]:
+        """Each pass, with its callbacks that are due."""
+        due = [callback for callback in self.callbacks if callback.is_due(event)]
+        return [(one, [callback for callback in due if callback.probe == one.probe]) for one in self.passes.values()]
 
     def evaluate(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", kind: EventKind) -> None:
         """Evaluate all callbacks that are due; the first callback whose hook runs does this for all of them."""
         event = Event(kind, trainer.current_epoch, trainer.global_step)
-        due = [callback for callback in self.callbacks if callback.is_due(event)]
+        groups = self._groups(event)
         with isolated_random_state(pl_module.device), without_inference_mode():
-            for probe_pass in self.passes.values():
-                group = [callback for callback in due if callback.probe == probe_pass.probe]
+            for probe_pass, group in groups:
                 if group:
                     _evaluate_group(trainer, pl_module, event, probe_pass, group)
+                probe_pass.source.units = None
 
 
 def _evaluate_group(
@@ -83,25 +138,125 @@ def _evaluate_group(
     probe_pass: ProbePass,
     group: Sequence["ScheduledCallback"],
 ) -> None:
-    for callback in group:
+    if not _is_ready(trainer, pl_module, event, probe_pass, group):
+        return
+    group = [callback for callback in group if callback.is_due(event)]  # those without layers are disabled now
+    probe_pass.announce(trainer, _names(group))
+    # If the model has to be run anyway, its activations serve all callbacks.
+    runners = [callback for callback in group if not callback.rides]
+    riders = [callback for callback in group if callback.rides]
+    if reason := why_no_replay(trainer):
+        for callback in runners:
+            callback.warn_once("no_replay", f"{callback.name}: no values, because {reason}.")
+            callback.skip_evaluation(event)
+        runners = []
+        if probe_pass.source.units is None:
+            return
+    complete = {True: True, False: True}
+    for callback in runners:
         callback.begin_evaluation(trainer, pl_module, event)
+    if runners or probe_pass.source.units is None:
+        complete[False] = _show(trainer, pl_module, event, probe_pass, group, shown=runners, replay=True)
+    if probe_pass.source.units is None:
+        for callback in riders:
+            callback.skip_evaluation(event)
+        riders = []
+    for callback in riders:
+        callback.begin_evaluation(trainer, pl_module, event)
+    if riders:
+        complete[True] = _show(trainer, pl_module, event, probe_pass, group, shown=riders, replay=False)
+    for callback in [callback for callback in group if callback in runners or callback in riders]:
+        callback.end_evaluation(trainer, pl_module, complete=complete[callback.rides])
+
+
+def _have_layers(pl_module: "pl.LightningModule", probe_pass: ProbePass, group: Sequence["ScheduledCallback"]) -> bool:
+    """Whether the layers are known; if the model has no default ones, the callbacks that need them are told."""
+    try:
+        probe_pass.find_layers(pl_module)
+    except NothingToDoError as error:
+        for callback in group:
+            if callback.needs_layers:
+                callback.report("the default layers", error)
+        return False
+    return True
+
+
+def _is_ready(
+    trainer: "pl.Trainer",
+    pl_module: "pl.LightningModule",
+    event: Event,
+    probe_pass: ProbePass,
+    group: Sequence["ScheduledCallback"],
+) -> bool:
+    """Whether the samples and the layers are known; if they cannot be found, the callbacks are told."""
+    try:
+        probe_pass.source.load(trainer, pl_module)
+        if probe_pass.samples is None:
+            if event.kind == "start":
+                names = _names(group)
+                rank_zero_info(f"{names}: no values before training, because the samples are not known yet.")
+            return False
+        if not probe_pass.reader.is_ready:
+            agreed(trainer, lambda: probe_pass.see_calls(trainer, pl_module))
+    except Exception as error:
+        for callback in group:
+            callback.skip_evaluation(event)
+        _report(trainer, event, probe_pass, group, error)
+        return False
+    return _have_layers(pl_module, probe_pass, group) or any(not callback.needs_layers for callback in group)
+
+
+def _show(
+    trainer: "pl.Trainer",
+    pl_module: "pl.LightningModule",
+    event: Event,
+    probe_pass: ProbePass,
+    group: Sequence["ScheduledCallback"],
+    *,
+    shown: Sequence["ScheduledCallback"],
+    replay: bool,
+) -> bool:
+    """Show all batches to some of the callbacks; returns whether this succeeded on all ranks."""
 
     def show(batch: ProbeBatch) -> None:
-        for callback in group:
+        for callback in shown:
             callback.show(batch)
 
-    complete = True
+    units = probe_pass.source.units
     try:
-        agreed(trainer, lambda: probe_pass.run(trainer, pl_module, show))
+        agreed(trainer, lambda: probe_pass.run(trainer, pl_module, show, replay=replay, keep_units=True))
     except Exception as error:
-        wrong_argument = isinstance(error, MISCONFIGURATIONS) and event.kind in ("start", "validate")
-        if wrong_argument or any(callback.on_error == "raise" for callback in group):
-            raise
-        names = ", ".join(callback.name for callback in group)
-        probe_pass.warn_once(f"{names}: no values, because the pass over the probe set failed. {explain(error)}")
-        complete = False
-    for callback in group:
-        callback.end_evaluation(trainer, pl_module, complete=complete)
+        probe_pass.source.units = units  # as before, also where the pass succeeded, because it failed on another rank
+        _report(trainer, event, probe_pass, group if units is None else shown, error)
+        return False
+    return True
+
+
+def _report(
+    trainer: "pl.Trainer",
+    event: Event,
+    probe_pass: ProbePass,
+    group: Sequence["ScheduledCallback"],
+    error: Exception,
+) -> None:
+    if isinstance(error, (GuessError, FailedOnAnotherRankError)) and probe_pass.source.forget_guess(trainer):
+        rank_zero_info(f"{_names(group)}: no values yet, because it is not known how the model is called.")
+        return
+    if isinstance(error, NothingToDoError):
+        for callback in group:
+            callback.report("the pass over the probe set", error)
+        return
+    if isinstance(error, NoReplayError):
+        probe_pass.warn_once(f"{_names(group)}: no values, because {error}.")
+        return
+    wrong_argument = isinstance(error, MISCONFIGURATIONS) and event.kind in ("start", "validate")
+    if wrong_argument or any(callback.on_error == "raise" for callback in group):
+        raise error
+    probe_pass.warn_once(f"{_names(group)}: no values, because the pass over the probe set failed. {explain(error)}")
+
+
+def _names(group: Sequence["ScheduledCallback"]) -> str:
+    return ", ".join(callback.name for callback in group)
 
 
 _SESSIONS: "WeakKeyDictionary[pl.Trainer, Session]" = WeakKeyDictionary()

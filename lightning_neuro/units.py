@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def latest_layout(model: nn.Module) -> Iterator[Callable[[Tensor], bool | None]]
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal latest
         last = isinstance(module, _CHANNELS_LAST)
-        with suppress(TypeError):  # an output without a tensor determines nothing
+        with suppress(TypeError, RuntimeError):  # an output without a tensor, or with a nested one, determines nothing
             tensor = first_tensor(output)
             if tensor.ndim > 1:
                 latest = last, tensor.shape[-1 if last else 1]
@@ -71,13 +71,43 @@ def latest_layout(model: nn.Module) -> Iterator[Callable[[Tensor], bool | None]]
             handle.remove()
 
 
-def to_units(
+class UnitRows(NamedTuple):
+    """A layer's output as a matrix.
+
+    Attributes:
+        values: (R, units).
+        samples: (R,) int64, the sample of each row; None: one row for each sample, in order.
+        positions: (R,) int64, the position of each row within its sample; None if the rows are no single positions.
+        grid: Shape of the positions of a sample; empty if there is only one.
+        aligned: Whether it is known which sample each row belongs to.
+    """
+
+    values: Tensor
+    samples: Tensor | None = None
+    positions: Tensor | None = None
+    grid: tuple[int, ...] = ()
+    aligned: bool = True
+
+
+def to_units(output: Tensor, reduction: Reduction = "mean", **options: Any) -> Tensor:
+    """The values of `unit_rows`, for the same arguments.
+
+    Example:
+        >>> import torch
+        >>> to_units(torch.arange(8.0).reshape(1, 2, 2, 2)).tolist()
+        [[1.5, 5.5]]
+    """
+    return unit_rows(output, reduction, **options).values
+
+
+def unit_rows(
     output: Tensor,
     reduction: Reduction = "mean",
     *,
     units_last: bool | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    mask: Tensor | None = None,
+    fractions: Tensor | None = None,
+) -> UnitRows:
     """Turn a layer's output into a matrix with a row per sample and a column per unit.
 
     Args:
@@ -87,18 +117,15 @@ def to_units(
             sample; `"flatten"`: each unit at each position is a separate unit.
         units_last: Whether the units lie on the last dimension, else on dimension 1; None: last for three dimensions
             (tokens), dimension 1 for more (feature maps).
-        generator: Generator of the positions for `"random"`, on the CPU.
+        mask: Bool (N, positions), False for padding, which is left out; for `"flatten"` it becomes 0. A mask for
+            another number of positions is not used. A sample without any position is treated as if all were valid.
+        fractions: (N,) in [0, 1), which of the positions to take for `"random"`; default: drawn at random.
 
     Returns:
-        Tensor of shape (N, units), or (N x positions, units) for `"tokens"`.
+        The matrix, of shape (N, units), or (positions, units) for `"tokens"`.
 
     Raises:
         ValueError: If the output has no sample dimension or is not floating-point.
-
-    Example:
-        >>> import torch
-        >>> to_units(torch.arange(8.0).reshape(1, 2, 2, 2)).tolist()
-        [[1.5, 5.5]]
     """
     if not output.is_floating_point() or output.ndim == 0:
         raise ValueError(
@@ -106,25 +133,40 @@ def to_units(
             f" {tuple(output.shape)}."
         )
     if output.ndim == 1:
-        return output.unsqueeze(1)
-    if output.ndim == 2 or reduction == "flatten":
-        return output.flatten(1)
+        return UnitRows(output.unsqueeze(1))
+    if output.ndim == 2:
+        return UnitRows(output)
     if units_last is None:
         units_last = output.ndim == 3
     # (N, positions, units)
     positions = output.flatten(1, -2) if units_last else output.flatten(2).transpose(1, 2)
-    return _reduce(positions, reduction, generator)
+    fits = mask is not None and mask.shape == positions.shape[:2]
+    mask = mask | ~mask.any(1, keepdim=True) if fits and mask is not None else None
+    if reduction == "flatten":
+        return UnitRows((output if mask is None else positions * mask[..., None]).flatten(1))
+    grid = tuple(output.shape[1:-1] if units_last else output.shape[2:])
+    return _reduce(positions, reduction, mask, fractions)._replace(grid=grid)
 
 
-def _reduce(positions: Tensor, reduction: Reduction, generator: torch.Generator | None) -> Tensor:
+def _reduce(positions: Tensor, reduction: Reduction, mask: Tensor | None, fractions: Tensor | None) -> UnitRows:
+    samples, count, _ = positions.shape
+    device = positions.device
     if reduction == "mean":
-        return positions.mean(dim=1)
+        if mask is None:
+            return UnitRows(positions.mean(dim=1))
+        kept = positions.masked_fill(~mask[..., None], 0.0)
+        return UnitRows(kept.sum(dim=1) / mask.sum(1, keepdim=True))
     if reduction == "max":
-        return positions.amax(dim=1)
+        return UnitRows((positions if mask is None else positions.masked_fill(~mask[..., None], -torch.inf)).amax(1))
     if reduction == "cls":
-        return positions[:, 0]
+        return UnitRows(positions[:, 0], positions=torch.zeros(samples, dtype=torch.long, device=device))
     if reduction == "tokens":
-        return positions.flatten(0, 1)
-    samples, count = positions.shape[:2]
-    chosen = torch.randint(count, (samples,), generator=generator).to(positions.device)
-    return positions[torch.arange(samples, device=positions.device), chosen]
+        valid = torch.ones(samples, count, dtype=torch.bool, device=device) if mask is None else mask
+        of_sample, at = valid.nonzero(as_tuple=True)
+        return UnitRows(positions[of_sample, at], of_sample, at)
+    fractions = torch.rand(samples) if fractions is None else fractions
+    valid_counts = torch.full((samples,), count, device=device) if mask is None else mask.sum(1)
+    chosen = (fractions.to(device) * valid_counts).long().clamp(max=valid_counts - 1)
+    if mask is not None:  # the chosen-th of the valid positions
+        chosen = (mask.cumsum(1) > chosen[:, None]).long().argmax(1)
+    return UnitRows(positions[torch.arange(samples, device=device), chosen], positions=chosen)

@@ -137,7 +137,8 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, val: bool = True, *
         "enable_model_summary": False,
     }
     ckpt_path = options.pop("ckpt_path", None)
-    train = options.pop("train", None) or loader(shuffle=True)
+    train = options.pop("train", None)
+    train = loader(shuffle=True) if train is None else train  # a loader without a length has no truth value
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | options))
     trainer.fit(module, train, loader(32) if val else None, ckpt_path=ckpt_path)
     return trainer

@@ -14,6 +14,7 @@ from lightning_neuro.isolation import (
     evaluation_mode,
     isolated_random_state,
     undisturbed,
+    why_no_replay,
     why_off,
     without_inference_mode,
 )
@@ -181,10 +182,11 @@ def test_undisturbed_in_validation_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
-def test_sharded_weights_turn_the_callbacks_off(strategy: str) -> None:
+def test_sharded_weights_allow_no_pass_of_our_own(strategy: str) -> None:
     trainer: Any = SimpleNamespace(barebones=False, strategy=type(strategy, (), {})())
-    assert strategy in why_off(trainer)
+    assert strategy in why_no_replay(trainer) and why_off(trainer) == ""
 
 
 def test_an_ordinary_trainer_leaves_them_on() -> None:
-    assert why_off(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)) == ""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert why_off(trainer) == why_no_replay(trainer) == ""

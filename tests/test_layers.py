@@ -121,6 +121,8 @@ def test_default_of_a_model_without_hidden_layers_explains(net: nn.Module) -> No
         ("_orig_mod.net.0", "net.0"),
         ("net._orig_mod.0._orig_mod", "net.0"),
         ("net_orig_mod", "net_orig_mod"),
+        ("net._fsdp_wrapped_module.0._checkpoint_wrapped_module.act", "net.0.act"),
+        ("net.module.0", "net.module.0"),
     ],
 )
 def test_clean_name(name: str, clean: str) -> None:
@@ -134,3 +136,25 @@ def test_a_compiled_module_stands_under_the_name_of_what_it_wraps() -> None:
     assert list(named_layers(wrapped)) == ["0", "0.0", "0.1", "0.2", "1"]
     assert resolve_layers(wrapped, "0") == {"0": net}
     assert resolve_layers(torch.compile(net), "1") == {"1": net[1]}
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, None], ids=["DataParallel", "DistributedDataParallel"])
+def test_a_module_in_a_parallel_wrapper_stands_under_the_name_of_the_wrapper(wrap: Any) -> None:
+    if wrap is None:
+        # As the constructor leaves it, which needs a process group.
+        def wrap(module: nn.Module) -> nn.Module:
+            wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+            nn.Module.__init__(wrapper)
+            wrapper.module = module
+            return wrapper
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    net = nn.Sequential(nn.Linear(2, 2), Own())
+    assert list(named_layers(wrap(net))) == ["0", "1", "1.module"]
+    wrapped = nn.Sequential(wrap(net), nn.ReLU())
+    assert list(named_layers(wrapped)) == ["0", "0.0", "0.1", "0.1.module", "1"]
+    assert named_layers(wrapped)["0"] is net

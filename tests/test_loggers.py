@@ -1,5 +1,6 @@
 """Scalars to every logger, pictures to those that can hold them."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 
 from lightning_neuro.loggers import (
     artefact_folder,
@@ -159,7 +165,31 @@ def test_pictures_in_tensorboard(tmp_path: Path) -> None:
     value = histogram.histogram_value
     assert (value.min, value.max, value.num, value.sum, histogram.step) == (0, 99, 100, 4950, 3)
     assert len(value.bucket) <= 52
-    assert b"^family/a$" in events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    charts = read(str(Path(logger.log_dir) / "charts"))
+    assert b"^family/a$" in charts.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_epoch_end"])
+def test_tensorboard_shows_the_layout_of_the_user_too(hook: str, tmp_path: Path) -> None:
+    def own(trainer: Any, pl_module: Any) -> None:
+        trainer.logger.experiment.add_custom_scalars({"mine": {"losses": ["Multiline", ["train_loss"]]}})
+
+    def log(trainer: Any, pl_module: Any) -> None:
+        log_layout(trainer, {"family": {"chart": ["Multiline", ["^family/a$"]]}})
+
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    fit(mlp(), At(hook, own), At("on_train_start", log), logger=logger, max_epochs=1)
+    assert {category["title"] for category in shown(tmp_path)["category"]} == {"mine", "family"}
+
+
+def shown(folder: Path) -> Any:
+    """The page that TensorBoard's own plugin shows for a log directory."""
+    runs = EventMultiplexer()
+    runs.AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    provider = MultiplexerDataProvider(runs, str(folder))
+    plugin = CustomScalarsPlugin(TBContext(logdir=str(folder), multiplexer=runs, data_provider=provider))
+    return json.loads(plugin.layout_impl(RequestContext(), ""))
 
 
 class Pictures(MemoryLogger):

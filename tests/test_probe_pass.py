@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import MetricCallback, Probe
-from lightning_neuro.checks import ArgumentError
-from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.model_runner import GuessError
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_pass import ProbePass
 from lightning_neuro.session import session_of
 from lightning_neuro.units import to_units
 from tests.helpers import hooks_of
@@ -69,8 +70,8 @@ def test_callbacks_with_equal_probes_share_one_pass(other: Any, looks: int) -> N
         MetricCallback(MeanActivation(), Probe(**({"num_samples": 16} | other)), name="b"),
     ]
     fit(Module(net), *callbacks, max_epochs=2, limit_val_batches=0)
-    # Before training and after each of two epochs, a batch (or two) each.
-    assert net.looks == 3 * (1 if looks == 1 else 1 + 2)
+    # Before training and after each of two epochs, a batch (or two) each; and one batch to see what the model calls.
+    assert net.looks == (1 + 3 * 1 if looks == 1 else (1 + 3 * 1) + (1 + 3 * 2))
     if looks == 1:
         assert callbacks[0].initial["a/value"] == callbacks[1].initial["b/value"]
         assert callbacks[0].scalars["a/value"] == callbacks[1].scalars["b/value"] != callbacks[0].initial["a/value"]
@@ -178,13 +179,13 @@ class Transfers(Module):
         return batch
 
 
-def test_transfer_hooks_run_in_the_validation_stage_each_time_anew() -> None:
+def test_transfer_hooks_run_once_and_in_the_validation_stage() -> None:
     probe = Probe(source=images(8), num_samples=8)
     plain = look(probe, mlp())
     watch = look(Probe(source=images(8), num_samples=8), Transfers(mlp().net))
     for number in (0, 1):
         torch.testing.assert_close(watch.passes[number][0].inputs, plain.passes[0][0].inputs * 2 + 1)
-        assert watch.passes[number][0].batch[0] is watch.passes[number][0].inputs
+        assert torch.equal(watch.passes[number][0].batch[0], watch.passes[number][0].inputs)
 
 
 # Layers and reductions -----------------------------------------------------------------------------------------------
@@ -247,7 +248,8 @@ def test_tokens_are_shown_to_a_metric_with_the_target_of_their_sample() -> None:
             super().update(metric, activations, batch)
             y = batch.targets
             assert y is not None
-            self.expected = y.tolist()
+            assert batch.sample_index is not None and batch.labels.classes is not None
+            self.expected = batch.labels.classes.tolist()
 
     class Targets(MeanActivation):
         def update(self, activations: Tensor, targets: Tensor | None = None) -> None:
@@ -372,7 +374,7 @@ class NoForward(pl.LightningModule):
 
 
 def test_a_model_without_forward_explains_and_can_be_told() -> None:
-    with pytest.raises(ArgumentError, match=r"NoForward has no `forward`.*Probe\(forward_fn="):
+    with pytest.raises(GuessError, match=r"NoForward has no `forward`.*Probe\(forward_fn="):
         look(Probe(), NoForward())
     watch = look(Probe(num_samples=8, forward_fn=lambda pl_module, x: pl_module.net(x)), NoForward())
     expected = look(Probe(num_samples=8), mlp(), limit_val_batches=0)
@@ -382,7 +384,7 @@ def test_a_model_without_forward_explains_and_can_be_told() -> None:
 def test_input_and_target_functions() -> None:
     x, y = images(8).tensors
     batch = {"pictures": {"left": x}, "class": y}
-    with pytest.raises(ArgumentError, match=r"keys 'pictures', 'class'.*Probe\(input_fn="):
+    with pytest.raises(GuessError, match=r"keys 'pictures', 'class'.*Probe\(input_fn="):
         look(Probe(source=[batch]), mlp())
     probe = Probe(source=[batch], input_fn=lambda b: b["pictures"]["left"], target_fn=lambda b: b["class"])
     watch = look(probe, mlp())
@@ -442,7 +444,7 @@ def test_validation_switched_off_looks_at_training_data() -> None:
     assert sum(batch.num_samples for batch in watch.passes[0]) == 64
 
 
-def test_labels_that_the_dataset_holds_are_read_without_loading_samples() -> None:
+def test_labels_that_the_dataset_holds_are_read_without_loading_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(TensorDataset):
         loaded = 0
 
@@ -450,5 +452,7 @@ def test_labels_that_the_dataset_holds_are_read_without_loading_samples() -> Non
             Counted.loaded += 1
             return super().__getitem__(index)
 
+    # In this process, so that loading can be counted.
+    monkeypatch.setattr("lightning_neuro.dataset_loading._can_fork", lambda: False)
     look(Probe(source=Counted(*images(64).tensors), num_samples=8), mlp())
     assert Counted.loaded == 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_neuro.units import latest_layout, to_units
+from lightning_neuro.units import latest_layout, to_units, unit_rows
 from tests.helpers import hooks_of
 
 
@@ -37,13 +37,13 @@ def test_the_latest_layout_follows_the_pass_and_not_the_order_of_declaration() -
 SHAPES = {2: (3, 4), 3: (3, 4, 5), 4: (3, 4, 5, 2), 5: (3, 4, 2, 5, 3)}
 
 
-def literal(output: Tensor, reduction: str, *, last: bool, generator: torch.Generator) -> Tensor:
+def literal(output: Tensor, reduction: str, *, last: bool, fractions: Tensor) -> Tensor:
     """Positions of a sample in row-major order, read one index at a time."""
     if output.ndim == 2:
         return output
     rows: list[list[float]] = []
     count = output[0].numel() // output.shape[-1 if last else 1]
-    chosen = torch.randint(count, (len(output),), generator=generator).tolist()
+    chosen = [int(fraction * count) for fraction in fractions.tolist()]
     for n, sample in enumerate(output):
         if reduction == "flatten":
             rows.append(sample.reshape(-1).tolist())
@@ -71,10 +71,40 @@ def literal(output: Tensor, reduction: str, *, last: bool, generator: torch.Gene
 @pytest.mark.parametrize("ndim", SHAPES)
 def test_reductions_are_what_a_loop_gives(ndim: int, last: bool, reduction: Any) -> None:
     output = torch.randn(SHAPES[ndim], generator=torch.Generator().manual_seed(ndim))
-    units = to_units(output, reduction, units_last=last, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(
-        units, literal(output, reduction, last=last, generator=torch.Generator().manual_seed(3)), atol=1e-6, rtol=1e-6
-    )
+    fractions = torch.tensor([0.0, 0.55, 0.99])
+    units = to_units(output, reduction, units_last=last, fractions=fractions)
+    expected = literal(output, reduction, last=last, fractions=fractions)
+    torch.testing.assert_close(units, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "max", "tokens", "random", "cls", "flatten"])
+@pytest.mark.parametrize("last", [True, False])
+def test_padding_changes_nothing(reduction: Any, last: bool) -> None:
+    """Each sample alone, without its padding, gives the rows that it has in the padded batch."""
+    lengths, fractions = [2, 5, 3], torch.tensor([0.9, 0.3, 0.7])
+    samples = [torch.randn(length, 4, generator=torch.Generator().manual_seed(length)) for length in lengths]
+    padded = torch.full((3, 5, 4), 1e6)
+    for sample, row in zip(samples, padded, strict=True):
+        row[: len(sample)] = sample
+    mask = torch.arange(5)[None] < torch.tensor(lengths)[:, None]
+    batch = padded if last else padded.transpose(1, 2)
+    found = unit_rows(batch, reduction, units_last=last, mask=mask, fractions=fractions)
+    if reduction == "flatten":
+        assert torch.equal(found.values, (padded * mask[..., None]).flatten(1))
+        return
+    alone = [unit_rows(sample[None], reduction, fractions=fractions[n : n + 1]) for n, sample in enumerate(samples)]
+    torch.testing.assert_close(found.values, torch.cat([rows.values for rows in alone]))
+    if reduction == "tokens":
+        assert found.samples is not None and found.samples.tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
+        assert found.positions is not None and found.positions.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 2]
+
+
+def test_a_mask_that_does_not_fit_or_leaves_nothing_is_not_used() -> None:
+    output = torch.randn(2, 3, 4)
+    other = torch.tensor([[True, False], [True, True]])
+    assert torch.equal(to_units(output, mask=other), output.mean(1))
+    none = torch.tensor([[False, False, False], [True, False, False]])
+    torch.testing.assert_close(to_units(output, mask=none), torch.stack([output[0].mean(0), output[1, 0]]))
 
 
 @pytest.mark.parametrize(("ndim", "last"), [(3, True), (4, False), (5, False)])

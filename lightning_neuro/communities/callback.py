@@ -97,7 +97,7 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
     ) -> None:
         metric = NeuronModularity(**options)
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
-        self.needs_labels = metric.mode == "mostafa2021"  # one graph per class
+        self.needs_labels = self.requested = metric.mode == "mostafa2021"  # one graph per class
 
     def layer_measures(self, result: CommunityResult, memory: Memory | None) -> dict[str, float]:
         """The result's scalars, and the agreement with the communities of the previous evaluation."""

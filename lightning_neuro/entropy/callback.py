@@ -13,7 +13,7 @@ from lightning_neuro.entropy.options import Calibrate, EntropyOptions
 from lightning_neuro.entropy.plot import plot_entropy
 from lightning_neuro.entropy.result import EntropyResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
 from lightning_neuro.scheduled_callback import OnError
 

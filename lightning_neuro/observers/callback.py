@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from math import nan
-from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -28,7 +29,7 @@ from lightning_neuro.observers.plot_units import plot_explanation, plot_maps
 from lightning_neuro.observers.raw_input import RawInput
 from lightning_neuro.observers.result import MEASURES, ObserverResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import on_any_rank
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         self.before: dict[str, list[float]] = {}
         self.depth: DepthCurve | None = None
         self._raw_input: RawInput | None = None
-        self._facts: tuple[ProbeBatch, Tensor, Tensor] | None = None
+        self._facts: tuple[Any, Tensor, Tensor] | None = None
         self._num_read = 0
 
     def release(self) -> None:
@@ -173,19 +174,37 @@ class ObserverProbes(MetricCallback[ObserverResult]):
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
         """Update the layer's observers with its activations in one batch."""
-        attributes, groups = self._facts_of(batch)
-        repeat = len(activations) // max(1, len(groups))  # several positions of one sample
-        labels = None if batch.targets is None else batch.targets.repeat_interleave(repeat)
-        values = labels if self.attributes is None else attributes.repeat_interleave(repeat, dim=0)
-        metric.update(activations, values, labels, groups.repeat_interleave(repeat))
+        given, groups = self._facts_of(batch)
+        index = torch.arange(len(groups)) if batch.sample_index is None else batch.sample_index.cpu()
+        labels = batch.targets
+        values = given[index] if self.attributes is not None else self._values(batch, index)
+        if values is None:
+            raise ValueError("its output has no label for each of its rows")
+        rows = torch.arange(len(activations))
+        if values is labels and labels is not None and bool((labels < 0).any()):  # ignored
+            rows = (labels >= 0).nonzero().flatten().cpu()
+        on = rows.to(activations.device)
+        values = values[rows.to(values.device)]
+        labels = None if labels is None else labels[rows.to(labels.device)]
+        metric.update(activations[on], values, labels, groups[index[rows]])
+
+    def _values(self, batch: ProbeBatch, index: Tensor) -> Tensor | None:
+        """What to predict by default: the classes, else the attributes that the targets say of each sample."""
+        if batch.targets is not None or batch.labels.attributes is None:
+            return batch.targets
+        return batch.labels.attributes.cpu()[index]
+
+    def finds_targets(self, batch: ProbeBatch) -> bool:
+        """Whether the batch holds what the observers are to predict."""
+        return super().finds_targets(batch) or batch.labels.attributes is not None
 
     def _facts_of(self, batch: ProbeBatch) -> tuple[Tensor, Tensor]:
         """Attributes, (N, A), and groups, (N,), read once per batch for all layers."""
-        if self._facts is None or self._facts[0] is not batch:
+        if self._facts is None or self._facts[0] is not batch.batch:
             count = batch.num_samples
             attributes = read_attribute_values(self.attributes or {}, batch.batch, count)
             groups = None if self.group_fn is None else read_groups(self.group_fn, batch.batch, count)
-            self._facts = batch, attributes, fold_groups(groups, batch.inputs, count, num_before=self._num_read)
+            self._facts = batch.batch, attributes, fold_groups(groups, batch.inputs, count, num_before=self._num_read)
             self._num_read += count
         return self._facts[1:]
 
@@ -196,8 +215,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         raw_input, self._raw_input, self._facts = self._raw_input, None, None
         if self.attributes is None:
             results = {
-                layer: replace(result, names=class_attribute_names(len(result.names), self.class_names))
-                for layer, result in results.items()
+                layer: replace(result, names=self._names(len(result.names))) for layer, result in results.items()
             }
         if results and raw_input is not None:
             names = next(iter(results.values())).names
@@ -208,6 +226,11 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         layers = [result.denotation for result in results.values() if result.denotation is not None]
         self.depth = depth_curve(layers) if layers else None
         return results
+
+    def _names(self, number: int) -> tuple[str, ...]:
+        """Names of the attributes that the targets say of a sample, or of its classes."""
+        named = self.probe_pass.attribute_names
+        return named if len(named) == number else class_attribute_names(number, self.class_names)
 
     def _scores_of(self, trainer: "pl.Trainer", raw_input: RawInput) -> dict[int, float]:
         usable = self.attempt(trainer, "the raw input", raw_input.check)

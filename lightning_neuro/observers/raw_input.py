@@ -6,7 +6,7 @@ from math import isfinite
 from torch import Tensor
 
 from lightning_neuro.observers.metric import LinearObserver
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 
 MAX_INPUTS = 8192
 
@@ -21,6 +21,7 @@ class RawInput:
     def __init__(self, metric: LinearObserver) -> None:
         self.metric = metric
         self.error: Exception | None = None
+        self._widths: set[int] = set()
 
     def add(self, batch: ProbeBatch, update: Callable[[LinearObserver, Tensor], None]) -> None:
         """Call `update` with the metric and the batch's input as rows, if it is floating-point with a row per sample.
@@ -33,6 +34,10 @@ class RawInput:
         if len(values) != batch.num_samples:
             return
         rows = values.reshape(len(values), -1)
+        self._widths.add(rows.shape[1])
+        if len(self._widths) > 1:  # sequences of different lengths have no common features
+            self.error = None
+            return
         # Evenly spread elements of a large image carry nearly the same information as all of them.
         step = -(-rows.shape[1] // MAX_INPUTS)
         try:
@@ -44,7 +49,7 @@ class RawInput:
         """Whether anything was added; raises the first error of `add`."""
         if self.error is not None:
             raise self.error
-        return self.metric.update_called
+        return self.metric.update_called and len(self._widths) == 1
 
     def scores(self) -> dict[int, float]:
         """Index of the attribute -> balanced accuracy, where defined."""

@@ -21,7 +21,7 @@ from lightning_neuro.paths.previous_paths import Previous, previous_gates, to_re
 from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples, read_concepts
 from lightning_neuro.paths.result import PathResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.scheduled_callback import OnError
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ class ConceptPaths(MetricCallback[PathResult]):
         history: Training step and layer -> stability, from the second evaluation on.
 
     Raises:
-        ArgumentError: If an option is invalid, at construction. If the batches have no class labels or the model
-            returns no logits, before the first training step.
+        ArgumentError: If an option is invalid, at construction. If an argument asks for what is not there (the batches
+            have no class labels, or the model returns no logits), before the first training step. Without arguments,
+            the callback is then disabled with a warning.
 
     Source:
         J. Hu et al., *Architecture Disentanglement for Deep Neural Networks*, arXiv 2003.13268 (2021), for the idea and
@@ -109,6 +110,7 @@ class ConceptPaths(MetricCallback[PathResult]):
     """
 
     family = "paths"
+    rides = False
     baselines = ("overlap",)
     charts = {"overlap of paths, and its noise floor": ("overlap", "self_overlap")}  # noqa: RUF012
     histogram_name = "reuse"
@@ -147,6 +149,7 @@ class ConceptPaths(MetricCallback[PathResult]):
         self.samples_per_class = samples_per_class
         self.concept_fn = concept_fn
         self.flow = flow
+        self.requested = bool(options) or any(argument is not None for argument in (concept_fn, hierarchy, flow))
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
 
     def start_run(self) -> None:
@@ -159,22 +162,29 @@ class ConceptPaths(MetricCallback[PathResult]):
         self._samples: ProbeSamples | None = None
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Choose the samples, in a separate pass before the first evaluation."""
+        """Choose the samples, before the first evaluation."""
         self.evaluation = self._samples = None
         if trainer.world_size > 1:
             mode = self.search.mode
             require(mode != "nad", "mode", "be 'attribution' in more than one process", mode)
+        probe_pass = self.probe_pass
         if self._choice is None:
-            probe_pass = self.probe_pass
             self._choice = choose_samples(
                 trainer,
-                lambda visit: probe_pass.run(trainer, pl_module, visit),
+                lambda visit: probe_pass.show_samples(trainer, pl_module, visit),
                 lambda batch: read_concepts(batch, self.concept_fn),
                 self.samples_per_class,
             )
-        run = self.probe.forward_fn
-        forward = None if run is None else lambda inputs: run(pl_module, inputs)
-        self._samples = ProbeSamples(GatedModel(pl_module, self.probe_pass.layers, forward), self._choice)
+        classes: int | None = None  # what `forward_fn` returns is taken for logits
+        if self.probe.forward_fn is None:
+            names = self.probe.class_names
+            classes = probe_pass.count_classes(trainer, pl_module) if names is None else len(names)
+
+        def forward(inputs: Any) -> Any:
+            return probe_pass.forward(pl_module, inputs)
+
+        gated = GatedModel(pl_module, probe_pass.layers, forward, num_classes=classes)
+        self._samples = ProbeSamples(gated, self._choice)
 
     def observe(self, batch: ProbeBatch) -> None:
         """Compute the contributions of all units to the logits of the batch's own classes."""

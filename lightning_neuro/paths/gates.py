@@ -26,11 +26,11 @@ from lightning_neuro.paths.layer_outputs import (
     UnitAxes,
     broadcast,
     check_classes,
-    class_scores,
     unit_axes,
     unit_means,
     with_tensor,
 )
+from lightning_neuro.paths.logits import class_scores
 from lightning_neuro.units import latest_layout
 
 
@@ -94,6 +94,8 @@ class GatedModel:
         model: The model.
         layers: Module by name.
         forward: Runs the model on its inputs. Default: the model itself.
+        num_classes: Number of classes of the labels, by which outputs that are no logits are recognised; see
+            `class_scores`. None: the output is taken for logits.
 
     Attributes:
         names: Site -> its key in scores and paths; available after a pass of `attribute` or `locate_units`.
@@ -102,11 +104,17 @@ class GatedModel:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], forward: Callable[[Any], Any] | None = None
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        forward: Callable[[Any], Any] | None = None,
+        *,
+        num_classes: int | None = None,
     ) -> None:
         self.model = model
         self.layers = dict(layers)
         self.forward: Callable[[Any], Any] = model if forward is None else forward
+        self.num_classes = num_classes
         self.names: dict[Site, str] = {}
         self.axes: dict[str, UnitAxes] = {}
         self.failures: dict[str, str] = {}
@@ -217,7 +225,7 @@ class GatedModel:
         hook = _OutputHook({id(module): name for name, module in self.layers.items()}, act)
         handle = register_module_forward_hook(hook)
         try:
-            return class_scores(self._forward(inputs), num_samples)
+            return class_scores(self._forward(inputs), num_samples, self.num_classes)
         finally:
             handle.remove()
 
@@ -258,7 +266,7 @@ class GatedModel:
             try:
                 # Registered after the hooks of the layout, which must have seen a layer before it is queried.
                 handles = [module.register_forward_hook(hook) for module in self.layers.values()]
-                logits = class_scores(self._forward(inputs), num_samples)
+                logits = class_scores(self._forward(inputs), num_samples, self.num_classes)
             finally:
                 for handle in handles:
                     handle.remove()

@@ -1,6 +1,8 @@
-"""Finds the units in a layer's output, and the logits in a model's output."""
+"""Finds the units in a layer's output."""
 
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ def unit_means(output: Tensor, axes: UnitAxes) -> Tensor:
 
 
 def with_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
-    """A layer's output with one tensor replaced; the output may be a tensor, tuple, list or mapping."""
+    """A layer's output with one tensor replaced; the output may be a tensor, tuple, list, mapping or dataclass."""
     if output is old:
         return new
     if isinstance(output, Mapping):
@@ -77,28 +79,13 @@ def with_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(output, (tuple, list)):
         parts = [with_tensor(value, old, new) for value in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if is_dataclass(output) and not isinstance(output, type):
+        replaced: Any = copy(output)
+        for field in fields(output):
+            # Not by the constructor, which may not take every field; and a frozen dataclass has no other setter.
+            object.__setattr__(replaced, field.name, with_tensor(getattr(output, field.name), old, new))
+        return replaced
     return output
-
-
-def class_scores(output: Any, num_samples: int) -> Tensor:
-    """The (N, classes) logits in a model's output.
-
-    Raises:
-        ArgumentError: If the output holds no logits.
-    """
-    found: Any = output
-    if isinstance(output, Mapping):
-        found = output.get("logits", next((value for value in output.values() if isinstance(value, Tensor)), None))
-    elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    is_table = isinstance(found, Tensor) and found.is_floating_point() and found.ndim == 2
-    if isinstance(found, Tensor) and is_table and found.shape[0] == num_samples and found.shape[1] >= 2:
-        return found
-    seen = describe(found if isinstance(found, Tensor) else output)
-    raise ArgumentError(
-        f"The model must return logits of shape (N, classes) with at least 2 classes; for {num_samples} samples it"
-        f" returned {seen}."
-    )
 
 
 def integer_labels(labels: Any, *, name: str = "targets") -> Tensor:

@@ -14,7 +14,7 @@ from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_k
 from lightning_neuro.paths.half_split import numbers_in_concept
 from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts, masked_table
 from lightning_neuro.paths.options import Ablation
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
 
 # The size of the states is quadratic in the number of concepts.
@@ -139,7 +139,7 @@ class ProbeSamples:
             return self._attribute(batch, read_concepts(batch, concept_fn), ablation)
         except ArgumentError as error:
             remedy = "If the model returns no logits, pass `Probe(forward_fn=lambda module, inputs: ...)`."
-            self.failure = ArgumentError(f"ConceptPaths: {error} {remedy}")
+            self.failure = type(error)(f"ConceptPaths: {error} {remedy}")
         except Exception as error:
             self.failure = error
         return None

@@ -1,5 +1,6 @@
 """What must be in place before the first forward pass of a fit: hooks on the layers, and the ids of the samples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
@@ -27,19 +28,29 @@ class Attachment:
     ids: SampleIds | None
 
     def close(self) -> None:
-        """Remove the hooks from the layers, and stop listening to the data loader."""
+        """Remove the hooks from the layers."""
         self.hooks.remove()
-        if self.ids is not None:
-            self.ids.close()
 
 
-def attach(trainer: "pl.Trainer", pl_module: "pl.LightningModule", options: RunOptions) -> Attachment:
+def attach(
+    pl_module: "pl.LightningModule",
+    options: RunOptions,
+    ids: SampleIds | None,
+    *,
+    order: Sequence[str] | None = None,
+) -> Attachment:
     """Find the layers and hook them, in `on_fit_start`: a model that was compiled without hooks does not call them.
+
+    Args:
+        pl_module: The model.
+        options: What to trace.
+        ids: The ids of the samples; None if they are not needed.
+        order: Names of the layers in the order in which a forward pass called them, for the default layer.
 
     Raises:
         ArgumentError: If a layer cannot be traced, or an option needs a linear layer.
     """
-    layers = find_layers(pl_module, options.layers, "layers")
+    layers = find_layers(pl_module, options.layers, "layers", order=order)
     traced = tuple(layers)
     if not isinstance(options.track_samples, bool):
         layers |= find_layers(pl_module, options.track_samples, "track_samples")
@@ -52,5 +63,5 @@ def attach(trainer: "pl.Trainer", pl_module: "pl.LightningModule", options: RunO
         traced=traced,
         tracked=tuple(layers) if options.track_samples else (),
         hooks=GradientHooks(layers),
-        ids=SampleIds(trainer, options.sample_id_fn) if options.needs_sample_ids else None,
+        ids=ids,
     )

@@ -1,6 +1,6 @@
 """Representation refinement as training curves: which training samples shaped a layer, exactly, while it is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -13,11 +13,13 @@ from lightning_neuro import loggers
 from lightning_neuro.batches import BatchField
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.ranks import names_on_all_ranks
 from lightning_neuro.refinement.influence import Influence
+from lightning_neuro.refinement.layer_gradients import fitting_dims, why_unsupported
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
-from lightning_neuro.refinement.options import Direction, Mode, RunOptions
+from lightning_neuro.refinement.options import MEMORY_LIMIT, Direction, Mode, RunOptions
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.plot import plot_refinement
 from lightning_neuro.refinement.result import Divided, RefinementExplanation, RefinementResult, with_sample_gini
@@ -49,16 +51,17 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
 
     Args:
         probe: The samples that are explained, and when; see `Probe`. Its `layers` are not used here.
-        layers: Names or globs of linear and convolution layers; default: the classifier head (the last of them). In
-            each step, a layer costs its weight gradient once more. Its ledger takes (classes + 2) copies of its weights
-            in double precision, and twice as many with momentum or Adam.
+        layers: Names or globs of linear and convolution layers; default: the classifier head (the last one that is
+            trained and can be traced). In each step, a layer costs its weight gradient once more. Its ledger takes
+            (classes + 2) copies of its weights in double precision, and twice as many with momentum or Adam.
         mode: `"exact"`, or `"pfahler2021"` to also keep the change of the weights in each step, for the scores of the
             paper (`step_scores`): for small runs.
         phases: Number of equal phases of the planned training, or the optimizer steps after which a phase ends.
         source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
             comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
             "other". Default: the sources are the classes.
-        num_sources: Number of sources, at most 100; default: the number of classes in the probe set.
+        num_sources: Number of sources, at most 100; default: the number of classes in the probe set. Of more than 100
+            classes, the first 99 are followed, and all others count as "other".
         track_samples: Whether to track how much each training sample refined the layers, r_i = learning rate x
             |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
             `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled
@@ -108,8 +111,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         sample_table: The table of the training samples.
 
     Raises:
-        ArgumentError: If an argument is invalid, at construction. Before the first step: if a layer cannot be traced,
-            class labels are missing, or there are too many sources or too little memory.
+        ArgumentError: If an argument is invalid, at construction. Before the first step: if an argument that was given
+            cannot be met: a layer cannot be traced, there are too many sources, or too little memory. Without
+            arguments, a warning says why nothing is logged, and training goes on.
 
     Source:
         L. Pfahler, K. Morik, arXiv 2109.05880 (2021), for refinement and its parts by training step. The exact division
@@ -120,6 +124,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     """
 
     family = "refinement"
+    rides = False
     needs_layers = False
     charts = {  # noqa: RUF012
         "share of a sample's own class": ("own_class_share", "own_class_share_null"),
@@ -150,7 +155,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         influence_every_n_steps: int | None = None,
         update_log: bool | str | Path = False,
         update_log_limit: int | str = "1GB",
-        memory_limit: int | str = "1GB",
+        memory_limit: int | str = MEMORY_LIMIT,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
         on_error: Literal["warn", "raise"] = "warn",
@@ -245,6 +250,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             return
         for layer, error in self.run.broken.items():
             self.note_failure(layer, error)
+            self._warned.add(f"layer '{layer}'/error")  # reported in the training step
         for layer in self.ledger:
             if layer not in self.hooks.recorded:
                 self.warn_once(layer, f"{self.name}: layer '{layer}' was not called, so it is left out.")
@@ -255,8 +261,12 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         try:
             assert self.run is not None
             rows = self.run.rows(batch.batch, batch.targets)
+            module = self.ledger[layer].module
+            if fitting_dims(module, inputs, batch.num_samples):
+                inputs, outputs = self.run.sample_dims.samples_first(layer, module, inputs, outputs, batch.num_samples)
             # A `source_fn` that is written for several views of a training batch does not fit the single view here.
-            targets = rows if len(rows) == batch.num_samples else None
+            known = self.needs_labels or self.options.source_fn is not None
+            targets = rows if known and len(rows) == batch.num_samples else None
             cast("RefinementSummary", self.metric_at(layer, outputs.device)).update(inputs, outputs, targets)
         except Exception as error:
             self.note_failure(layer, error)
@@ -265,7 +275,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         """The `RefinementSummary` of one layer."""
         metric = self.layer_metrics.get(layer)
         if not isinstance(metric, RefinementSummary) or metric.ledger is not self.ledger[layer]:
-            metric = RefinementSummary(self.ledger[layer], own=self.options.source_fn is None)
+            metric = RefinementSummary(self.ledger[layer], own=self.needs_labels)
             self.layer_metrics[layer] = metric
         return metric.to(device)
 
@@ -280,13 +290,21 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             self.hooks.stop_recording()
         if trainer.state.fn == "fit" and self.tracking is not None:
             self._whole_table = self.tracking.table_over_ranks(trainer)
+        everywhere, elsewhere = names_on_all_ranks(trainer, [] if self.run is None else list(self.run.broken))
+        broken = {*everywhere, *elsewhere}
+        # The last values of a layer that is not followed any more are not those of the present network.
+        self.scalars = {
+            key: value for key, value in self.scalars.items() if not broken or (results and not _is_of(key, broken))
+        }
         if not results or self._whole_table is None:
             return results
         for kind, note in self._whole_table.notes().items():
             self.warn_once(f"samples/{kind}", f"{self.name}: {note}")
-        return with_sample_gini(
-            results, {layer: gini(self._whole_table.values(layer)) for layer in self._whole_table.layers}
-        )
+        layers = {} if self.hooks is None else self.hooks.layers
+        followed = [
+            name for name in self._whole_table.layers if name in layers and not why_unsupported(layers[name][0])
+        ]
+        return with_sample_gini(results, {layer: gini(self._whole_table.values(layer)) for layer in followed})
 
     def draw(self, results: Mapping[str, Divided]) -> dict[str, "Figure"]:
         """Draw which classes of training samples shaped the output for which classes, and when."""
@@ -301,3 +319,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         top = tracking.top_over_ranks(trainer)
         with self.guarded("the figure of influence"):
             loggers.log_figures(trainer, self.name, lambda: tracking.draw_influence(trainer, top, self.class_names))
+
+
+def _is_of(key: str, layers: Collection[str]) -> bool:
+    """Whether a key is the value of one of these layers."""
+    return key.rpartition("/")[2] in layers

@@ -16,11 +16,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 PRIVATE_NAMES = {
     "DataLoader": ("_index_sampler",),
     "_BaseDataLoaderIter": ("_next_index", "_index_sampler", "_sampler_iter", "_num_yielded"),
+    "_MultiProcessingDataLoaderIter": ("_send_idx",),
     "_FitLoop": ("_data_fetcher",),
     "CombinedLoader": ("_iterator",),
     "_ModeIterator": ("iterators",),
@@ -50,7 +51,8 @@ class DrawnIndices:
     """Finds the dataset indices of the samples in each training batch.
 
     Args:
-        trainer: The trainer, before it creates the iterator over its training loader: in `on_fit_start`.
+        trainer: The trainer, before it creates the iterator over its training loader: in `setup`, because a learning
+            rate finder trains in `on_fit_start`.
 
     Raises:
         UnknownInternalsError: If the installed torch has no `_BaseDataLoaderIter._next_index`.
@@ -103,12 +105,12 @@ class DrawnIndices:
             if not self._is_over_training_data(iterator):
                 return
             sampler_iter = _private(iterator, "_sampler_iter")
+            requests = self._requests.get(iterator)
+            if requests is None or requests.sampler_iter is not sampler_iter:  # an iterator is reused in the next epoch
+                requests = self._requests[iterator] = _Requests(sampler_iter, _num_requested(iterator))
         except UnknownInternalsError as error:
             self._error = error  # raised when the indices are asked for, not inside the loader
             return
-        requests = self._requests.get(iterator)
-        if requests is None or requests.sampler_iter is not sampler_iter:  # an iterator is reused in the next epoch
-            requests = self._requests[iterator] = _Requests(sampler_iter)
         requests.add(indices)
 
     def _is_over_training_data(self, iterator: Any) -> bool:
@@ -135,12 +137,18 @@ class DrawnIndices:
         return iterators[0] if iterators else None
 
 
+def _num_requested(iterator: Any) -> int:
+    """Number of batches that an iterator has requested before the one that it requests now."""
+    in_workers = isinstance(iterator, _MultiProcessingDataLoaderIter)  # which run ahead
+    return int(_private(iterator, "_send_idx") if in_workers else _private(iterator, "_num_yielded"))
+
+
 @dataclass(eq=False)
 class _Requests:
     """What a sampler has returned to one iterator, by the number of the request, until it is taken."""
 
     sampler_iter: Any
-    count: int = 0
+    count: int
     kept: dict[int, Any] = field(default_factory=dict)
 
     def add(self, indices: Any) -> None:

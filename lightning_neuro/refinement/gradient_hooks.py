@@ -8,15 +8,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_neuro.batches import first_tensor
+from lightning_neuro.refinement.backward_passes import BackwardPasses, LayerCall, LayerPass
 from lightning_neuro.refinement.layer_gradients import Operator, parameters_of
 
 # Further calls of a module in one forward pass of the probe set (in a loop, say) are not evaluated.
 MAX_EVALUATED_CALLS = 64
-
-
-def _is_zero(gradient: Tensor | None) -> bool:
-    """Whether a gradient was reset; waits for the device only if the gradient is accumulated or zeroed in place."""
-    return gradient is None or not bool(gradient.any())
 
 
 def _no_pass() -> None:
@@ -37,7 +33,8 @@ class GradientHooks:
     """Reads inputs and output gradients of layers in training, and their inputs and outputs in an evaluation.
 
     The gradient is read at the output tensor. Full backward hooks would raise an error if an in-place activation
-    follows the layer. Without autocast, no tensor is kept that autograd does not keep anyway.
+    follows the layer. It is delivered once the same backward pass has added to the gradients of the layer, so that
+    `torch.autograd.grad` does not count. Without autocast, no tensor is kept that autograd does not keep anyway.
 
     Args:
         layers: Layer name -> the modules that own its weight: several if modules are tied.
@@ -56,6 +53,7 @@ class GradientHooks:
         self._pass_number: Callable[[], int | None] = _no_pass
         self._last_pass: int | None = None
         self._awaiting_gradient: set[str] = set()
+        self._passes = BackwardPasses(self._deliver)
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(_LayerHook(self, layer), with_kwargs=True)
             for layer, owners in layers.items()
@@ -86,11 +84,17 @@ class GradientHooks:
         """Discard the recorded inputs and outputs, and stop recording."""
         self.record(_no_pass)
 
+    def stop_tracing(self) -> None:
+        """Follow no further calls, and release what a backward pass held that ended with an error."""
+        self.tracing = False
+        self._passes.release()
+
     def remove(self) -> None:
         """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._passes.remove()
         self.receiver = None
         self.tracing = False
         self.stop_recording()
@@ -101,15 +105,18 @@ class GradientHooks:
             self._record_call(layer, inputs, output)
         elif self.tracing and output.requires_grad and any(p.requires_grad for p in parameters_of(module).values()):
             self._awaiting_gradient.add(layer)
+            self._passes.watch(layer, module)
             inputs = inputs.detach()
             if torch.is_autocast_enabled(inputs.device.type):
                 # Autograd keeps a copy in the lower precision; the input itself may be changed in place later.
                 inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
 
-            def deliver(gradients: Tensor) -> None:
-                self._deliver(layer, module, inputs, gradients)
+            def hold(gradients: Tensor) -> None:
+                if self.receiver is not None:
+                    call = LayerCall(module, inputs, gradients.detach())
+                    self._passes.hold(layer, call, may_follow_reset=layer in self._awaiting_gradient)
 
-            output.register_hook(deliver)  # type: ignore[no-untyped-call]
+            output.register_hook(hold)  # type: ignore[no-untyped-call]
 
     def _record_call(self, layer: str, inputs: Tensor, output: Tensor) -> None:
         if (number := self._pass_number()) != self._last_pass:
@@ -120,16 +127,18 @@ class GradientHooks:
             # Copies, because later modules may change both in place.
             calls.append((inputs.detach().clone(), output.detach().clone()))
 
-    def _deliver(self, layer: str, module: Operator, inputs: Tensor, gradients: Tensor) -> None:
+    def _deliver(self, layer: str, backward_pass: LayerPass) -> None:
+        """Deliver a backward pass that added to the gradients of a layer."""
         if self.receiver is None:
             return
-        # Only the first gradient after a forward pass can follow a reset; later ones belong to the same pass.
+        # Only the first pass after a forward pass can follow a reset; later ones belong to the same forward pass.
         if layer in self._awaiting_gradient:
             self._awaiting_gradient.discard(layer)
-            if all(_is_zero(p.grad) for p in parameters_of(module).values()):
+            if backward_pass.after_reset:
                 self.receiver.drop(layer)
-        with torch.no_grad(), torch.autocast(gradients.device.type, enabled=False):
-            self.receiver.see(layer, module, inputs, gradients.detach())
+        for call in backward_pass.calls:
+            with torch.no_grad(), torch.autocast(call.gradients.device.type, enabled=False):
+                self.receiver.see(layer, call.module, call.inputs, call.gradients)
 
 
 class _LayerHook:

@@ -1,6 +1,7 @@
 """The weight gradient of a linear or convolution layer, split by the source of the samples that caused it."""
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -8,27 +9,39 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_neuro import batches
 from lightning_neuro.refinement.sources import Sources
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Operator = nn.Linear | Convolution
-OPERATORS = (nn.Linear, *CONVOLUTIONS)
 
 # Up to this many multiplications the gradient of a linear layer is split by one matrix product over all sources. It
 # costs as many times the weight gradient as there are sources, but the host never has to read the labels.
 ONE_PRODUCT = 2**27
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is the `Conv1D` of Hugging Face transformers: a linear layer whose weight is (in, out)."""
+    weight = module._parameters.get("weight")
+    named = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    return named and weight is not None and weight.ndim == 2 and getattr(module, "nf", None) == weight.shape[1]
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer, y = x W^T + b, or one whose weight is transposed (`is_transposed_linear`)."""
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+
+
 def why_unsupported(module: nn.Module) -> str:
     """The reason why the refinement of a module cannot be computed; empty if it can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weight without calling it"
-    if not isinstance(module, OPERATORS):
+    if not is_linear(module) and not isinstance(module, CONVOLUTIONS):
         return f"it is a {type(module).__name__}; Linear, Conv1d, Conv2d and Conv3d are supported"
-    if isinstance(module.weight, UninitializedParameter):
+    if isinstance(module._parameters.get("weight"), UninitializedParameter):
         return "its weight has no shape yet; run the module once before the fit"
+    if "weight_orig" in module._parameters:
+        return "it is pruned: its weight is computed from `weight_orig` and a mask, until `prune.remove` is called"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed from other parameters (a parametrization), which must be removed first"
     return ""
@@ -39,10 +52,16 @@ def parameters_of(module: Operator) -> Mapping[str, nn.Parameter]:
     return {name: value for name, value in module._parameters.items() if value is not None}
 
 
+def num_outputs(module: Operator) -> int:
+    """Number of output units (channels) of a layer."""
+    return module.weight.shape[1 if is_transposed_linear(module) else 0]
+
+
 def layer_output(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The output of the layer with another weight and bias; its hooks do not run."""
-    if isinstance(module, nn.Linear):
-        return F.linear(inputs, weight, bias)
+    if is_linear(module):
+        return F.linear(inputs, weight.T if is_transposed_linear(module) else weight, bias)
+    assert isinstance(module, CONVOLUTIONS)
     output: Tensor = module._conv_forward(inputs, weight, bias)
     return output
 
@@ -53,23 +72,34 @@ def weights_on_cpu(module: nn.Module) -> list[Tensor]:
     return [parameter.detach().to("cpu", copy=True) for parameter in parameters if parameter is not None]
 
 
-def layer_samples_first(module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+def fitting_dims(module: Operator, inputs: Tensor, num_samples: int) -> list[int]:
+    """The dimensions of a layer's input along which the samples may lie: 0, and 1 after the time, if the sizes fit."""
+    # Recurrent and attention layers put the time first by default.
+    time_first = is_linear(module) and inputs.ndim == 3
+    return [dim for dim in ((0, 1) if time_first else (0,)) if inputs.shape[dim] == num_samples]
+
+
+def layer_samples_first(
+    module: Operator, inputs: Tensor, gradients: Tensor, num_samples: int, dim: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Bring the samples of the batch to the first dimension of a layer's inputs and output gradients.
 
-    Linear layers may have them in the second dimension, after the time. If both dimensions have the size of the batch,
-    the first one is taken.
+    Args:
+        module: The layer.
+        inputs: Its input.
+        gradients: Gradient of the loss with respect to its output, in the same layout.
+        num_samples: Number of samples in the batch.
+        dim: The dimension of the samples, if two of them have this size; default: the first of those.
 
     Raises:
         ValueError: If neither dimension has the number of samples of the batch.
     """
-    unbatched = inputs.ndim == (1 if isinstance(module, nn.Linear) else module.weight.ndim - 1)
+    unbatched = inputs.ndim == (1 if is_linear(module) else module.weight.ndim - 1)
     if unbatched:
         inputs, gradients = inputs[None], gradients[None]
-    dim = batches.sample_dim(inputs, num_samples)
-    if dim == 0:
-        return inputs, gradients
-    if dim == 1 and isinstance(module, nn.Linear) and inputs.ndim == 3:  # recurrent and attention layers: time first
-        return inputs.transpose(0, 1), gradients.transpose(0, 1)
+    if dims := fitting_dims(module, inputs, num_samples):
+        dim = dim if dim in dims else dims[0]
+        return inputs.transpose(0, dim), gradients.transpose(0, dim)
     # The layout is not guessed: k times as many rows may be k views of the batch, or k positions of each sample.
     raise ValueError(
         f"its input of shape {tuple(inputs.shape)} does not have the {num_samples} samples of the batch in its first"
@@ -102,11 +132,13 @@ def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, source
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     inputs, gradients = inputs.to(dtype), gradients.to(dtype)
     split: dict[str, Tensor] = {}
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients))
-        split["weight"] = _linear_weight(inputs, gradients, sources)
+        weight = _linear_weight(inputs, gradients, sources)
+        split["weight"] = weight.mT if is_transposed_linear(module) else weight
         per_sample = gradients.sum(1)
     else:
+        assert isinstance(module, CONVOLUTIONS)
         split["weight"] = gradients.new_zeros(sources.num, *module.weight.shape)
         for source, members in sources.members.items():
             split["weight"][source] = _conv_weight(module, inputs[members], gradients[members])

@@ -205,6 +205,8 @@ class RefinementLedger:
     def start(self, optimizer: Optimizer) -> None:
         """Credit the running mean that the optimizer holds before the first step to the initial weights."""
         for name, parameter, _ in self._moved_by(optimizer, frozen=True):
+            # Known before the first evaluation, so that no completeness error is logged that later stays away.
+            self.inexact = self.inexact or why_inexact(optimizer)
             mean = momentum_before(optimizer.state.get(parameter, {}))
             if mean is None:
                 self._means.pop(name, None)  # a new optimizer for weights that were trained before

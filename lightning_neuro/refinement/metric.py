@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_rows
 from lightning_neuro.layer_result import ResultMetric
-from lightning_neuro.refinement.layer_gradients import layer_output, layer_samples_first, source_gradients
+from lightning_neuro.refinement.layer_gradients import layer_output, layer_samples_first, num_outputs, source_gradients
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.result import RefinementResult
 from lightning_neuro.refinement.sources import Sources, ledger_dtype
@@ -147,7 +147,7 @@ class RefinementSummary(ResultMetric):
             shares += seen @ parts[:-1].flatten(1).to(seen).T
             by_phase += phases[name].flatten(2).to(seen) @ seen.sum(0)
         return RefinementResult(
-            num_units=ledger.module.weight.shape[0],
+            num_units=num_outputs(ledger.module),
             num_samples=int(self.num_samples),
             num_nonfinite=int(self.num_nonfinite),
             norm=float(self.norms / self.num_samples),

@@ -16,6 +16,9 @@ DIRECTIONS: tuple[str, ...] = get_args(Direction)
 Form = Literal["cosine", "projection"]
 FORMS: tuple[str, ...] = get_args(Form)
 
+MEMORY_LIMIT = "1GB"
+"""The default of `memory_limit`."""
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -63,6 +66,13 @@ class RunOptions:
     def memory_bytes(self) -> int:
         """Maximum memory of the ledgers, of the tables of samples and of the records of steps, each, in bytes."""
         return parse_bytes("memory_limit", self.memory_limit)
+
+    @property
+    def are_defaults(self) -> bool:
+        """Whether no option is given that a run may not be able to meet; `track_samples` and `phases` always can."""
+        given = (self.layers, self.source_fn, self.num_sources, self.influence_every_n_steps)
+        named = isinstance(self.track_samples, bool) and not self.update_log and self.mode == "exact"
+        return all(value is None for value in given) and named and self.memory_limit == MEMORY_LIMIT
 
     @property
     def tracks_influence(self) -> bool:

@@ -20,9 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from lightning_neuro.checks import ArgumentError, check_choice, check_int, describe, require
+from lightning_neuro.checks import ArgumentError, check_choice, check_int, require
 from lightning_neuro.refinement.influence import Influence, strongest
-from lightning_neuro.refinement.layer_gradients import OPERATORS, layer_output, parameters_of, weights_on_cpu
+from lightning_neuro.refinement.layer_gradients import (
+    Operator,
+    layer_output,
+    parameters_of,
+    weights_on_cpu,
+    why_unsupported,
+)
 from lightning_neuro.refinement.options import FORMS, Form, parse_bytes
 from lightning_neuro.refinement.training_steps import TrainBatch
 
@@ -102,8 +108,8 @@ class StepScores:
     """
 
     def __init__(self, module: nn.Module, num_steps: int, *, layer: str = "", memory_limit: int | str = "1GB") -> None:
-        if not isinstance(module, OPERATORS):
-            raise ArgumentError(f"`module` must be nn.Linear, nn.Conv1d, Conv2d or Conv3d; got {describe(module)}.")
+        if reason := why_unsupported(module):
+            raise ArgumentError(f"`module` must be nn.Linear, nn.Conv1d, Conv2d or Conv3d; {reason}.")
         check_int("num_steps", num_steps, minimum=1)
         limit = parse_bytes("memory_limit", memory_limit)
         size = num_steps * sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
@@ -112,7 +118,7 @@ class StepScores:
                 f"`memory_limit` must be at least {size:,} bytes for {num_steps:,} steps of {module}; got {limit:,}."
                 " Raise it, use a smaller layer or fewer steps, or use `mode='exact'`, which keeps no steps."
             )
-        self.module = module
+        self.module: Operator = module  # type: ignore[assignment]
         self.num_steps = num_steps
         self.layer = layer
         self._before = weights_on_cpu(module)

@@ -20,6 +20,7 @@ from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.options import RunOptions, check_memory, parse_bytes
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.result import RefinementExplanation
+from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_tracking import SampleTracking
 from lightning_neuro.refinement.sources import Sources, check_num_sources, source_rows
 from lightning_neuro.refinement.traced_layers import require_linear
@@ -65,10 +66,13 @@ class RefinementRun:
         num_sources: Number of sources.
         class_names: Names of the classes, if known.
         saved: The state of an earlier part of the run; empty at its beginning.
+        sample_dims: In which dimension of the layers' inputs the samples lie.
         report: Called with the layer and the error if something fails in a training step.
 
     Attributes:
         ledgers: Layer -> ledger.
+        num_steps: Number of optimizer steps so far, those of an earlier part of the run included.
+        sample_dims: In which dimension of the layers' inputs the samples lie.
         tracking: The tables of samples; None if samples are not tracked.
         step_scores: Layer -> scores of the steps, in mode "pfahler2021".
 
@@ -87,6 +91,7 @@ class RefinementRun:
         num_sources: int,
         class_names: Sequence[str] | None,
         saved: Mapping[str, Any],
+        sample_dims: SampleDims,
         report: Callable[[str, Exception], None],
     ) -> None:
         check_num_sources(num_sources)
@@ -94,6 +99,7 @@ class RefinementRun:
         self.num_sources = num_sources
         self.source_fn = options.source_fn
         self._ids = attachment.ids
+        self.sample_dims = sample_dims
         layers = {layer: attachment.hooks.layers[layer][0] for layer in attachment.traced}
         num_phases, self._phase_ends = plan_phases(trainer, options.phases)
         names = None
@@ -105,7 +111,8 @@ class RefinementRun:
         }
         sizes = {layer: ledger.num_bytes for layer, ledger in self.ledgers.items()}
         rank_zero_info(f"{name}: ledgers of {check_memory(sizes, options.memory_bytes)}.")
-        self._continue(saved, trainer.global_step)
+        self.num_steps = self._first_step = max(trainer.global_step, saved.get("num_steps", 0))
+        self._continue(saved)
         self.tracking = self._open_tracking(trainer, attachment, layers, options, saved)
         self._log = self._open_log(trainer, layers, options, saved)
         self.step_scores = self._open_step_scores(trainer, layers, options, saved)
@@ -119,11 +126,12 @@ class RefinementRun:
             elementwise=changes_elements(trainer, trainer.lightning_module),
             world_size=trainer.world_size,
             mean_over_ranks=partial(reduced, trainer, reduce_op="mean") if trainer.world_size > 1 else None,
+            sample_dims=sample_dims,
         )
 
     # Opening, in the order of the constructor
 
-    def _continue(self, saved: Mapping[str, Any], global_step: int) -> None:
+    def _continue(self, saved: Mapping[str, Any]) -> None:
         """Continue the ledgers of an earlier part of the run."""
         num_ended = 0
         for layer, state in saved.get("ledgers", {}).items():
@@ -138,7 +146,7 @@ class RefinementRun:
                 num_ended = max(num_ended, len(state["snapshots"]))
         if saved.get("ledgers"):
             # Phases that have ended stay as they were; of those planned now, only the future ones count.
-            ahead = [end for end in self._phase_ends if end > global_step]
+            ahead = [end for end in self._phase_ends if end > self.num_steps]
             self._phase_ends = ahead[: max(0, len(self._phase_ends) - num_ended)]
 
     def _open_tracking(
@@ -228,10 +236,16 @@ class RefinementRun:
         self._steps.begin(TrainBatch(ids, targets), Sources(rows, self.num_sources + 1))
 
     def end_batch(self, global_step: int) -> None:
-        """Finish the training micro-batch, and end the phase if `global_step` is its last step."""
+        """Finish the training micro-batch, and end the phase if this was its last step.
+
+        Args:
+            global_step: Number of steps that the trainer has counted. It does not count those of an optimizer that a
+                manual optimization calls without the trainer.
+        """
         if self._steps is not None:
             self._steps.end()
-        while self._phase_ends and global_step >= self._phase_ends[0]:
+            self.num_steps = max(global_step, self._first_step + self._steps.num_steps)
+        while self._phase_ends and self.num_steps >= self._phase_ends[0]:
             self._phase_ends.pop(0)
             for ledger in self.ledgers.values():
                 ledger.end_phase()
@@ -287,6 +301,7 @@ class RefinementRun:
         if self._log is not None:
             self._log.flush()
         return {
+            "num_steps": self.num_steps,
             "ledgers": {layer: ledger.state_dict() for layer, ledger in self.ledgers.items()},
             "tracking": {} if self.tracking is None else self.tracking.state_dict(trainer),
             "step_scores": {layer: scores.state_dict() for layer, scores in self.step_scores.items()},

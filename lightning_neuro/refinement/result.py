@@ -121,8 +121,9 @@ class RefinementResult:
         other = float(self.phase_shares[-1].sum())
         if self.own and abs(other) > UNTRACED:
             notes["other"] = (
-                f"{other:.0%} of its refinement came from training samples whose class label is missing, or does not"
-                " occur in the probe set, or from gradients that could not be assigned to a sample (source 'other')."
+                f"{other:.0%} of its refinement came from training samples whose class label is missing or is not one"
+                " of the classes that are followed, or from gradients that could not be assigned to a sample (source"
+                " 'other')."
             )
         if self.untraced_share > UNTRACED:
             notes["untraced"] = (

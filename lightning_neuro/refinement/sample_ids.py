@@ -70,7 +70,7 @@ class SampleIds:
     internals have changed; a warning then gives the reason.
 
     Args:
-        trainer: The trainer, in `on_fit_start`: before it creates the iterator over its training loader.
+        trainer: The trainer, in `setup`: before it creates the iterator over its training loader.
         field: Where a batch holds the ids of its samples, integers from 0 to the length of the dataset - 1: a key, an
             index, or a function of the batch. None: they are found in the data loader.
     """

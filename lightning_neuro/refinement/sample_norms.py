@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lightning_neuro.checks import ArgumentError, describe, require
-from lightning_neuro.refinement.layer_gradients import CONVOLUTIONS, OPERATORS, Convolution
+from lightning_neuro.refinement.layer_gradients import CONVOLUTIONS, Convolution, is_linear, is_transposed_linear
 
 # One chunk should fit into the cache of a CPU; a GPU needs enough work for all of its cores.
 _CPU_CHUNK_BYTES = 4 * 2**20
@@ -148,13 +148,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _check(module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
-    require(isinstance(module, OPERATORS), "module", "be nn.Linear, nn.Conv1d, Conv2d or Conv3d", module)
+    supported = is_linear(module) or isinstance(module, CONVOLUTIONS)
+    require(supported, "module", "be nn.Linear, nn.Conv1d, Conv2d or Conv3d", module)
     if isinstance(module, CONVOLUTIONS):
         features, out, axis = module.in_channels, module.out_channels, 1
         fits = inputs.ndim == gradients.ndim == 2 + len(module.kernel_size)
     else:
-        assert isinstance(module, nn.Linear)
-        features, out, axis = module.in_features, module.out_features, -1
+        assert is_linear(module)
+        out, features = module.weight.T.shape if is_transposed_linear(module) else module.weight.shape
+        axis = -1
         fits = inputs.ndim >= 2 and inputs.shape[:-1] == gradients.shape[:-1]
     fits = fits and len(inputs) == len(gradients) and (inputs.shape[axis], gradients.shape[axis]) == (features, out)
     if not fits:

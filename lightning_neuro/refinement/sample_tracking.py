@@ -13,14 +13,15 @@ from lightning_neuro import loggers
 from lightning_neuro.batches import sample_dim, select_samples
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import isolated_random_state
-from lightning_neuro.probe_pass import ProbeBatch, ProbePass
+from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_pass import ProbePass
 from lightning_neuro.refinement.drawn_indices import training_loaders
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.influence_table import InfluenceTable
-from lightning_neuro.refinement.layer_gradients import layer_samples_first
 from lightning_neuro.refinement.options import megabytes
 from lightning_neuro.refinement.plot import plot_influence, plot_top_samples
+from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_table import Arrays, SampleTable, top_rows, write_csv
 from lightning_neuro.refinement.training_steps import TrainBatch
 
@@ -109,7 +110,12 @@ class SampleTracking:
             table.drop(layer)
 
     def find_inputs(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe_pass: ProbePass, hooks: GradientHooks
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        probe_pass: ProbePass,
+        hooks: GradientHooks,
+        sample_dims: SampleDims,
     ) -> "TrackedInputs":
         """The current state in the network of the first samples of the probe set."""
         found = [TrackedInputs(None, None, None)]
@@ -117,8 +123,8 @@ class SampleTracking:
             return found[0]
 
         def keep(batch: ProbeBatch) -> None:
-            layer_inputs = hooks.recorded[table.layer][0][0]
-            layer_inputs, _ = layer_samples_first(table.module, layer_inputs, layer_inputs, batch.num_samples)
+            call = hooks.recorded[table.layer][0]
+            layer_inputs, _ = sample_dims.samples_first(table.layer, table.module, *call, batch.num_samples)
             inputs = [
                 _one_sample(batch.inputs, row, batch.num_samples) for row in range(min(NUM_INPUTS, batch.num_samples))
             ]
@@ -127,7 +133,7 @@ class SampleTracking:
 
         hooks.record(lambda: probe_pass.num_forwards)
         try:
-            probe_pass.run(trainer, pl_module, keep, max_batches=1)
+            probe_pass.run(trainer, pl_module, keep, max_batches=1, replay=True)
         finally:
             hooks.stop_recording()
         return found[0]
@@ -175,6 +181,8 @@ class SampleTracking:
         if table is None or not trainer.is_global_zero:
             return
         arrays = table.arrays()
+        if not len(arrays["sample_id"]):
+            return  # no sample had an id, and a warning has said why
         # Datasets often augment what they return.
         with isolated_random_state(device):
             _log_top_samples(trainer, name, table.layers, arrays, class_names)

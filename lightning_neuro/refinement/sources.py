@@ -45,6 +45,11 @@ def ledger_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def default_num_sources(num_classes: int) -> int:
+    """The number of classes to follow: all of them or, if they are too many, the first 99, without "other"."""
+    return num_classes if num_classes <= MAX_SOURCES else MAX_SOURCES - 1
+
+
 def check_num_sources(num_sources: int) -> None:
     """Require between 1 and 100 sources.
 

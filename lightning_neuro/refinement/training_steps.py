@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
-from lightning_neuro.refinement.layer_gradients import Operator, layer_samples_first, parameters_of
+from lightning_neuro.refinement.layer_gradients import Operator, parameters_of, why_unsupported
 from lightning_neuro.refinement.ledger import RefinementLedger
+from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sources import Sources
 
 
@@ -80,8 +81,10 @@ class TrainingSteps:
         elementwise: Whether gradients may be changed other than by one common factor before the optimizer uses them.
         world_size: Number of processes that train together.
         mean_over_ranks: Averages a tensor over these processes.
+        sample_dims: In which dimension of the layers' inputs the samples lie, as far as it is known.
 
     Attributes:
+        num_steps: Number of optimizer steps so far.
         broken: Layer -> error, for ledgers that missed a step.
 
     Raises:
@@ -99,6 +102,7 @@ class TrainingSteps:
         elementwise: bool = False,
         world_size: int = 1,
         mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        sample_dims: SampleDims | None = None,
     ) -> None:
         self.hooks = hooks
         self.ledgers = dict(ledgers)
@@ -107,6 +111,8 @@ class TrainingSteps:
         self.elementwise = elementwise
         self.world_size = world_size
         self.mean_over_ranks = mean_over_ranks
+        self.sample_dims = SampleDims() if sample_dims is None else sample_dims
+        self.num_steps = 0
         self.broken: dict[str, Exception] = {}
         self._batch: TrainBatch | None = None
         self._sources: Sources | None = None
@@ -127,7 +133,7 @@ class TrainingSteps:
     def end(self) -> None:
         """Finish the training micro-batch."""
         self._batch = self._sources = None
-        self.hooks.tracing = False
+        self.hooks.stop_tracing()
 
     def remove(self) -> None:
         """Remove the hooks from layers and optimizers."""
@@ -141,8 +147,15 @@ class TrainingSteps:
         """Show one backward pass through one call of a layer to its ledger and to the listeners."""
         if self._batch is None or self._sources is None:
             return
+        if reason := why_unsupported(module):  # since the run began
+            self.drop(layer)
+            if layer not in self.broken:
+                self.broken[layer] = ValueError(f"In this run, {reason}")
+                self.report(layer, self.broken[layer])
+            return
         try:
-            inputs, gradients = layer_samples_first(module, inputs, gradients, len(self._sources.rows))
+            num_samples = len(self._sources.rows)
+            inputs, gradients = self.sample_dims.samples_first(layer, module, inputs, gradients, num_samples)
             if layer in self.ledgers:
                 self.ledgers[layer].see(module, inputs, gradients, self._sources)
             for listener in self.listeners:
@@ -174,6 +187,7 @@ class TrainingSteps:
                 if any(id(parameter) in rates for parameter in parameters_of(owners[0]).values()):
                     self.drop(layer)
             return
+        self.num_steps += 1
         scale = self._step_ledgers(optimizer)
         for layer, owners in self.hooks.layers.items():
             weight = owners[0].weight

@@ -13,7 +13,7 @@ from lightning_neuro.checks import check_bool
 from lightning_neuro.figures import class_name
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.topology.drift import drift_between
 from lightning_neuro.topology.export import write_graphs
 from lightning_neuro.topology.layout import place_nodes, point_positions

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.figures import thumbnails
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.topology.result import TopologyResult
 
 MAX_IMAGES = 2048

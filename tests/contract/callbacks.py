@@ -24,7 +24,7 @@ from lightning_neuro import (
 )
 from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths.half_split import numbers_in_concept
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from tests.helpers import ROOT
 from tests.models import HIDDEN, MeanActivation, fit, loader, mlp
 
@@ -157,8 +157,6 @@ SHUFFLED = ("null", "excess", "_z", "_std")
 # Those that do not look at the probe's layers, with the layers they look at in the MLP. What the suite says of values
 # at the probe's layers is said of theirs in their own folders.
 OWN_LAYERS = {"refinement": ("net.5",)}
-# Those that ride on the training steps, with the hooks that they need for it.
-RIDING = {"refinement": ["net.5: _forward_hooks"]}
 # Figures that are drawn once, at the end of the fit.
 AT_THE_END = {"refinement": ["top_samples/net.5"]}
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
+from torch import nn
 
 from lightning_neuro import MetricCallback, Probe
 from tests.contract.callbacks import SHUFFLED, Make, listed_probe
@@ -66,3 +68,25 @@ def test_nothing_stays_on_the_gpu(make: Make) -> None:
     train(mlp, callback)
     del callback
     assert used() <= before + 2**20
+
+
+class Sharded(Module):
+    """Two layers that are sharded one by one."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+def test_sharded_weights_give_curves(name: str, make: Make) -> None:
+    callback = make()
+    strategy = FSDPStrategy(auto_wrap_policy={nn.Linear})
+    module = Sharded(mlp().net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, callback, train=loader(), strategy=strategy, **GPU)
+    ours = [str(w.message) for w in caught if "lightning_neuro" in w.filename]
+    if callback.rides and name != "refinement":
+        assert callback.scalars and callback.result and ours == []
+    else:  # it runs the model apart from Lightning's steps
+        assert not callback.scalars and len(ours) == 1 and "FSDPStrategy" in ours[0]
+    assert hooks_of(module) == []

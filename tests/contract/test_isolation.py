@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import RIDING, Act, Make
+from tests.contract.callbacks import Act, Make
 from tests.helpers import hooks_of
 from tests.models import NETWORKS as MODELS
 from tests.models import MemoryLogger, Module, fit, images, loader, mlp
@@ -169,7 +169,7 @@ def test_nothing_is_evaluated_during_the_sanity_check(make: Make, name: str) -> 
             seen.append((dict(callback.scalars), callback.last_step, hooks_of(pl_module)))
 
     fit(mlp(), callback, Look())
-    assert seen == [({}, -1, RIDING.get(name, []))]
+    assert seen == [({}, -1, [])]
 
 
 # 4: nothing is left ---------------------------------------------------------------------------------------------------

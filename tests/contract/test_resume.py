@@ -1,6 +1,7 @@
 """Saved, killed and resumed, a run's curves are those of a run that was never stopped."""
 
 import copy
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_neuro import ActivationEntropy, MetricCallback, Probe
 from tests.contract.callbacks import Act, Make, with_modes
-from tests.models import MemoryLogger, fit, loader, mlp
+from tests.models import HIDDEN, MemoryLogger, Module, fit, loader, mlp
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "each epoch": {},
@@ -118,3 +119,71 @@ def test_training_on_with_the_same_trainer(make: Make) -> None:
         assert [step for step, _ in later[-2:]] == [11, 15]
         assert len(later) == len(curve) + 2
     assert callback.initial == initial
+
+
+class CanTest(Module):
+    """Can be tested, too."""
+
+    test_step = Module.validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch[0])
+
+
+@pytest.mark.parametrize("function", ["test", "validate", "predict"])
+def test_a_checkpoint_loaded_for_anything_but_a_fit_leaves_the_state(make: Make, function: str, tmp_path: Path) -> None:
+    callback, save = make(Probe(source="train")), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module = CanTest(mlp().net)
+    # No evaluation in `trainer.validate`, because it has no training data.
+    trainer = fit(module, callback, save, train=loader(), enable_checkpointing=True)
+    before = copy.deepcopy((callback.scalars, callback.initial, callback.state_dict()))
+    trainer.validate_loop.verbose = trainer.test_loop.verbose = False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no training data in `trainer.validate`")
+        getattr(trainer, function)(module, loader(32), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same(before, (callback.scalars, callback.initial, callback.state_dict()))
+    assert callback.result
+    # A state that the user loads afterwards is loaded.
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    callback.load_state_dict(saved)
+    assert same(callback.scalars, saved["scalars"]) and callback.last_epoch == 0
+
+
+def test_resumed_with_other_layers_there_are_keys_of_these_alone(make: Make, tmp_path: Path) -> None:
+    first, second = HIDDEN
+    probe = {"every_n_epochs": 3}
+    train(make(Probe(first, **probe)), ModelCheckpoint(tmp_path, filename="last"), max_epochs=1)
+    resumed = make(Probe(second, **probe))
+    logger = train(resumed, max_epochs=2, enable_checkpointing=False, ckpt_path=tmp_path / "last.ckpt")
+    keys = {key.split("/")[-1] for key in own(logger, resumed)} & set(HIDDEN)
+    assert keys == {key.split("/")[-1] for key in resumed.scalars} & set(HIDDEN) <= {second}
+    assert own(logger, resumed).keys() == resumed.scalars.keys() != set()
+
+
+def test_a_state_that_was_handed_out_does_not_change(make: Make) -> None:
+    callback, other = make(), make()
+    states: list[Any] = []
+
+    def hand_out(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state = callback.state_dict()
+        states.extend((state, copy.deepcopy(state)))
+
+    train(callback, Act(6, hand_out), max_epochs=3, enable_checkpointing=False)
+    state, kept = states
+    assert same(state, kept)
+    other.load_state_dict(state)
+    for layer in other._memory:
+        other._memory[layer].clear()
+    other.scalars.clear()
+    assert same(state, kept)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two nested values are equal, tensors and NaN included."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left.nan_to_num(9.5), right.nan_to_num(9.5))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right or (left != left and right != right))

@@ -83,7 +83,7 @@ def every_n_steps(make: Make, directory: Path) -> Fact:
 
 def few_samples(make: Make, directory: Path) -> Fact:
     """Three samples: two on one rank, one on the other."""
-    module, callback = mlp(), make(Probe(num_samples=3))
+    module, callback = mlp(), make(Probe(source=images(31), num_samples=3))
     return facts(callback, module, fit(module, callback))
 
 

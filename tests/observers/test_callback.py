@@ -345,3 +345,15 @@ def test_figures_are_those_promised():
     fit(mlp(), plain)
     assert set(plain.draw(plain.result)) == {"attributes"}
     assert "observers/num_denoting_units" not in plain.scalars
+
+
+def test_without_labels_the_default_is_disabled_with_one_warning() -> None:
+    callback = ObserverProbes(Probe(source=[(images(32).tensors[0],)]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(mlp(), callback)
+    (text,) = [str(warning.message) for warning in caught if "bservers" in str(warning.message)]
+    assert (
+        text.startswith("observers is disabled in this run. ObserverProbes needs a class label") and "target_fn" in text
+    )
+    assert trainer.current_epoch == 2 and callback.scalars == {}

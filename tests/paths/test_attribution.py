@@ -343,7 +343,7 @@ class Unused(nn.Module):
             nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.ReLU(), nn.Linear(3, 1)),
             None,
             {},
-            r"\(N, classes\).*\(40, 1\)",
+            r"classes of the model, 0 to 1",
         ),
         (nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU()), None, {}, r"logits of shape \(N, classes\).*\(40, 3, 6, 6\)"),
         (convnet(), torch.arange(40), {}, "0 to 4; got labels from 0 to 39"),

@@ -1,6 +1,7 @@
 """The callback beyond the contract suite: its options against the functions, and what it says of bad input."""
 
 import itertools
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_neuro import ActivationEntropy, ConceptPaths, Probe
+from lightning_neuro import ActivationEntropy, ConceptPaths, MetricCallback, Probe
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths import (
@@ -31,7 +32,7 @@ from lightning_neuro.paths import callback as callback_file
 from lightning_neuro.paths.gate_learning import initial_gates
 from lightning_neuro.paths.half_split import numbers_in_concept
 from tests.helpers import hooks_of
-from tests.models import MemoryLogger, Module, convnet, fit, images, loader, mlp
+from tests.models import MeanActivation, MemoryLogger, Module, convnet, fit, images, loader, mlp
 from tests.paths.networks import Residual, residual_net
 
 X, Y = images(32).tensors
@@ -219,11 +220,27 @@ class Features(Module):
         pass
 
 
+def warned(callback: ConceptPaths, module: Module, **options: Any) -> list[str]:
+    """The warnings of the callback in a fit, which must end well and log another callback's values."""
+    other = MetricCallback(MeanActivation(), callback.probe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(module, callback, other, **options)
+    assert trainer.current_epoch == 2 and other.scalars["meanactivation/value"] != other.initial["meanactivation/value"]
+    assert callback.scalars == callback.result == {} and hooks_of(module) == []
+    assert not any(key.startswith("paths/") for key in trainer.callback_metrics)
+    return [text for warning in caught if "paths" in (text := str(warning.message)).lower()]
+
+
+class Reconstruction(Features):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net[:3](x), self.net(x)
+
+
 def test_a_model_without_logits_is_explained_before_the_first_step_and_forward_fn_helps() -> None:
     module = Features(mlp().net)
-    with pytest.raises(ArgumentError, match=r"logits of shape \(N, classes\).*\(\d+, 16, 1\).*forward_fn"):
-        fit(module, ConceptPaths())
-    assert hooks_of(module) == [] and module.global_step == 0
+    (text,) = warned(ConceptPaths(), module)
+    assert re.search(r"^paths is disabled in.*logits of shape \(N, classes\).*\(\d+, 16, 1\).*forward_fn", text)
     callback = ConceptPaths(Probe(forward_fn=lambda module, x: module.net(x)))
     fit(module, callback)
     assert set(callback.result) == {"net.2", "net.4"}
@@ -231,13 +248,61 @@ def test_a_model_without_logits_is_explained_before_the_first_step_and_forward_f
 
 def test_labels_beyond_the_logits_are_explained() -> None:
     data = DataLoader(TensorDataset(X, Y + 1), batch_size=16)
+    (text,) = warned(ConceptPaths(Probe(source=data)), mlp())
+    assert re.search(r"shape \(\d+, 4\).*labels have 5 classes", text)
+    callback = ConceptPaths(Probe(source=data, forward_fn=lambda module, x: module(x)))
     with pytest.raises(ArgumentError, match=r"0 to 3.*from 1 to 4"):
-        fit(mlp(), ConceptPaths(), train=data, val=False)
+        fit(mlp(), callback)
+
+
+def test_a_reconstruction_is_not_taken_for_logits() -> None:
+    (text,) = warned(ConceptPaths(), Reconstruction(mlp().net))
+    assert re.search(r"shape \(\d+, 16\) is not taken for logits.*4 classes.*class_names.*forward_fn", text)
+    named = ConceptPaths(Probe(class_names=[f"class {i}" for i in range(16)]))
+    fit(Reconstruction(mlp().net), named)
+    assert "paths/path_share" in named.scalars
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"concept_fn": 1}, {"hierarchy": [0, 1, 2, 3]}, {"flow": [0, 1]}, {"mode": "nad"}, {"on_error": "raise"}],
+)
+def test_what_the_user_asked_for_raises(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="not taken for logits"):
+        fit(Reconstruction(mlp().net), ConceptPaths(**arguments))
 
 
 def test_missing_labels_are_explained() -> None:
-    with pytest.raises(ArgumentError, match=r"ConceptPaths needs a class label.*target_fn"):
-        fit(mlp(), ConceptPaths(Probe(source=[(X, torch.rand(32))])))
+    (text,) = warned(ConceptPaths(Probe(source=[(X, torch.rand(32))])), mlp())
+    assert re.search(r"^paths is disabled in.*ConceptPaths needs a class label.*target_fn", text)
+    with pytest.raises(ArgumentError, match="ConceptPaths needs a class label"):
+        fit(mlp(), ConceptPaths(Probe(source=[(X, torch.rand(32))], target_fn=1)))
+
+
+class OneLogit(Module):
+    """Two classes, with one output in place of the difference of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        return logits[:, 1] - logits[:, 0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), (batch[1] % 2).float())
+
+    validation_step = Features.validation_step
+
+
+def test_one_logit_gives_the_paths_of_two() -> None:
+    def two_logits(module: nn.Module, x: Tensor) -> Tensor:
+        logit = module(x)
+        return torch.stack([-logit, logit], 1) / 2
+
+    source = TensorDataset(X, Y % 2)
+    one, two = ConceptPaths(Probe(source=source)), ConceptPaths(Probe(source=source, forward_fn=two_logits))
+    for callback in (one, two):
+        fit(OneLogit(mlp().net), callback, max_epochs=1)
+    assert {"paths/auroc", "paths/overlap/net.2"} <= one.scalars.keys()
+    assert one.scalars == pytest.approx(two.scalars, abs=1e-6)
 
 
 def test_a_class_without_samples_is_named_and_negative_labels_are_none() -> None:

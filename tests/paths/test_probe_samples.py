@@ -12,7 +12,7 @@ from lightning_neuro.paths.evaluation import summarise
 from lightning_neuro.paths.gates import GatedModel, evaluating
 from lightning_neuro.paths.half_split import numbers_in_concept
 from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples, read_concepts
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from tests.paths.networks import convnet, data
 
 X, Y = data(60, 4)

@@ -456,6 +456,7 @@ class Objects(pl.Callback):
         self.found = {
             "DataLoader": trainer.train_dataloader,
             "_BaseDataLoaderIter": fetcher.iterator._iterator.iterators[0],
+            "_MultiProcessingDataLoaderIter": iter(DataLoader(images(8), num_workers=1)),
             "_FitLoop": trainer.fit_loop,
             "CombinedLoader": fetcher.iterator,
             "_ModeIterator": fetcher.iterator._iterator,
@@ -486,7 +487,7 @@ def test_a_missing_private_name_is_named_with_the_versions_and_training_goes_on(
 
     monkeypatch.setattr(drawn_indices, "_private", without)
     watch = Watch()
-    (warning,) = warnings_of(lambda: run(watch, data()))
+    (warning,) = warnings_of(lambda: run(watch, data(num_workers=1 if name == "_send_idx" else 0)))
     assert f"`{name}`" in warning and torch.__version__ in warning and pl.__version__ in warning
     assert "Indexed" in warning
     assert len(watch.found) == 14 and set(watch.found) == {None}

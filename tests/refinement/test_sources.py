@@ -114,9 +114,13 @@ def test_two_optimizers_on_one_layer_are_refused_before_the_first_step():
     module = Rivals()
     before = [value.clone() for value in module.state_dict().values()]
     with pytest.raises(ArgumentError, match=r"two optimizers.*'net\.5'"):
-        fit(module, RepresentationRefinement())
+        fit(module, RepresentationRefinement(layers="net.5"))
     assert all(torch.equal(one, two) for one, two in zip(before, module.state_dict().values(), strict=True))
     assert not any(m._forward_hooks for m in module.modules())
+    callback = RepresentationRefinement()  # asked for nothing special
+    with pytest.warns(UserWarning, match=r"nothing is logged.*two optimizers.*'net\.5'"):
+        fit(module, callback)
+    assert callback.scalars == {}
 
 
 # Checkpoints

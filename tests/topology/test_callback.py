@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ActivationTopology, Probe
 from lightning_neuro.figures import THUMBNAIL_SIDE
-from lightning_neuro.probe_pass import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.topology import (
     ActivationShape,
     MapperOptions,

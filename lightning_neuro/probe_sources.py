@@ -1,0 +1,69 @@
+"""Where the samples of a probe come from: the loaders of the trainer, or what the user passes."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_info
+from pytorch_lightning.utilities import CombinedLoader
+
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.probe import Probe
+
+
+def validates(trainer: "pl.Trainer") -> bool:
+    """Whether the run has a validation loop with at least one batch."""
+    if trainer.state.fn == "validate":
+        return True
+    if not trainer.enable_validation:
+        return False
+    given = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if trainer.val_dataloaders is None:
+        return given.is_defined() and (given.is_module() or _first(given.instance) is not None)
+    return any(trainer.num_val_batches)
+
+
+def watched_loader(trainer: "pl.Trainer") -> Any:
+    """The first validation loader; None if Lightning has not requested the loaders from the user's hook yet.
+
+    The hook is not called, because a second call may return other data, or consume a stream.
+    """
+    if trainer.val_dataloaders is None and trainer.state.fn == "fit":
+        given = trainer.fit_loop.epoch_loop.val_loop._data_source
+        return None if given.is_module() else _first(given.instance)
+    return _first(trainer.val_dataloaders)
+
+
+def find_source(trainer: "pl.Trainer", probe: Probe, *, quiet: bool = False) -> Any:
+    """The loader, dataset or batches from which samples can be loaded; None if Lightning has not requested them yet.
+
+    Raises:
+        ArgumentError: If the trainer has no such data.
+    """
+    if not isinstance(probe.source, str):
+        return probe.source
+    if probe.source == "val" and validates(trainer):
+        return watched_loader(trainer)
+    if probe.source == "val" and not quiet:
+        rank_zero_info("There is no validation data, so the probe set is taken from the training data.")
+    found = _first(trainer.train_dataloader)
+    if found is None and trainer.state.fn != "fit" and not quiet:
+        raise ArgumentError(
+            f"The trainer has no {probe.source} data to take the probe set from. Pass `Probe(source=...)`."
+        )
+    return found
+
+
+def _first(loaders: Any) -> Any:
+    if isinstance(loaders, CombinedLoader):
+        loaders = loaders.flattened
+    while isinstance(loaders, (list, tuple, dict)) and len(loaders) > 0:
+        loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
+    return None if isinstance(loaders, (list, tuple, dict)) else loaders
+
+
+def several_loaders(trainer: "pl.Trainer") -> int:
+    """Number of validation loaders."""
+    loaders = trainer.val_dataloaders
+    if isinstance(loaders, CombinedLoader):
+        return len(loaders.flattened)
+    return len(loaders) if isinstance(loaders, (list, tuple, dict)) else int(loaders is not None)
