@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_neuro.checks import ArgumentError, describe
 
 INPUT_KEYS = ("input", "inputs", "x", "image", "images", "pixel_values", "img", "data", "features", "input_ids")
-TARGET_KEYS = ("target", "targets", "y", "label", "labels")
+TARGET_KEYS = ("target", "targets", "y", "label", "labels", "future_target")
 
 BatchField = str | int | Callable[[Any], Any]
 """A field of a batch: a key, an index, or a function of the batch."""
@@ -43,7 +43,7 @@ def default_target(batch: Any) -> Any:
         named = next((batch[key] for key in TARGET_KEYS if key in batch), None)
         return _only_integers(batch) if named is None else named
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return _labels_of_objects(batch[1]) if len(batch) > 1 else None
+        return _plain_target(batch[1]) if len(batch) > 1 else None
     if isinstance(batch, Tensor):
         return None
     with suppress(Exception):  # objects, such as batches of graphs, whose properties may raise any error
@@ -61,8 +61,14 @@ def _only_integers(batch: Mapping[Any, Any]) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def _labels_of_objects(target: Any) -> Any:
-    """The labels of the objects in each image, (N, objects) padded with -100, from a list of dicts with `labels`."""
+def _plain_target(target: Any) -> Any:
+    """A target as a tensor, if possible.
+
+    Weights beside it are left out. A list of dicts with `labels` becomes the labels of the objects in each image, of
+    shape (N, objects), padded with -100.
+    """
+    if isinstance(target, tuple) and target and isinstance(target[0], Tensor):
+        return target[0]  # with weights, as in forecasting
     listed = isinstance(target, (list, tuple)) and len(target) > 0
     if not listed or not all(isinstance(part, Mapping) and isinstance(part.get("labels"), Tensor) for part in target):
         return target

@@ -12,7 +12,7 @@ from lightning_neuro.batches import first_tensor
 from lightning_neuro.capture import Capture, Recording
 from lightning_neuro.identity import content_hash
 from lightning_neuro.padding import unpacked
-from lightning_neuro.units import Reduction, UnitRows, unit_rows
+from lightning_neuro.units import Reduction, UnitRows, selected, unit_rows
 
 _KNOW_BATCH_FIRST = (
     nn.RNNBase,
@@ -149,7 +149,8 @@ class UnitCapture(Capture):
         aligned = tensor.ndim > 0 and tensor.shape[0] == num_samples
         owners = self.shape.owners
         if not aligned and owners is not None and tensor.ndim == 2 and len(owners) == len(tensor) and num_samples:
-            return nodes_to_rows(tensor, owners.to(tensor.device), num_samples, self.reduction)
+            pooled = nodes_to_rows(tensor, owners.to(tensor.device), num_samples, self.reduction)
+            return pooled if self.shape.rows is None else selected(pooled, self.shape.rows)
         if self.units_last is not None:
             self.axes.units_last[key] = True if time_first or mask is not None else self.units_last(tensor)
         if mask is None and self.masks:

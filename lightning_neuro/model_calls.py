@@ -8,12 +8,14 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torchmetrics import Metric, MetricCollection
 
 from lightning_neuro.batches import tensors_in
 from lightning_neuro.checks import describe
@@ -51,10 +53,12 @@ class CallPlan:
     Attributes:
         calls: The calls, in order.
         in_batch: For each input, where it is found in the batch; None if it was computed from the batch.
+        last: Number of the last call of a module that has parameters, whose output is that of the model.
     """
 
     calls: tuple[PlannedCall, ...]
     in_batch: tuple[Path | None, ...]
+    last: int
 
     @property
     def fits_any_batch(self) -> bool:
@@ -66,70 +70,142 @@ class CallPlan:
         return tuple(part_at(batch, path) for path in self.in_batch if path is not None)
 
     def run(self, model: nn.Module, inputs: Sequence[Any]) -> Any:
-        """Repeat the calls; returns the output of the last one."""
+        """Repeat the calls; returns the output of the model."""
         modules = dict(model.named_modules())
         outputs: list[list[Tensor]] = []
-        output: Any = None
+        result: Any = None
 
         def value(slot: Slot) -> Any:
             return inputs[slot.index] if slot.call is None else outputs[slot.call][slot.index]
 
-        for call in self.calls:
+        for number, call in enumerate(self.calls):
             args, kwargs = apply_to_collection((call.args, call.kwargs), Slot, value, allow_frozen=True)
             output = modules[call.module](*args, **kwargs)
             outputs.append(tensors_in(output))
-        return output
+            result = output if number == self.last else result
+        return result
 
 
 @dataclass(eq=False)
+class _SeenCall:
+    """A call that was seen: how to repeat it, which earlier calls it needs, and why it cannot be repeated."""
+
+    module: nn.Module
+    planned: PlannedCall
+    needs: set[int] = field(default_factory=set)
+    problem: str = ""
+    outputs: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    @property
+    def has_parameters(self) -> bool:
+        return next(self.module.parameters(), None) is not None
+
+    @property
+    def is_part_of_model(self) -> bool:
+        """Whether the module is no loss, metric or the like."""
+        if self.has_parameters:
+            return True
+        judges = isinstance(self.module, (Metric, MetricCollection, nn.modules.loss._Loss))
+        return not judges and not self.problem and any(tensor.ndim > 0 for tensor, _ in self.outputs)
+
+
 class SeenCalls:
     """The calls of the model in one step, while the user's code makes them.
 
-    Attributes:
-        why_not: Why the calls cannot be repeated, or an empty string.
+    Losses and metrics are modules, too, but no part of the model: they are left out.
+
+    Args:
+        batch: The batch of the step, in which the arguments are looked up.
     """
 
-    batch: Any
-    why_not: str = ""
-    calls: list[PlannedCall] = field(default_factory=list)
-    inputs: list[Any] = field(default_factory=list)
-    _depth: int = 0
-    _originals: list[Any] = field(default_factory=list)
-    _in_batch: list[Path | None] = field(default_factory=list)
-    _outputs: list[list[tuple[Tensor, int]]] = field(default_factory=list)
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+        self._calls: list[_SeenCall] = []
+        self._inputs: list[tuple[Any, int, Any, Path | None]] = []  # original, its version, copy, path in the batch
+        self._depth = 0
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        """Numbers of the calls to repeat."""
+        wanted = [number for number, call in enumerate(self._calls) if call.is_part_of_model]
+        kept: set[int] = set()
+        while wanted:
+            if (number := wanted.pop()) not in kept:
+                kept.add(number)
+                wanted += self._calls[number].needs
+        return sorted(kept)
 
     @property
     def calls_nothing(self) -> bool:
-        """Whether the step called no module."""
-        return not self.calls and not self.why_not
+        """Whether the step called no module that has parameters."""
+        return not any(self._calls[number].has_parameters for number in self._kept)
+
+    @property
+    def why_not(self) -> str:
+        """Why the calls cannot be repeated, or an empty string."""
+        return next((problem for number in self._kept if (problem := self._calls[number].problem)), "")
+
+    @cached_property
+    def _used(self) -> list[int]:
+        """Numbers of the inputs that the calls to repeat use."""
+        used: set[int] = set()
+        for number in self._kept:
+            planned = self._calls[number].planned
+            apply_to_collection(
+                (planned.args, planned.kwargs),
+                Slot,
+                lambda slot: used.add(slot.index) if slot.call is None else None,
+                allow_frozen=True,
+            )
+        return sorted(used)
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Copies of the inputs, as they were when the calls were made."""
+        return tuple(self._inputs[number][2] for number in self._used)
 
     def plan(self) -> CallPlan | None:
-        """How to repeat the calls; None if they cannot be repeated."""
-        if self.calls_nothing:
+        """How to repeat the calls; None if there are none, or they cannot be repeated."""
+        if self.calls_nothing or self.why_not:
             return None
-        if self.why_not:
-            return None
-        return CallPlan(tuple(self.calls), tuple(self._in_batch))
+        calls = {old: new for new, old in enumerate(self._kept)}
+        inputs = {old: new for new, old in enumerate(self._used)}
 
-    def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def renumbered(slot: Slot) -> Slot:
+            return Slot(inputs[slot.index]) if slot.call is None else Slot(slot.index, calls[slot.call])
+
+        planned = []
+        for number in self._kept:
+            call = self._calls[number].planned
+            args, kwargs = apply_to_collection((call.args, call.kwargs), Slot, renumbered, allow_frozen=True)
+            planned.append(PlannedCall(call.module, args, kwargs))
+        # Not a softmax or the like after the logits.
+        last = max(number for number in self._kept if self._calls[number].has_parameters)
+        return CallPlan(tuple(planned), tuple(self._inputs[number][3] for number in self._used), calls[last])
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is about to run."""
         self._depth += 1
-        if self._depth > 1 or self.why_not:
+        if self._depth > 1:
             return
+        call = _SeenCall(module, PlannedCall(name, (), {}))
         try:
             args = tuple(self._object_slot(value) for value in args)
             kwargs = {key: self._object_slot(value) for key, value in kwargs.items()}
-            planned = apply_to_collection((args, kwargs), Tensor, self._slot, allow_frozen=True)
-            self.calls.append(PlannedCall(name, *planned))
+            args, kwargs = apply_to_collection(
+                (args, kwargs), Tensor, lambda tensor: self._slot(tensor, call), allow_frozen=True
+            )
+            call.planned = PlannedCall(name, args, kwargs)
         except Exception as error:  # arguments of any type; the user's step must go on
-            self.why_not = f"the arguments of {name or 'the model'} cannot be kept: {error}"
+            call.problem = f"the arguments of {name or 'the model'} cannot be kept: {error}"
+        self._calls.append(call)
 
     def leave(self, output: Any) -> None:
         """A module has run."""
         self._depth -= 1
         if self._depth == 0:
             with suppress(Exception):  # outputs of any type; the user's step must go on
-                self._outputs.append([(tensor, _version(tensor)) for tensor in tensors_in(output)])
+                self._calls[-1].outputs = [(tensor, _version(tensor)) for tensor in tensors_in(output)]
 
     def _object_slot(self, value: Any) -> Any:
         """A slot for a part of the batch, or for an object that hides its tensors; other values as they are."""
@@ -139,31 +215,33 @@ class SeenCalls:
         hides_tensors = hasattr(value, "to") and not tensors_in(value)
         if path is None and not hides_tensors:
             return value
-        return self._add_input(value, apply_to_collection(copy.copy(value), Tensor, _copy, allow_frozen=True), path)
+        kept = apply_to_collection(copy.copy(value), Tensor, _copy, allow_frozen=True)
+        return self._input_slot(value, 0, kept, path)
 
-    def _slot(self, tensor: Tensor) -> Slot:
-        for call, outputs in enumerate(self._outputs):
-            for index, (output, version) in enumerate(outputs):
-                if output is tensor and version == _version(tensor):
-                    return Slot(index, call)
-        for index, known in enumerate(self._originals):
-            if known is tensor:
+    def _slot(self, tensor: Tensor, call: _SeenCall) -> Slot:
+        version = _version(tensor)
+        for number, earlier in enumerate(self._calls):
+            for index, (output, then) in enumerate(earlier.outputs):
+                if output is tensor and then == version:
+                    call.needs.add(number)
+                    return Slot(index, number)
+        for index, (known, then, *_) in enumerate(self._inputs):
+            if known is tensor and then == version:
                 return Slot(index)
         path = _path_of(tensor, self.batch)
         # Masks and positions are computed from the batch; other values may depend on the weights.
-        if path is None and self._outputs and (tensor.is_floating_point() or tensor.is_complex()):
-            self.why_not = (
+        weights_have_run = any(earlier.has_parameters for earlier in self._calls)
+        if path is None and weights_have_run and (tensor.is_floating_point() or tensor.is_complex()):
+            call.problem = (
                 f"between its calls of modules, the step computes a tensor ({describe(tensor)}) that may depend on"
                 " the weights"
             )
         # A copy, because the step may change its batch in place.
-        return self._add_input(tensor, _copy(tensor), path)
+        return self._input_slot(tensor, version, _copy(tensor), path)
 
-    def _add_input(self, original: Any, kept: Any, path: Path | None) -> Slot:
-        self._originals.append(original)
-        self._in_batch.append(path)
-        self.inputs.append(kept)
-        return Slot(len(self.inputs) - 1)
+    def _input_slot(self, original: Any, version: int, kept: Any, path: Path | None) -> Slot:
+        self._inputs.append((original, version, kept, path))
+        return Slot(len(self._inputs) - 1)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -218,7 +296,7 @@ class _Before:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Strategies run the step itself through the model's `forward`, which they replace for one call.
         if self.seen is not None and not (self.name == "" and _is_redirected(module)):
-            self.seen.enter(self.name, args, kwargs)
+            self.seen.enter(self.name, module, args, kwargs)
 
     def __reduce__(self) -> tuple[type["_Before"], tuple[()]]:
         return _Before, ()

@@ -18,13 +18,12 @@ from lightning_neuro.kept_batch import KeptBatch, copied
 from lightning_neuro.layer_reading import BatchShape
 from lightning_neuro.layers import resolve_layers
 from lightning_neuro.model_calls import is_compiled_anywhere
-from lightning_neuro.module_state import module_state_restored
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_set import ProbeSet
 from lightning_neuro.probe_sources import find_source, several_loaders, validates
 from lightning_neuro.sample_source import SampleSource
-from lightning_neuro.targets import target_format
+from lightning_neuro.targets import TargetFormat, target_format
 from lightning_neuro.unit_reader import UnitReader
 from lightning_neuro.units import UnitRows
 
@@ -62,6 +61,7 @@ class ProbePass:
         self.source = SampleSource(probe, self.reader, self.warn_once)
         self.num_forwards = 0
         self._announced = False
+        self._first_format: TargetFormat | None = None
         self._warned: set[str] = set()
 
     @property
@@ -105,7 +105,8 @@ class ProbePass:
         if loaders:
             where = "validation samples" if loaders == 1 else f"samples of the first of {loaders} validation loaders"
         layers = f", layers {', '.join(self.layers)}" if self.layers else ""
-        rank_zero_info(f"{names}: {self.samples.num_samples} {where} on each rank{layers}.")
+        each = " on the first rank" if trainer.world_size > 1 else ""
+        rank_zero_info(f"{names}: {self.samples.num_samples} {where}{each}{layers}.")
 
     def call_order(self) -> list[str]:
         """Names of the modules in the order in which a forward pass was seen to call them; empty if none was seen."""
@@ -148,8 +149,11 @@ class ProbePass:
     def class_labels(self, batch: Any) -> Tensor | None:
         """The class labels in a batch, which may be a training batch; None if there are none."""
         target = self.source.target(batch)
-        form = target_format([target]) if self.samples is None else self.samples.targets
-        return form.read(target).classes
+        if self.samples is not None:
+            return self.samples.targets.read(target).classes
+        if self._first_format is None:  # decided once, because reading the values waits for the device
+            self._first_format = target_format([target])
+        return self._first_format.read(target).classes
 
     # Showing the samples
 
@@ -190,9 +194,7 @@ class ProbePass:
                 _seed(pl_module.device, self.probe.seed)  # for models that draw random numbers
                 batch = self._replayed(trainer, pl_module, kept)
                 seen.append(dict(batch.rows))
-                # A callback may run the model, too; the next batch must not depend on that.
-                with module_state_restored(pl_module):
-                    visit(batch)
+                visit(batch)
         if max_batches is None and keep_units and self.source.units is None:
             self.source.units = seen
 
@@ -227,7 +229,14 @@ class ProbePass:
         recording = self._forward(pl_module, on_device, kept.num_samples)
         if self.reader.axes.undecided and self._decide_axes(trainer, pl_module, kept):
             recording = self._forward(pl_module, self._to_device(trainer, kept), kept.num_samples)
-        return self._shown(self._to_device(trainer, kept), recording.activations)
+        units = recording.activations
+        for layer in self.reader.axes.undecided:
+            units = {name: rows for name, rows in units.items() if name.split(".call")[0] != layer}
+            self.warn_once(
+                f"Layer '{layer}' is left out, because two dimensions of its output have {kept.num_samples} entries,"
+                " the number of samples. Use another batch size, or name other layers with `Probe(layers=...)`."
+            )
+        return self._shown(self._to_device(trainer, kept), units)
 
     def see_calls(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """See in a pass over some samples which modules the model calls, if no step has shown it and they are known."""

@@ -60,7 +60,7 @@ class ProbeSet:
             for one, other in zip(tensors_in(samples), tensors_in(kept.batch), strict=False):
                 dim = sample_dim(other, count)
                 if dim is not None and one.ndim == other.ndim and one.ndim > dim and one.shape[dim] > 0:
-                    first, known = one.select(dim, 0), other.select(dim, number)
+                    first, known = one.select(dim, 0).to(other.device), other.select(dim, number)
                     both_nan = (first != first) & (known != known) if first.shape == known.shape else None
                     return both_nan is not None and bool(((first == known) | both_nan).all())
             break

@@ -126,7 +126,7 @@ class Taking:
                 self.plan = plan
             elif self.plan is not None and plan.in_batch != self.plan.in_batch:
                 self.plan, self.why_no_plan = None, "the model is called in different ways for different batches"
-            values = original, (tuple(seen.inputs) if plan is not None else ()), self.target_of(original)
+            values = original, (seen.inputs if plan is not None else ()), self.target_of(original)
             if rows is not None and length is not None:
                 values = tuple(select_samples(value, rows, length) for value in values)
             kept_batch, inputs, targets = (to_cpu(value) for value in values)

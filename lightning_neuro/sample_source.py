@@ -12,19 +12,24 @@ from torch import Tensor
 
 from lightning_neuro.batches import default_target, read_field
 from lightning_neuro.call_trace import SeenCall, call_trace
-from lightning_neuro.dataset_loading import delivered_order
+from lightning_neuro.dataset_loading import delivered_order, drawn_range, is_indexed
 from lightning_neuro.isolation import undisturbed, why_no_replay
 from lightning_neuro.kept_batch import KeptBatch, copied, to_cpu
 from lightning_neuro.model_calls import is_compiled_anywhere
-from lightning_neuro.model_runner import GuessError, ModelRunner
+from lightning_neuro.model_runner import ModelRunner
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_set import ROWS_PER_BATCH, LoadedBatch, ProbeSet, load_delivered, load_probe_set
 from lightning_neuro.probe_sources import find_source, validates
-from lightning_neuro.ranks import agreed, on_any_rank, over_ranks
+from lightning_neuro.ranks import agreed, explain, on_any_rank, over_ranks, raise_on_all_ranks
 from lightning_neuro.ride import Taking, TakingAgain, TakingSpread, length_of
 from lightning_neuro.set_choice import choose_taken, in_set_order, make_set, set_of_taken
 from lightning_neuro.unit_reader import UnitReader
 from lightning_neuro.units import UnitRows
+
+DIFFERS = (
+    "The validation data differ between epochs (shuffled or augmented), so the probe set, which stays the same"
+    " throughout the run, is run through the model separately."
+)
 
 
 class SampleSource:
@@ -92,7 +97,7 @@ class SampleSource:
         # Without layers, because the default ones are not known yet, the loop shows the calls of the model only.
         observe = partial(self.reader.reading, pl_module) if self.reader.is_ready else None
         if self.samples is None and not trainer.sanity_checking and self._can_load(trainer):
-            with suppress(GuessError):
+            with suppress(Exception):  # reported at the end of the loop, because the user's validation must go on
                 self.load(trainer, pl_module)  # so that the set is the same with and without a sanity check
         if self.samples is not None:
             if due and self.samples.places and observe is not None:
@@ -123,20 +128,32 @@ class SampleSource:
             return
         if not self._was_watched:
             self._learn_calls(taking)
-        if isinstance(taking, TakingAgain):
-            self._end_taking_again(trainer, taking)
-            return
         loadable = trainer.sanity_checking and self._can_load(trainer)
-        if taking.observe is None or loadable or on_any_rank(trainer, taking.calls_nothing):
+        outdated = isinstance(taking, TakingAgain) and self.samples is not taking.samples
+        if taking.observe is None or loadable or outdated or on_any_rank(trainer, taking.calls_nothing):
             return
-        if on_any_rank(trainer, taking.failure is not None or not taking.batches):
-            if taking.failure is not None:
-                self.warn(f"No samples can be taken from the validation loop: {taking.failure}")
-            return
-        share = -(-self.probe.num_samples // trainer.world_size)
-        chosen = choose_taken(taking.batches, share, self.probe.seed)
-        self.samples = set_of_taken(trainer, chosen, rideable=True)
-        self.units = in_set_order(self.samples, chosen)
+        try:
+            raise_on_all_ranks(trainer, taking.failure)
+            self._settle(trainer, taking)
+        except Exception as error:
+            self.units = None
+            self.warn(f"No activations can be taken from the validation loop. {explain(error)}")
+        if on_any_rank(trainer, bool(self.reader.axes.undecided)):
+            self.units = None  # a pass of our own decides where the samples lie
+
+    def _settle(self, trainer: "pl.Trainer", taking: Taking) -> None:
+        if isinstance(taking, TakingAgain):
+            if on_any_rank(trainer, taking.differs):
+                self._delivers_the_same = False
+                rank_zero_info(DIFFERS)
+            elif not on_any_rank(trainer, not taking.is_complete):
+                self.units = agreed(trainer, lambda: in_set_order(taking.samples, taking.batches))
+        elif not on_any_rank(trainer, not taking.batches):
+            share = -(-self.probe.num_samples // trainer.world_size)
+            chosen = agreed(trainer, lambda: choose_taken(taking.batches, share, self.probe.seed))
+            samples = set_of_taken(trainer, chosen, rideable=True)
+            self.units = agreed(trainer, lambda: in_set_order(samples, chosen))
+            self.samples = samples
 
     def _learn_calls(self, taking: Taking) -> None:
         """Remember how the model was called, to call it in the same way."""
@@ -146,16 +163,9 @@ class SampleSource:
             self.why_no_plan = taking.why_no_plan
             self.runner = ModelRunner(self.probe, taking.plan)
             self.trace = self.trace or taking.trace
-
-    def _end_taking_again(self, trainer: "pl.Trainer", taking: TakingAgain) -> None:
-        if on_any_rank(trainer, taking.differs):
-            self._delivers_the_same = False
-            rank_zero_info(
-                "The validation data differ between epochs (shuffled or augmented), so the probe set, which stays the"
-                " same throughout the run, is run through the model separately."
-            )
-        elif not on_any_rank(trainer, not taking.is_complete):
-            self.units = in_set_order(taking.samples, taking.batches)
+            if self.samples is not None and not self._can_call:
+                # The samples were loaded to be called by a guess, which is not how the run calls the model.
+                self.samples = None
 
     def close(self) -> None:
         """Remove all hooks, after an exception in the user's step."""
@@ -208,8 +218,12 @@ class SampleSource:
                 self._records_training = self.probe.source == "train" or not validates(trainer)
                 return
             batches, places = loaded
+            if on_any_rank(trainer, not places):  # a rank without samples of its own in the loop
+                places = {}
             kept = agreed(trainer, lambda: [self._keep(trainer, pl_module, batch) for batch in batches])
-            self.samples = make_set(trainer, kept, places)
+            # An item of the dataset may hold several samples, such as the nodes of a graph.
+            several = any(len(one.keys) != len(loaded.keys) for one, loaded in zip(kept, batches, strict=True))
+            self.samples = make_set(trainer, kept, {} if on_any_rank(trainer, several) else places)
         total = over_ranks(trainer, self.samples.num_samples, "sum")
         if 0 < total < self.probe.num_samples:
             rank_zero_info(f"The probe set holds all {total} samples (num_samples={self.probe.num_samples}).")
@@ -224,7 +238,8 @@ class SampleSource:
     def _can_load(self, trainer: "pl.Trainer") -> bool:
         """Whether samples of the validation loop can be loaded before it, so that the set is the same either way."""
         order = delivered_order(find_source(trainer, self.probe, quiet=True), _num_batches(trainer))
-        return self._can_call and order is not None and not why_no_replay(trainer)
+        possible = self._can_call and order is not None and not why_no_replay(trainer)
+        return not on_any_rank(trainer, not possible)
 
     def _load(self, trainer: "pl.Trainer") -> Any:
         probe = self.probe
@@ -238,6 +253,8 @@ class SampleSource:
             share = -(-probe.num_samples // trainer.world_size)
             batches = load_delivered(source, order, num_samples=share, seed=probe.seed, target_fn=target_fn)
             return batches, _places(batches)
+        if from_loop and is_indexed(source) and drawn_range(source) is not None:
+            rank_zero_info(DIFFERS)
         explicit = not isinstance(probe.source, str)
         loaded = load_probe_set(
             source,

@@ -107,8 +107,9 @@ class Session:
 
     def end_loop(self, trainer: "pl.Trainer") -> None:
         """A validation loop has ended."""
-        for probe_pass in self.passes.values():
-            probe_pass.source.end_loop(trainer)
+        with without_inference_mode():
+            for probe_pass in self.passes.values():
+                probe_pass.source.end_loop(trainer)
 
     def close(self) -> None:
         """Remove all hooks, after an exception."""
@@ -195,6 +196,8 @@ def _is_ready(
             if event.kind == "start":
                 names = _names(group)
                 rank_zero_info(f"{names}: no values before training, because the samples are not known yet.")
+                for callback in group:
+                    callback.skip_evaluation(event)
             return False
         if not probe_pass.reader.is_ready:
             agreed(trainer, lambda: probe_pass.see_calls(trainer, pl_module))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_neuro.kept_batch import KeptBatch, merged
 from lightning_neuro.probe_set import MAX_BATCH_SIZE, ProbeSet, labels_of, stratified
-from lightning_neuro.ranks import gather, gather_texts, over_ranks
+from lightning_neuro.ranks import agreed, gather, gather_texts, over_ranks
 from lightning_neuro.ride import TakenBatch
 from lightning_neuro.targets import TargetFormat, target_format, values_of
-from lightning_neuro.units import UnitRows
+from lightning_neuro.units import UnitRows, selected
 
 
 def make_set(
@@ -21,19 +21,21 @@ def make_set(
 ) -> ProbeSet:
     """The probe set, with a form of the targets on which all ranks agree. Call it on every rank."""
     targets = agreed_format(trainer, [batch.target for batch in batches])
-    labels = [targets.read(batch.target) for batch in batches]
+    labels = agreed(trainer, lambda: [targets.read(batch.target) for batch in batches])
     known = [part for label in labels for part in (label.classes, label.positions) if part is not None and part.numel()]
     largest = max((int(part.max()) + 1 for part in known), default=0)
     return ProbeSet(tuple(batches), targets, over_ranks(trainer, largest, "max"), places)
 
 
 def agreed_format(trainer: "pl.Trainer", raws: Sequence[Any]) -> TargetFormat:
-    """The form of the targets of all ranks; that of the first rank, if they differ."""
-    own = target_format(raws)
+    """The form of the targets of all ranks; that of the first rank that has any, if they differ."""
+    own = agreed(trainer, lambda: target_format(raws))
     if trainer.world_size == 1:
         return own
     forms = gather_texts(trainer, f"{own.form}\n{'/'.join(own.names)}\n{'/'.join(map(str, own.present))}")
-    form, names, present = next((text for text in forms if not text.startswith("none")), forms[0]).split("\n")
+    # The values on one rank may happen to be 0 and 1 only.
+    chosen = [text for text in forms if text.startswith("values")] or [t for t in forms if not t.startswith("none")]
+    form, names, present = (chosen or forms)[0].split("\n")
     found = replace(
         own,
         form=form,  # type: ignore[arg-type]
@@ -41,7 +43,8 @@ def agreed_format(trainer: "pl.Trainer", raws: Sequence[Any]) -> TargetFormat:
         present=tuple(int(label) for label in present.split("/") if label),
     )
     if form == "values":  # the quantiles of all samples
-        values = torch.cat(gather(trainer, values_of(raws) if own.form == "values" else torch.zeros(0).double()))
+        mine = values_of(raws) if own.form in ("values", "binary") else torch.zeros(0, dtype=torch.float64)
+        values = torch.cat(gather(trainer, mine))
         found = replace(found, thresholds=target_format([values]).thresholds)
     return found
 
@@ -69,21 +72,6 @@ def choose_taken(taken: Sequence[TakenBatch], num_samples: int, seed: int) -> li
     return found
 
 
-def selected(units: UnitRows, samples: Tensor) -> UnitRows:
-    """The rows of some samples, which are numbered anew; rows that belong to no sample stay."""
-    if not units.aligned:
-        return units
-    if units.samples is None:
-        rows = samples.to(units.values.device)
-        positions = None if units.positions is None else units.positions[rows]
-        return units._replace(values=units.values[rows], positions=positions)
-    new = torch.full((int(units.samples.max()) + 1,), -1, device=units.samples.device)
-    new[samples.to(new.device)] = torch.arange(len(samples), device=new.device)
-    rows = (new[units.samples] >= 0).nonzero().flatten()
-    positions = None if units.positions is None else units.positions[rows]
-    return units._replace(values=units.values[rows], samples=new[units.samples[rows]], positions=positions)
-
-
 def set_of_taken(trainer: "pl.Trainer", taken: Sequence[TakenBatch], *, rideable: bool) -> ProbeSet:
     """The probe set of samples that were taken from Lightning's batches. Call it on every rank."""
     places: dict[int, tuple[Tensor | None, Tensor]] = {}
@@ -92,7 +80,9 @@ def set_of_taken(trainer: "pl.Trainer", taken: Sequence[TakenBatch], *, rideable
         assert batch.kept is not None
         places[batch.number] = (batch.rows, torch.arange(count, count + len(batch.kept.keys)))
         count += len(batch.kept.keys)
-    kept = merged([batch.kept for batch in taken if batch.kept is not None], MAX_BATCH_SIZE // 2)
+    kept = agreed(
+        trainer, lambda: merged([batch.kept for batch in taken if batch.kept is not None], MAX_BATCH_SIZE // 2)
+    )
     return make_set(trainer, kept, places if rideable else {})
 
 

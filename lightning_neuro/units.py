@@ -89,6 +89,21 @@ class UnitRows(NamedTuple):
     aligned: bool = True
 
 
+def selected(units: UnitRows, samples: Tensor) -> UnitRows:
+    """The rows of some samples, which are numbered anew; rows that belong to no sample stay."""
+    if not units.aligned:
+        return units
+    if units.samples is None:
+        rows = samples.to(units.values.device)
+        positions = None if units.positions is None else units.positions[rows]
+        return units._replace(values=units.values[rows], positions=positions)
+    new = torch.full((int(units.samples.max()) + 1,), -1, device=units.samples.device)
+    new[samples.to(new.device)] = torch.arange(len(samples), device=new.device)
+    rows = (new[units.samples] >= 0).nonzero().flatten()
+    positions = None if units.positions is None else units.positions[rows]
+    return units._replace(values=units.values[rows], samples=new[units.samples[rows]], positions=positions)
+
+
 def to_units(output: Tensor, reduction: Reduction = "mean", **options: Any) -> Tensor:
     """The values of `unit_rows`, for the same arguments.
 

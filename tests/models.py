@@ -126,8 +126,8 @@ class MeanActivation(Metric):
         return self.total / self.count
 
 
-def fit(module: pl.LightningModule, *callbacks: pl.Callback, val: bool = True, **options: Any) -> pl.Trainer:
-    """Train quietly, two epochs of four batches unless told otherwise."""
+def fit(module: pl.LightningModule, *callbacks: pl.Callback, val: Any = True, **options: Any) -> pl.Trainer:
+    """Train quietly, two epochs of four batches unless told otherwise; `val` may be a loader."""
     defaults: dict[str, Any] = {
         "max_epochs": 2,
         "accelerator": "cpu",
@@ -140,5 +140,6 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, val: bool = True, *
     train = options.pop("train", None)
     train = loader(shuffle=True) if train is None else train  # a loader without a length has no truth value
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | options))
-    trainer.fit(module, train, loader(32) if val else None, ckpt_path=ckpt_path)
+    val = {True: loader(32), False: None}[val] if isinstance(val, bool) else val
+    trainer.fit(module, train, val, ckpt_path=ckpt_path)
     return trainer

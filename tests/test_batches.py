@@ -170,3 +170,11 @@ def test_with_as_many_samples_as_time_steps_the_other_batches_tell() -> None:
     sequence = torch.arange(5 * 8 * 2).reshape(5, 8, 2)  # time first
     parts = [sequence[:, :5], sequence[:, 5:]]  # the first has 5 samples and 5 time steps
     assert torch.equal(concatenate_samples(parts, [5, 3]), sequence)
+
+
+def test_targets_beside_weights_and_of_objects() -> None:
+    assert default_target((X, (Y, None))) is Y
+    boxes = [{"labels": torch.tensor([2, 0])}, {"labels": torch.tensor([1])}, {"labels": torch.tensor([]).long()}]
+    assert default_target(([X, X, X], boxes)).tolist() == [[2, 0], [1, -100], [-100, -100]]
+    assert default_target({"picture": X, "species": Y}) is Y
+    assert default_target({"picture": X, "species": Y, "place": Y}) is None  # which of them is not known

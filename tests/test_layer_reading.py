@@ -94,6 +94,22 @@ def test_nodes_are_averaged_over_their_graph() -> None:
     assert torch.equal(every.values, nodes) and every.samples is not None and torch.equal(every.samples, owners)
 
 
+def test_of_the_nodes_those_of_the_chosen_graphs_are_read() -> None:
+    class Graphs:
+        batch = torch.tensor([0, 0, 1, 2, 2])
+
+    net = nn.Sequential(nn.Identity())
+    for reduction, expected in (("mean", [7.0, 1.0]), ("tokens", [0.0, 2.0, 6.0, 8.0])):
+        reader = UnitReader(Probe("0", reduction=reduction), lambda sentence, cause: None)  # type: ignore[arg-type]
+        reader.layers = resolve_layers(net, "0")
+        rows = torch.tensor([2, 0])
+        with reader.reading(net, BatchShape(3, rows, rows), Graphs()) as recording:
+            net(torch.tensor([[0.0], [2.0], [4.0], [6.0], [8.0]]))
+        units = recording.activations["0"]
+        assert units.values.flatten().tolist() == expected
+        assert reduction == "mean" or units.samples.tolist() == [1, 1, 0, 0]
+
+
 # Labels of rows -----------------------------------------------------------------------------------------------------
 
 

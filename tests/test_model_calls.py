@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_neuro.model_calls import modules_outside_graphs, part_at, parts_of, watched_calls
 from tests.helpers import hooks_of
@@ -97,9 +98,42 @@ def test_integer_masks_between_calls_are_constants_but_values_may_depend_on_the_
 
     net.masked = Masked()
     with watched_calls(net, (X, Y)) as seen:
-        expected = net.masked(net.encoder(X), Y[:, None] > 0)
+        expected = net.head(net.masked(net.encoder(X), Y[:, None] > 0))
     plan = seen.plan()
     assert plan is not None and torch.equal(plan.run(net, seen.inputs), expected)
+
+
+def test_losses_and_metrics_are_not_part_of_the_model() -> None:
+    class Lit(Parts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss, self.act, self.accuracy = nn.CrossEntropyLoss(), nn.Tanh(), MulticlassAccuracy(3)
+            self.softmax, self.scaled = nn.Softmax(1), nn.Softmax(1)
+
+    net = Lit()
+    with watched_calls(net, (X, Y)) as seen:
+        auxiliary = net.loss(net(X) * 2, Y)  # computed between two calls, but only for the loss
+        expected = net.head(net.act(net.encoder(X)))
+        net.accuracy(net.softmax(expected), Y), net.loss(expected, Y) + auxiliary
+        net.scaled(expected / 2)
+    plan = seen.plan()
+    assert plan is not None and [call.module for call in plan.calls] == ["", "encoder", "act", "head", "softmax"]
+    assert plan.in_batch == ((0,),)  # the labels are not among the inputs
+    assert torch.equal(plan.run(net, seen.inputs), expected)
+    with watched_calls(net, (X, Y)) as seen:
+        net.loss(torch.randn(6, 3), Y)
+    assert seen.calls_nothing and seen.plan() is None
+
+
+def test_an_input_that_was_changed_in_place_is_another_input() -> None:
+    net, x = Parts(), X.clone()
+    with watched_calls(net, (X, Y)) as seen:
+        net(x)
+        x.add_(1)
+        expected = net(x)
+    plan = seen.plan()
+    assert plan is None or torch.equal(plan.run(net, seen.inputs), expected)
+    assert "may depend on the weights" in seen.why_not
 
 
 def test_an_output_that_was_changed_in_place_is_not_taken_for_the_output() -> None:
@@ -124,7 +158,8 @@ def test_a_step_without_calls_and_one_that_fails() -> None:
         with pytest.raises(RuntimeError):
             net(torch.zeros(2, 9))
         net(X)
-    assert [call.module for call in seen.calls] == ["", ""]
+    plan = seen.plan()
+    assert plan is not None and [call.module for call in plan.calls] == ["", ""]
 
 
 def test_the_call_through_which_a_strategy_runs_the_step_does_not_count() -> None:
@@ -142,9 +177,12 @@ def test_the_call_through_which_a_strategy_runs_the_step_does_not_count() -> Non
     with watched_calls(net, (X, Y)) as seen:
         net.forward = run_step  # type: ignore[method-assign]
         net((X, Y))
-    (call,) = seen.calls
     plan = seen.plan()
-    assert call.module == "" and plan is not None and torch.equal(plan.run(net, seen.inputs), net(X))
+    assert (
+        plan is not None
+        and [call.module for call in plan.calls] == [""]
+        and torch.equal(plan.run(net, seen.inputs), net(X))
+    )
 
 
 def test_objects_that_hide_their_tensors_are_passed_whole() -> None:
@@ -189,6 +227,7 @@ def test_parts_of_a_batch_are_found_again() -> None:
     assert {path for path, part in found if part is Y} == {("a", 1, 0), ("b", "y")}
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_compiled_and_scripted_modules_are_seen_from_outside_only() -> None:
     net = Parts()
     net.encoder = torch.compile(net.encoder)  # type: ignore[assignment]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_neuro.kept_batch import KeptBatch, merged
 from lightning_neuro.ride import TakenBatch
-from lightning_neuro.set_choice import choose_taken, in_set_order, selected, set_of_taken
-from lightning_neuro.units import UnitRows
+from lightning_neuro.set_choice import agreed_format, choose_taken, in_set_order, set_of_taken
+from lightning_neuro.targets import target_format
+from lightning_neuro.units import UnitRows, selected
 
 ONE_RANK: Any = SimpleNamespace(world_size=1)
 
@@ -109,3 +110,20 @@ def test_small_batches_of_one_shape_are_joined() -> None:
 )
 def test_other_batches_are_not_joined(batches: list[KeptBatch]) -> None:
     assert merged(batches, max_size=100) == batches
+
+
+def test_the_ranks_agree_on_the_form_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone would take its values for two classes; the quantiles are those of all samples."""
+    of_ranks = [torch.tensor([0.0, 1.0]), torch.arange(0.0, 50.0)]
+    own = [target_format([values]) for values in of_ranks]
+    texts = [f"{form.form}\n{'/'.join(form.names)}\n" for form in own]
+    gathered: list[Tensor] = []
+    monkeypatch.setattr("lightning_neuro.set_choice.agreed", lambda trainer, compute: compute())
+    monkeypatch.setattr("lightning_neuro.set_choice.gather_texts", lambda trainer, text: texts)
+    monkeypatch.setattr("lightning_neuro.set_choice.gather", lambda trainer, mine: (gathered.append(mine), of_ranks)[1])
+    two: Any = SimpleNamespace(world_size=2)
+    first, second = (agreed_format(two, [values]) for values in of_ranks)
+    assert first == second and first.form == "values" and [form.form for form in own] == ["binary", "values"]
+    assert all(torch.equal(mine, values.double()) for mine, values in zip(gathered, of_ranks, strict=True))
+    quartiles = torch.quantile(torch.cat(of_ranks), torch.tensor([0.25, 0.5, 0.75]))
+    assert first.thresholds == tuple(quartiles.tolist())

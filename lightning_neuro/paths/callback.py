@@ -183,7 +183,8 @@ class ConceptPaths(MetricCallback[PathResult]):
         def forward(inputs: Any) -> Any:
             return probe_pass.forward(pl_module, inputs)
 
-        gated = GatedModel(pl_module, probe_pass.layers, forward, num_classes=classes)
+        dims = probe_pass.reader.axes.samples
+        gated = GatedModel(pl_module, probe_pass.layers, forward, num_classes=classes, sample_dims=dims)
         self._samples = ProbeSamples(gated, self._choice)
 
     def observe(self, batch: ProbeBatch) -> None:

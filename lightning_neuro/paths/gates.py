@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_neuro.batches import first_tensor
 from lightning_neuro.capture import MAX_CALLS_AS_LAYERS, uncompiled
-from lightning_neuro.checks import ArgumentError
+from lightning_neuro.checks import ArgumentError, NothingToDoError
 from lightning_neuro.isolation import evaluation_mode, without_inference_mode
 from lightning_neuro.layers import named_layers, resolve_layers
 from lightning_neuro.paths.layer_outputs import (
@@ -96,6 +96,7 @@ class GatedModel:
         forward: Runs the model on its inputs. Default: the model itself.
         num_classes: Number of classes of the labels, by which outputs that are no logits are recognised; see
             `class_scores`. None: the output is taken for logits.
+        sample_dims: Layer and number of the call -> dimension of the samples in its output, where it is known.
 
     Attributes:
         names: Site -> its key in scores and paths; available after a pass of `attribute` or `locate_units`.
@@ -110,11 +111,13 @@ class GatedModel:
         forward: Callable[[Any], Any] | None = None,
         *,
         num_classes: int | None = None,
+        sample_dims: Mapping[tuple[str, int], int] | None = None,
     ) -> None:
         self.model = model
         self.layers = dict(layers)
         self.forward: Callable[[Any], Any] = model if forward is None else forward
         self.num_classes = num_classes
+        self.sample_dims = {} if sample_dims is None else sample_dims  # filled while the model runs
         self.names: dict[Site, str] = {}
         self.axes: dict[str, UnitAxes] = {}
         self.failures: dict[str, str] = {}
@@ -151,6 +154,9 @@ class GatedModel:
             logits = self._locating_pass(inputs, len(targets), act)
             targets = targets.to(logits.device)
             check_classes(targets, logits.shape[1])
+            if not gates:
+                reasons = "; ".join(f"layer '{layer}': {reason}" for layer, reason in self.missing().items())
+                raise NothingToDoError(f"No path can run through the layers. {reasons}.")
             if not logits.requires_grad:
                 raise ArgumentError(f"The logits must depend on one of the layers: {', '.join(self.layers)}.")
             own = logits.gather(1, targets[:, None]).sum()
@@ -255,7 +261,8 @@ class GatedModel:
                     raise ValueError(
                         f"it ran more than {MAX_CALLS_AS_LAYERS} times in one pass; the later calls are left out"
                     )
-                found[site] = unit_axes(output, num_samples, layout(output))
+                known_dim = self.sample_dims.get((site.layer, site.call))
+                found[site] = unit_axes(output, num_samples, layout(output), known_dim)
             except ValueError as error:
                 self.failures[site.layer] = str(error)
                 return output

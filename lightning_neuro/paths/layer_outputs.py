@@ -29,7 +29,7 @@ def modules_of(model: nn.Module, layers: Layers = None) -> dict[str, nn.Module]:
     return dict(layers) if isinstance(layers, Mapping) else resolve_layers(model, layers)
 
 
-def unit_axes(output: Tensor, num_samples: int, units_last: bool | None) -> UnitAxes:
+def unit_axes(output: Tensor, num_samples: int, units_last: bool | None, known_dim: int | None = None) -> UnitAxes:
     """The dimensions of a layer's output along which the samples and the units lie.
 
     Args:
@@ -37,6 +37,7 @@ def unit_axes(output: Tensor, num_samples: int, units_last: bool | None) -> Unit
         num_samples: N.
         units_last: Whether the units lie on the last dimension, as `lightning_neuro.units.latest_layout` determines it;
             None if it is not known.
+        known_dim: The dimension of the samples, if two dimensions have N entries.
 
     Returns:
         The two dimensions.
@@ -48,6 +49,8 @@ def unit_axes(output: Tensor, num_samples: int, units_last: bool | None) -> Unit
     if not output.is_floating_point() or output.ndim < 2:
         raise ValueError(f"its output has no units: it is {describe(output)}")
     samples = sample_dim(output, num_samples)
+    if known_dim is not None and output.ndim == 3 and output.shape[known_dim] == num_samples:
+        samples = known_dim
     if samples == 0:
         last = output.ndim == 3 if units_last is None else units_last
         return UnitAxes(0, output.ndim - 1 if last else 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_neuro.batches import BatchField, concatenate_samples, read_field, select_samples
 from lightning_neuro.checks import ArgumentError, as_labels
 from lightning_neuro.identity import sample_hashes
+from lightning_neuro.module_state import module_state_restored
 from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_kernels
 from lightning_neuro.paths.half_split import numbers_in_concept
 from lightning_neuro.paths.masked_passes import Samples, classes_of_concepts, masked_table
@@ -153,7 +154,8 @@ class ProbeSamples:
         rows = rows if len(rows) else rows.new_zeros(1)  # a rank without used samples needs states, too
         inputs = select_samples(batch.inputs, rows, batch.num_samples)
         targets = targets[rows].clamp(min=0)
-        with without_fused_kernels():
+        # The pass goes on with other batches, which must not depend on the state that this run leaves in the model.
+        with without_fused_kernels(), module_state_restored(self.gated.model):
             seen = self.gated.attribute(inputs, targets, gradients=ablation == "mean")
         samples = Samples(inputs, targets, concepts[rows], numbers[rows], seen.logits)
         self._batches.append(samples)

@@ -21,27 +21,13 @@ import torch
 from torch import Tensor
 
 import lightning_neuro
-from lightning_neuro import (
-    ActivationEntropy,
-    ActivationTopology,
-    ConceptPaths,
-    NeuronCommunities,
-    ObserverProbes,
-    RepresentationRefinement,
-)
 from lightning_neuro.batches import tensors_in
 from lightning_neuro.compat import Callback
 from tests.clients.registry import Project, load_clients
+from tests.contract.callbacks import SIX
 from tests.helpers import hooks_of
 
-CALLBACKS: dict[str, Callable[[], Any]] = {
-    "communities": NeuronCommunities,
-    "entropy": ActivationEntropy,
-    "refinement": RepresentationRefinement,
-    "observers": ObserverProbes,
-    "topology": ActivationTopology,
-    "paths": ConceptPaths,
-}
+CALLBACKS: dict[str, Callable[[], Any]] = SIX
 """The six, each as a newcomer adds it: with no arguments."""
 
 PACKAGE = str(Path(lightning_neuro.__file__).parent)

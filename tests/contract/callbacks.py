@@ -52,6 +52,10 @@ CALLBACKS: dict[str, Make] = {
     "user": lambda probe=None, **options: MetricCallback(MeanActivation(), probe, **options),
 }
 
+SIX = {name: CALLBACKS[name] for name in ("communities", "entropy", "refinement", "observers", "topology", "paths")}
+# Those of them that need nothing but the activations of the validation loop.
+RIDERS = {name: make for name, make in SIX.items() if name not in ("refinement", "paths")}
+
 # Modes whose metrics keep other states: they run where states matter, over ranks, in resumes and in other precisions.
 MODES: dict[str, Make] = {
     "communities-mostafa2021": partial(NeuronCommunities, mode="mostafa2021"),

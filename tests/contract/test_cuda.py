@@ -10,7 +10,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
 
 from lightning_neuro import MetricCallback, Probe
-from tests.contract.callbacks import SHUFFLED, Make, listed_probe
+from tests.contract.callbacks import RIDERS, SHUFFLED, Make, listed_probe
 from tests.helpers import hooks_of
 from tests.models import Module, convnet, fit, loader, mlp, transformer
 
@@ -68,6 +68,21 @@ def test_nothing_stays_on_the_gpu(make: Make) -> None:
     train(mlp, callback)
     del callback
     assert used() <= before + 2**20
+
+
+@pytest.mark.parametrize("riding", RIDERS)
+def test_activations_are_taken_from_the_validation_loop(riding: str) -> None:
+    callback = RIDERS[riding]()
+    ridden: list[bool] = []
+    begin = callback.begin_evaluation
+
+    def look(trainer: Any, module: Any, event: Any) -> None:
+        ridden.append(event.kind == "validation" and callback.probe_pass.source.units is not None)
+        begin(trainer, module, event)
+
+    callback.begin_evaluation = look  # type: ignore[method-assign]
+    _, told = train(mlp, callback)
+    assert ridden == [False, True, True] and told == []
 
 
 class Sharded(Module):

@@ -203,6 +203,7 @@ def test_one_failing_callback_leaves_the_other_alone(make: Make, monkeypatch: py
 
 
 @over_activations
+@pytest.mark.filterwarnings("ignore:paths. no path runs through layer")
 def test_a_layer_that_never_runs_is_named(make: Make) -> None:
     class Unused(Module):
         def __init__(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ArgumentError, ObserverProbes, Probe
@@ -147,6 +148,7 @@ def test_wrong_groups_are_named_before_the_first_step(field):
         fit(mlp(), ObserverProbes(group_fn=field))
 
 
+@pytest.mark.filterwarnings("ignore:observers. the analysis of layer 'net.4'")
 def test_an_attribute_that_fails_later_does_not_end_the_run():
     calls = []
 
@@ -357,3 +359,37 @@ def test_without_labels_the_default_is_disabled_with_one_warning() -> None:
         text.startswith("observers is disabled in this run. ObserverProbes needs a class label") and "target_fn" in text
     )
     assert trainer.current_epoch == 2 and callback.scalars == {}
+
+
+def test_samples_whose_label_is_to_be_ignored_are_left_out() -> None:
+    x, y = images(64).tensors
+    some = torch.arange(64) % 3 > 0
+    scores = []
+    for data in ((x, torch.where(some, y, -100)), (x[some], y[some])):
+        callback = ObserverProbes(Probe(source=[data]))
+        fit(mlp(), callback, max_epochs=1, limit_train_batches=1)
+        scores.append({key: value for key, value in callback.initial.items() if "selectivity" not in key})
+    assert scores[0].keys() == scores[1].keys()
+    for key, value in scores[0].items():
+        if "input" not in key:
+            assert value == pytest.approx(scores[1][key], abs=1e-9), key
+
+
+def test_several_labels_go_with_each_position_of_their_sample() -> None:
+    """The position shows the first label of its sample, and nothing else does."""
+    labels = (torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    x = torch.randn(60, 5, 3, generator=torch.Generator().manual_seed(1)) + 6 * labels[:, None, :1]
+
+    class Steps(Module):
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    callback = ObserverProbes(Probe(layers="1", source=[(x, labels)], reduction="tokens"))
+    module = Steps(nn.Sequential(nn.Linear(3, 4), nn.Identity()))
+    fit(module, callback, max_epochs=1, train=DataLoader(TensorDataset(x), batch_size=20), val=False)
+    key = "observers/balanced_accuracy/{}/whole_network"
+    assert callback.initial[key.format("label_0")] > 0.95
+    assert callback.initial[key.format("label_1")] < 0.7

@@ -392,6 +392,7 @@ def test_a_model_without_derivatives_leaves_the_others_of_the_pass_their_curves(
         fit(Module(net), ConceptPaths(on_error="raise"))
 
 
+@pytest.mark.filterwarnings("ignore:Layer 'net.spare' is not")
 def test_a_layer_that_never_runs_is_named() -> None:
     class Spare(nn.Module):
         def __init__(self) -> None:

@@ -60,6 +60,7 @@ class OnlyInTraining(TimeFirst):
         )
 
 
+@pytest.mark.filterwarnings("ignore:refinement. layer 'auxiliary' was not called")
 def test_dimension_that_is_not_known_is_not_guessed():
     callback = RepresentationRefinement(Probe(num_samples=32), layers=["auxiliary", "head"])
     module = OnlyInTraining()

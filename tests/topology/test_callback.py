@@ -71,6 +71,7 @@ def test_drift_is_that_of_the_activations_themselves():
     assert seen[3]["drift_from_initial"] > seen[3]["drift"] > 0.05
 
 
+@pytest.mark.filterwarnings("ignore:topology. Persistent homology is undefined")
 def test_an_evaluation_without_points_leaves_what_is_remembered():
     class Broken(Module):
         def forward(self, x):
