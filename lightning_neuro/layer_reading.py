@@ -1,7 +1,7 @@
 """Reads the units of layers while the model runs: where the samples and units lie, and which positions are padding."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +32,19 @@ class LayerAxes:
     Attributes:
         samples: Layer and number of the call -> dimension of the samples.
         units_last: Layer and number of the call -> whether the units lie on the last dimension.
+        batch_first: Layer -> whether it has its samples in dimension 0, as the module says; None if it does not say.
         undecided: Layers whose output has the number of samples in two dimensions, of which neither is known to be that
             of the samples.
     """
 
     samples: dict[tuple[str, int], int] = field(default_factory=dict)
     units_last: dict[tuple[str, int], bool | None] = field(default_factory=dict)
+    batch_first: dict[str, bool | None] = field(default_factory=dict)
     undecided: set[str] = field(default_factory=set)
+
+    def lacks(self, layers: Collection[str]) -> bool:
+        """Whether it is not known yet, for some of the layers, where the units lie."""
+        return not {name for name, _ in self.units_last}.issuperset(layers)
 
     def dim_of_samples(self, key: tuple[str, int], output: Tensor, num_samples: int | None, hint: int | None) -> int:
         """The dimension of the samples in an output; dimension 0 if it cannot be decided."""
@@ -96,8 +102,8 @@ class UnitCapture(Capture):
         seed: Seed of random positions.
         axes: What is known of the layers' outputs; extended by what is learned.
         shape: What is known of the batch.
-        modules: All modules of the model by name.
-        units_last: Says of an output that was just computed whether its units lie on the last dimension.
+        units_last: Says of an output that was just computed whether its units lie on the last dimension; None: as it
+            was learned in an earlier pass.
         masks: The padding mask of the batch, bool (N, positions), once it is known; at most one.
     """
 
@@ -109,7 +115,6 @@ class UnitCapture(Capture):
         seed: int,
         axes: LayerAxes,
         shape: BatchShape,
-        modules: Mapping[str, nn.Module],
         units_last: Callable[[Tensor], bool | None] | None,
         masks: list[Tensor],
     ) -> None:
@@ -118,7 +123,6 @@ class UnitCapture(Capture):
         self.seed = seed
         self.axes = axes
         self.shape = shape
-        self.modules = modules
         self.units_last = units_last
         self.masks = masks
 
@@ -130,7 +134,7 @@ class UnitCapture(Capture):
 
     def keep(self, name: str, call: int, module: nn.Module, output: Any) -> UnitRows:
         """The units of the samples that are read."""
-        batch_first = batch_first_of(name, self.modules)
+        batch_first = self.axes.batch_first.get(name)
         output, mask = unpacked(output)
         tensor = first_tensor(output).detach()
         # Statistics are computed in single precision at least.
@@ -162,7 +166,8 @@ class UnitCapture(Capture):
             mask = None if mask is None else mask.index_select(0, rows)
         if tensor.device.type == "mps":
             tensor = tensor.cpu()  # metrics need float64, which this device does not support
-        units_last = self.axes.units_last.get(key)
+        # A module that is called more often than before has its units where they were in its first call.
+        units_last = self.axes.units_last.get(key, self.axes.units_last.get((name, 1)))
         fractions = fractions_of(self.shape.keys, self.seed, name) if self.reduction == "random" else None
         if fractions is not None and len(fractions) != len(tensor):
             fractions = fractions_of(torch.arange(len(tensor)), self.seed, name)

@@ -1,6 +1,6 @@
 """Which positions of a batch are padding: from the masks that models and batches have by convention."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -55,11 +55,15 @@ class _MaskHook:
 _MASKED = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder)
 
 
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of `torch.nn` in a model that may be called with a padding mask."""
+    return [part for part in model.modules() if isinstance(part, (*_MASKED, nn.MultiheadAttention))]
+
+
 @contextmanager
-def masks_in_calls(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the padding mask that the model's attention layers are called with; the list holds at most one."""
+def masks_in_calls(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the padding mask that attention layers are called with; the list holds at most one."""
     found: list[Tensor] = []
-    layers = [part for part in model.modules() if isinstance(part, (*_MASKED, nn.MultiheadAttention))]
     handles = [layer.register_forward_pre_hook(_MaskHook(found), with_kwargs=True) for layer in layers]
     try:
         yield found

@@ -199,7 +199,9 @@ class TakingAgain(Taking):
             self.differs = not self.samples.holds(some, int(numbers[0]))
         keys = number * ROWS_PER_BATCH + (torch.arange(length or 1) if rows is None else rows)
         seen = self._hooks.enter_context(watched_calls(pl_module, batch)) if self.watch and not self.batches else None
-        recording = self._hooks.enter_context(self.observe(BatchShape(length, rows, keys), batch))
+        # Moved once, and not by each layer.
+        on_device = rows if rows is None else rows.to(pl_module.device, non_blocking=True)
+        recording = self._hooks.enter_context(self.observe(BatchShape(length, on_device, keys), batch))
 
         def finish() -> TakenBatch:
             if seen is not None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_neuro.batches import read_field
 from lightning_neuro.capture import Recording
-from lightning_neuro.layer_reading import BatchShape, LayerAxes, UnitCapture
+from lightning_neuro.layer_reading import BatchShape, LayerAxes, UnitCapture, batch_first_of
 from lightning_neuro.layers import named_layers
-from lightning_neuro.padding import masks_in_calls, padding_mask
+from lightning_neuro.padding import attention_layers, masks_in_calls, padding_mask
 from lightning_neuro.probe import Probe
 from lightning_neuro.units import latest_layout
 
@@ -39,6 +39,7 @@ class UnitReader:
         self.layers: dict[str, nn.Module] = {}
         self.needs_layers = False
         self.axes = LayerAxes()
+        self._attention: list[nn.Module] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -57,8 +58,13 @@ class UnitReader:
         owners = getattr(batch, "batch", None)  # as in batches of torch_geometric
         if isinstance(owners, Tensor) and owners.dtype == torch.int64 and owners.ndim == 1:
             shape = replace(shape, owners=owners)
+        if self._attention is None:
+            self._attention = attention_layers(model)
+        if not self.axes.batch_first.keys() >= self.layers.keys():
+            modules = named_layers(model)
+            self.axes.batch_first = {name: batch_first_of(name, modules) for name in self.layers}
         with ExitStack() as stack:
-            masks = stack.enter_context(masks_in_calls(model))
+            masks = stack.enter_context(masks_in_calls(self._attention))
             given = self.probe.mask_fn
             mask = padding_mask(batch) if given is None else read_field("mask_fn", given, batch).bool()
             masks += [] if mask is None else [mask]
@@ -68,8 +74,7 @@ class UnitReader:
                 seed=self.probe.seed,
                 axes=self.axes,
                 shape=shape,
-                modules=named_layers(model),
-                units_last=stack.enter_context(latest_layout(model)),
+                units_last=stack.enter_context(latest_layout(model)) if self.axes.lacks(self.layers) else None,
                 masks=masks,
             )
             recording = stack.enter_context(capture.recording())

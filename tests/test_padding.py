@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_neuro.padding import masks_in_calls, padding_mask, unpacked
+from lightning_neuro.padding import attention_layers, masks_in_calls, padding_mask, unpacked
 from tests.helpers import hooks_of
 
 VALID = torch.tensor([[True, True, False], [True, False, False]])
@@ -38,7 +38,7 @@ def test_what_is_no_padding_mask(fields: Any) -> None:
 def test_the_mask_is_found_in_the_calls_of_attention_layers() -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     net = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    with masks_in_calls(net) as found:
+    with masks_in_calls(attention_layers(net)) as found:
         net(torch.randn(2, 3, 4), src_key_padding_mask=~VALID)
     assert len(found) == 1 and torch.equal(found[0], VALID)
     assert hooks_of(net) == []

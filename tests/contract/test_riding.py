@@ -212,3 +212,16 @@ def test_hooks_are_on_during_the_steps_with_samples_of_the_set_only() -> None:
     )
     assert len(seen) == 8 and 1 <= sum(on for _, on in seen) <= 2
     assert hooks_of(module) == []
+
+
+def test_only_the_layers_have_hooks_once_the_positions_of_their_units_are_known() -> None:
+    seen: list[set[str]] = []
+
+    class Step(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append({hook.split(":")[0] for hook in hooks_of(self.net)})
+            super().validation_step(batch, batch_idx)
+
+    fit(Step(convnet().net), NeuronCommunities(Probe(["0.2", "1.2"], num_samples=24)), max_epochs=3)
+    # Every batch of 16 holds some of the 24 samples; the first ones are those of the sanity check.
+    assert seen[-1] == seen[-2] == {"0.2", "1.2"}
