@@ -327,8 +327,8 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             table |= {Entry(measure, layer, name): value for name, value in attributes.items()}
         self._memory[layer] = self.remember(result, memory)
         for kind, note in result.notes().items() if isinstance(result, LayerResult) else ():
-            # A problem with the samples is the same at all layers, so there is one warning for all.
-            self.warn_once(f"{kind}/{note}", f"{self.name}: {note} (First at layer '{layer}'.)")
+            # A problem with the samples is much the same at all layers, so there is one warning for all.
+            self.warn_once(f"note/{kind}", f"{self.name}: {note} (First at layer '{layer}'.)")
         return self._defined(table)
 
     def _network_table(self, results: Mapping[str, R], layers: Table) -> Table:

@@ -98,6 +98,17 @@ class DeliveredOrder:
         """The dataset indices of the samples at some positions in this order, int64."""
         return self.start + self.step * positions
 
+    @property
+    def num_batches(self) -> int:
+        """Number of batches."""
+        return -(-self.count // self.batch_size)
+
+    def spread(self, num_batches: int) -> Tensor:
+        """The positions of all samples in some batches, which are spread evenly over all of them."""
+        numbers = (torch.arange(num_batches) + 0.5) * self.num_batches / num_batches
+        positions = (numbers.long()[:, None] * self.batch_size + torch.arange(self.batch_size)).flatten()
+        return positions[positions < self.count]
+
     def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of the batches, and rows in them, of the samples at some positions."""
         return positions // self.batch_size, positions % self.batch_size

@@ -44,6 +44,9 @@ class Probe:
             data. Padding is left out of all reductions. Default: a mask of a usual name in the batch
             (`"attention_mask"`, ...), or the one that attention layers of `torch.nn` are called with.
         forward_fn: Runs the model: `forward_fn(pl_module, inputs)`. Default: `pl_module(inputs)`.
+        classes: Labels of the classes of which the probe set is to hold samples, and of which class-based measures
+            speak; samples of other classes fill the rest of the set. Default: all classes or, if there are more than
+            the set can hold 16 samples each of (32 with 512 samples), so many of them, drawn by the seed.
         class_names: Names of the classes, in the order of their labels, for figures, tables and messages. Default: the
             dataset's `classes`, or the datamodule's `class_names` or `classes`, if they exist.
         seed: Seed for the choice of samples and positions.
@@ -71,6 +74,7 @@ class Probe:
     target_fn: BatchField | None = None
     mask_fn: BatchField | None = None
     forward_fn: Callable[[Any, Any], Any] | None = None
+    classes: Sequence[int] | None = None
     class_names: Sequence[str] | None = None
     seed: int = 0
 
@@ -89,6 +93,11 @@ class Probe:
         known = self.source in ("val", "train") if isinstance(self.source, str) else not isinstance(self.source, Tensor)
         known = known and isinstance(self.source, (Dataset, Iterable))
         require(known, "source", "be 'val', 'train', a Dataset, a DataLoader or an iterable of batches", self.source)
+        if self.classes is not None:
+            labels = self.classes if isinstance(self.classes, Sequence) else ()
+            valid = len(set(labels)) >= 2 and all(type(label) is int and label >= 0 for label in labels)
+            require(valid, "classes", "be a sequence of at least two labels, which are not negative", self.classes)
+            object.__setattr__(self, "classes", tuple(self.classes))
         if self.class_names is not None:
             named = not isinstance(self.class_names, str) and isinstance(self.class_names, Sequence)
             named = named and all(isinstance(name, str) for name in self.class_names)

@@ -25,6 +25,8 @@ class ProbeBatch:
         batch: The whole batch, as the model's steps receive it.
         num_samples: N.
         num_classes: Largest class label in the whole probe set, over all ranks, plus one; 0 without class labels.
+        classes: (K,) int64, sorted: the classes of which measures speak if they are only some; None: all. Other labels
+            are -1 in `targets`.
         labels: The targets in all their forms: classes, attributes, labels per position.
         rows: Layer name -> which samples and positions the rows of its activations belong to.
         sample_index: In the batch that `at` returns: (R,) int64, the sample of each row of the layer's activations;
@@ -37,9 +39,24 @@ class ProbeBatch:
     batch: Any
     num_samples: int
     num_classes: int
+    classes: Tensor | None = None
     labels: Targets = Targets()  # noqa: RUF009 - immutable
     rows: Mapping[str, UnitRows] = field(default_factory=dict)
     sample_index: Tensor | None = None
+
+    @property
+    def numbered_targets(self) -> Tensor | None:
+        """The targets, numbered from 0 where only some classes are spoken of: the position of each in `classes`."""
+        if self.targets is None or self.classes is None:
+            return self.targets
+        return self.numbered(self.targets)
+
+    def numbered(self, labels: Tensor) -> Tensor:
+        """The position of each class label in `classes`, -1 if it is not there; unchanged if all are spoken of."""
+        if self.classes is None:
+            return labels
+        number = torch.searchsorted(self.classes, labels).clamp(max=len(self.classes) - 1)
+        return torch.where(self.classes[number] == labels, number, -1)
 
     def is_aligned(self, layer: str) -> bool:
         """Whether it is known which samples the rows of a layer's activations belong to."""

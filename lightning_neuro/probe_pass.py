@@ -1,6 +1,7 @@
 """The samples of one probe in one run: taken from Lightning's loops or loaded, and shown to callbacks in batches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +24,7 @@ from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_set import ProbeSet
 from lightning_neuro.probe_sources import find_source, several_loaders, validates
 from lightning_neuro.sample_source import SampleSource
-from lightning_neuro.targets import TargetFormat, target_format
+from lightning_neuro.targets import IGNORED, TargetFormat, target_format
 from lightning_neuro.unit_reader import UnitReader
 from lightning_neuro.units import UnitRows
 
@@ -106,7 +107,17 @@ class ProbePass:
             where = "validation samples" if loaders == 1 else f"samples of the first of {loaders} validation loaders"
         layers = f", layers {', '.join(self.layers)}" if self.layers else ""
         each = " on the first rank" if trainer.world_size > 1 else ""
-        rank_zero_info(f"{names}: {self.samples.num_samples} {where}{each}{layers}.")
+        rank_zero_info(f"{names}: {self.samples.num_samples} {where}{each}{layers}.{self._spoken_of()}")
+
+    def _spoken_of(self) -> str:
+        if self.samples is None or self.samples.classes is None:
+            return ""
+        labels = self.samples.classes.tolist()
+        shown = ", ".join(map(str, labels[:8])) + (", ..." if len(labels) > 8 else "")
+        return (
+            f" Measures of classes speak of {len(labels)} classes ({shown}), of which the set can hold enough samples;"
+            " more with `Probe(num_samples=...)`, others with `Probe(classes=[...])`."
+        )
 
     def call_order(self) -> list[str]:
         """Names of the modules in the order in which a forward pass was seen to call them; empty if none was seen."""
@@ -118,6 +129,14 @@ class ProbePass:
     def num_classes(self) -> int:
         """Largest class label in the probe set, over all ranks, plus one; 0 if there are none or none is known yet."""
         return 0 if self.samples is None else self.samples.num_classes
+
+    @property
+    def classes(self) -> list[int]:
+        """Labels of the classes of which measures speak: all of them, or those of which the set has enough samples."""
+        if self.samples is None or self.samples.classes is None:
+            return list(range(self.num_classes))
+        chosen: list[int] = self.samples.classes.tolist()
+        return chosen
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
@@ -276,6 +295,11 @@ class ProbePass:
     def _shown(self, kept: KeptBatch, units: dict[str, UnitRows]) -> ProbeBatch:
         assert self.samples is not None
         labels = self.samples.targets.read(kept.target)
+        classes = None
+        if self.samples.classes is not None and labels.classes is not None:
+            classes = self.samples.classes.to(labels.classes.device)
+            spoken_of = torch.isin(labels.classes, classes)
+            labels = replace(labels, classes=labels.classes.where(spoken_of, IGNORED))
         return ProbeBatch(
             activations={layer: rows.values for layer, rows in units.items()},
             inputs=kept.inputs,
@@ -283,6 +307,7 @@ class ProbePass:
             batch=kept.batch,
             num_samples=kept.num_samples or 0,
             num_classes=self.num_classes,
+            classes=classes,
             labels=labels,
             rows=units,
         )

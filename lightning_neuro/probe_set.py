@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,15 +13,20 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from lightning_neuro.batches import batch_length, default_target, sample_dim, tensors_in
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.class_choice import ClassChoice, order_by_class
 from lightning_neuro.dataset_facts import dataset_labels
 from lightning_neuro.dataset_loading import DEFAULT_BATCH_SIZE, DeliveredOrder, drawn_range, is_indexed, load_batches
-from lightning_neuro.identity import number_in_group
 from lightning_neuro.kept_batch import KeptBatch
 from lightning_neuro.targets import TargetFormat, target_format
 
 MAX_BATCH_SIZE = 2 * DEFAULT_BATCH_SIZE
 # Up to this number of samples, all of them are shuffled; of more, some are drawn.
 MAX_SHUFFLED = 10_000_000
+
+# Samples whose classes are known come from about this number of batches, because each batch that is looked at costs.
+FEW_BATCHES = 16
+# If the classes are only known after loading, so many times the wanted samples are loaded, and more if there are many.
+LOADED, LOADED_OF_MANY_CLASSES = 2, 8
 
 # Keys of samples are the number of their batch in the loader times this, plus their row in it.
 ROWS_PER_BATCH = 2**20
@@ -36,6 +42,7 @@ class ProbeSet:
         batches: The samples.
         targets: The form of their targets, the same on all ranks.
         num_classes: Largest class label plus one, over all ranks; 0 without class labels.
+        classes: The classes that class-based measures speak of, over all ranks, sorted; None: all.
         places: Number of a batch of the validation loader -> rows of its samples that belong to the set, and their
             numbers in it; rows None: all. Empty if the samples are not taken from the validation loop.
     """
@@ -43,6 +50,7 @@ class ProbeSet:
     batches: tuple[KeptBatch, ...]
     targets: TargetFormat
     num_classes: int
+    classes: Tensor | None
     places: dict[int, tuple[Tensor | None, Tensor]]
 
     @property
@@ -75,6 +83,19 @@ class LoadedBatch:
     keys: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedSamples:
+    """This rank's samples.
+
+    Attributes:
+        batches: The samples.
+        labels: Each class label of the samples from which they were chosen, as far as it is known.
+    """
+
+    batches: list[LoadedBatch]
+    labels: Tensor | None = None
+
+
 def load_probe_set(
     source: Any,
     *,
@@ -84,7 +105,8 @@ def load_probe_set(
     rank: int = 0,
     world_size: int = 1,
     iterate: bool = True,
-) -> list[LoadedBatch] | None:
+    class_choice: ClassChoice | None = None,
+) -> LoadedSamples | None:
     """Choose the samples of a source and load them.
 
     From a map-style dataset, or the part of it that the loader's sampler is known to cover, samples are chosen with a
@@ -103,6 +125,7 @@ def load_probe_set(
         world_size: Number of parts.
         iterate: Whether the source may be iterated over. A loader of the run must not be: its sampler, generator or
             stream would be moved.
+        class_choice: Of which classes; default: as many as fit.
 
     Returns:
         This rank's part; None if it can only be found by iterating over the source.
@@ -118,7 +141,16 @@ def load_probe_set(
             drawn = sorted(set(islice(_drawn(source), len(source.dataset))))  # type: ignore[arg-type]
         if drawn is None:
             return None
-        chosen = choose(source, drawn, num_samples=num_samples, seed=seed, target_fn=target_fn)
+        labels = known_labels(source, target_fn)
+        chosen, labels = choose(
+            source,
+            drawn,
+            num_samples=num_samples,
+            seed=seed,
+            target_fn=target_fn,
+            class_choice=class_choice or ClassChoice(num_samples, seed),
+            labels=labels,
+        )
         # If there are too few samples for all ranks, no rank gets any: an error on some ranks would block the others.
         share = chosen[rank::world_size] if len(chosen) >= world_size else chosen[:0]
         batches = load_chosen(source, share, share, seed)
@@ -127,24 +159,70 @@ def load_probe_set(
     else:
         # Each rank has its own stream; batches in a list are the same on all ranks, so each rank takes every n-th.
         mine = source if isinstance(source, DataLoader) else islice(source, rank, None, world_size)
+        labels = None
         batches = _numbered(_first_batches(mine, -(-num_samples // world_size)))
     if not batches:
         raise ArgumentError(
             f"The probe found no samples for rank {rank} of {world_size} in {_name(source)}. Pass a source with at"
             " least one sample per rank, for example `Probe(source=my_dataset)` or `Probe(source='train')`."
         )
-    return batches
+    return LoadedSamples(batches, labels)
 
 
 def load_delivered(
-    loader: DataLoader[Any], order: DeliveredOrder, *, num_samples: int, seed: int, target_fn: TargetFunction
-) -> list[LoadedBatch]:
-    """Choose samples of a loader that delivers them in a known order, and load them."""
-    positions = choose(
-        loader, range(order.count), num_samples=num_samples, seed=seed, target_fn=target_fn, index_of=order.indices
+    loader: DataLoader[Any],
+    order: DeliveredOrder,
+    *,
+    num_samples: int,
+    seed: int,
+    target_fn: TargetFunction,
+    class_choice: ClassChoice,
+) -> LoadedSamples:
+    """Choose samples of a loader that delivers them in a known order, and load them.
+
+    If the classes are known, the samples come from few batches, spread over the loader, as long as this does not change
+    how many of each class there are.
+
+    Args:
+        loader: The loader.
+        order: The order in which it delivers the samples on this rank.
+        num_samples: Number of samples on this rank.
+        seed: Seed of the choice.
+        target_fn: Finds the target in a batch.
+        class_choice: Of which classes.
+
+    Returns:
+        The samples; their keys are the number of their batch times `ROWS_PER_BATCH`, plus their row.
+    """
+    labels = known_labels(loader, target_fn)
+    choose_among = partial(
+        choose,
+        loader,
+        num_samples=num_samples,
+        seed=seed,
+        target_fn=target_fn,
+        index_of=order.indices,
+        class_choice=class_choice,
+        labels=labels,
     )
+    positions, found = choose_among(range(order.count))
+    if labels is not None:
+        num_batches = FEW_BATCHES
+        wanted = labels[order.indices(positions)].sort().values
+        while num_batches < order.num_batches:
+            fewer, _ = choose_among(order.spread(num_batches).tolist())
+            if torch.equal(labels[order.indices(fewer)].sort().values, wanted):
+                positions = fewer
+                break
+            num_batches *= 2
     numbers, rows = order.places(positions)
-    return load_chosen(loader, numbers * ROWS_PER_BATCH + rows, order.indices(positions), seed)
+    batches = load_chosen(loader, numbers * ROWS_PER_BATCH + rows, order.indices(positions), seed)
+    return LoadedSamples(batches, found)
+
+
+def known_labels(loader: DataLoader[Any], target_fn: TargetFunction) -> Tensor | None:
+    """The class labels of a loader's dataset; None if they are only known after loading."""
+    return dataset_labels(loader.dataset) if target_fn is default_target else None
 
 
 def choose(
@@ -155,8 +233,10 @@ def choose(
     seed: int,
     target_fn: TargetFunction,
     index_of: Callable[[Tensor], Tensor] = lambda positions: positions,
-) -> Tensor:
-    """Choose samples at random, evenly spread over the classes if there are any.
+    class_choice: ClassChoice,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose samples at random, evenly spread over the classes if there are any, or over as many as fit.
 
     Args:
         loader: A loader over the dataset.
@@ -165,9 +245,11 @@ def choose(
         seed: Seed of the choice.
         target_fn: Finds the target in a batch.
         index_of: Candidates -> dataset indices.
+        class_choice: Of which classes.
+        labels: The class labels of the whole dataset; None if they are only known after loading.
 
     Returns:
-        The chosen candidates, int64.
+        The chosen candidates, int64, and each class label of the samples that were looked at.
     """
     generator = torch.Generator().manual_seed(seed)
     if len(candidates) <= MAX_SHUFFLED:
@@ -176,17 +258,27 @@ def choose(
         drawn = torch.unique(torch.randint(len(candidates), (4 * num_samples,), generator=generator))
         drawn = drawn[torch.randperm(len(drawn), generator=generator)]
         order = torch.tensor([candidates[number] for number in drawn.tolist()])
-    labels = dataset_labels(loader.dataset) if target_fn is default_target else None
-    if labels is None:
-        # The labels are only known after loading, so twice as many samples as needed are considered.
-        order = order[: 2 * num_samples]
-        loaded = load_batches(loader, _split(index_of(order), loader), seed)
-        labels_in_order = labels_of([target_fn(batch) for batch in loaded])
-        if labels_in_order is None or len(labels_in_order) != len(order):  # two views of each sample, labels per token
-            labels_in_order = torch.zeros(len(order), dtype=torch.long)
-    else:
-        labels_in_order = labels[index_of(order)]
-    return order[stratified(labels_in_order)[:num_samples]]
+    if labels is not None:
+        # Of the whole dataset, so that all ranks speak of the same classes.
+        classes = class_choice.among(labels)
+        return order[order_by_class(labels[index_of(order)], classes)[:num_samples]], torch.unique(labels)
+    found = torch.zeros(0, dtype=torch.long)
+    for times in (LOADED, LOADED_OF_MANY_CLASSES):
+        more = order[len(found) : times * num_samples]
+        part = _labels_after_loading(loader, index_of(more), seed, target_fn)
+        found = torch.cat([found, part])
+        classes = class_choice.among(found)
+        if classes is None:
+            break
+    return order[order_by_class(found, classes)[:num_samples]], torch.unique(found)
+
+
+def _labels_after_loading(loader: DataLoader[Any], indices: Tensor, seed: int, target_fn: TargetFunction) -> Tensor:
+    """The class labels of some samples; zeros if they have none."""
+    labels = labels_of([target_fn(batch) for batch in load_batches(loader, _split(indices, loader), seed)])
+    if labels is None or len(labels) != len(indices):  # two views of each sample, labels per token
+        return torch.zeros(len(indices), dtype=torch.long)
+    return labels
 
 
 def load_chosen(loader: DataLoader[Any], keys: Tensor, indices: Tensor, seed: int) -> list[LoadedBatch]:
@@ -206,22 +298,6 @@ def labels_of(targets: Sequence[Any]) -> Tensor | None:
         if not labels or any(part is None for part in labels)
         else torch.cat([p.cpu() for p in labels if p is not None])
     )
-
-
-def stratified(labels: Tensor) -> Tensor:
-    """A permutation of the samples in which every prefix is as class-balanced as possible.
-
-    Args:
-        labels: (N,) integer labels, themselves in random order.
-
-    Returns:
-        (N,) positions: the first sample of each class, then the second of each, and so on.
-
-    Example:
-        >>> stratified(torch.tensor([0, 0, 0, 1, 2])).tolist()
-        [0, 3, 4, 1, 2]
-    """
-    return torch.argsort(number_in_group(labels), stable=True)
 
 
 def _split(indices: Tensor, loader: DataLoader[Any]) -> list[list[int]]:

@@ -12,11 +12,12 @@ from torch import Tensor
 from lightning_neuro.batches import batch_length, can_select_samples, select_samples
 from lightning_neuro.call_trace import SeenCall, call_trace
 from lightning_neuro.capture import Recording
+from lightning_neuro.class_choice import ClassChoice, order_by_class
 from lightning_neuro.kept_batch import KeptBatch, copied, to_cpu
 from lightning_neuro.layer_reading import BatchShape
 from lightning_neuro.model_calls import CallPlan, watched_calls
 from lightning_neuro.model_runner import single
-from lightning_neuro.probe_set import ROWS_PER_BATCH, ProbeSet, labels_of, stratified
+from lightning_neuro.probe_set import ROWS_PER_BATCH, ProbeSet, labels_of
 from lightning_neuro.units import UnitRows
 
 TargetOf = Callable[[Any], Any]
@@ -147,13 +148,26 @@ class TakingSpread(Taking):
 
     Args:
         num_batches: Number of batches of the loop; infinite if it is not known.
-        num_samples: Number of samples wanted.
+        num_samples: Number of samples wanted on this rank.
+        class_choice: Of which classes.
+
+    Attributes:
+        labels: The class labels that were seen so far, each once.
     """
 
-    def __init__(self, target_of: TargetOf, observe: Observe | None, num_batches: float, num_samples: int) -> None:
+    def __init__(
+        self,
+        target_of: TargetOf,
+        observe: Observe | None,
+        num_batches: float,
+        num_samples: int,
+        class_choice: ClassChoice | None = None,
+    ) -> None:
         super().__init__(target_of, observe)
         self.num_batches = num_batches
         self.num_samples = num_samples
+        self.class_choice = class_choice or ClassChoice(num_samples)
+        self.labels = torch.zeros(0, dtype=torch.long)
 
     def wants(self, number: int, batch: Any, target: Any, length: int | None) -> tuple[bool, Tensor | None]:
         """Some rows of every batch, balanced over the classes; or whole batches if samples cannot be selected."""
@@ -168,7 +182,8 @@ class TakingSpread(Taking):
         order = torch.randperm(length, generator=torch.Generator().manual_seed(number))
         labels = labels_of([target])
         if labels is not None and len(labels) == length:
-            order = order[stratified(labels[order])]
+            self.labels = torch.unique(torch.cat([self.labels, labels]))
+            order = order[order_by_class(labels[order], self.class_choice.among(self.labels))]
         return True, order[:quota].sort().values
 
 

@@ -12,13 +12,20 @@ from torch import Tensor
 
 from lightning_neuro.batches import default_target, read_field
 from lightning_neuro.call_trace import SeenCall, call_trace
+from lightning_neuro.class_choice import ClassChoice
 from lightning_neuro.dataset_loading import delivered_order, drawn_range, is_indexed
 from lightning_neuro.isolation import undisturbed, why_no_replay
 from lightning_neuro.kept_batch import KeptBatch, copied, to_cpu
 from lightning_neuro.model_calls import is_compiled_anywhere
 from lightning_neuro.model_runner import ModelRunner
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_set import ROWS_PER_BATCH, LoadedBatch, ProbeSet, load_delivered, load_probe_set
+from lightning_neuro.probe_set import (
+    ROWS_PER_BATCH,
+    LoadedBatch,
+    ProbeSet,
+    load_delivered,
+    load_probe_set,
+)
 from lightning_neuro.probe_sources import find_source, validates
 from lightning_neuro.ranks import agreed, explain, on_any_rank, over_ranks, raise_on_all_ranks
 from lightning_neuro.ride import Taking, TakingAgain, TakingSpread, length_of
@@ -107,7 +114,7 @@ class SampleSource:
             self._taking = TakingSpread(self.target, None, float("inf"), 1)
         else:
             share = -(-self.probe.num_samples // trainer.world_size)
-            self._taking = TakingSpread(self.target, observe, total, share)
+            self._taking = TakingSpread(self.target, observe, total, share, self._class_choice)
 
     def begin_batch(self, pl_module: "pl.LightningModule", batch: Any, number: int) -> None:
         """A step of a loop begins."""
@@ -150,8 +157,10 @@ class SampleSource:
                 self.units = agreed(trainer, lambda: in_set_order(taking.samples, taking.batches))
         elif not on_any_rank(trainer, not taking.batches):
             share = -(-self.probe.num_samples // trainer.world_size)
-            chosen = agreed(trainer, lambda: choose_taken(taking.batches, share, self.probe.seed))
-            samples = set_of_taken(trainer, chosen, rideable=True)
+            choice = self._class_choice
+            chosen = agreed(trainer, lambda: choose_taken(taking.batches, share, self.probe.seed, choice))
+            seen = taking.labels if isinstance(taking, TakingSpread) else None
+            samples = set_of_taken(trainer, chosen, rideable=True, class_choice=choice, labels_seen=seen)
             self.units = agreed(trainer, lambda: in_set_order(samples, chosen))
             self.samples = samples
 
@@ -193,7 +202,7 @@ class SampleSource:
         if on_any_rank(trainer, taking is None or not taking.batches) or taking is None:
             return
         self._learn_calls(taking)
-        self.samples = set_of_taken(trainer, taking.batches, rideable=False)
+        self.samples = set_of_taken(trainer, taking.batches, rideable=False, class_choice=self._class_choice)
         self._records_training = False
 
     def load(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -217,16 +226,27 @@ class SampleSource:
             if on_any_rank(trainer, loaded is None):
                 self._records_training = self.probe.source == "train" or not validates(trainer)
                 return
-            batches, places = loaded
+            found, places = loaded
             if on_any_rank(trainer, not places):  # a rank without samples of its own in the loop
                 places = {}
-            kept = agreed(trainer, lambda: [self._keep(trainer, pl_module, batch) for batch in batches])
+            kept = agreed(trainer, lambda: [self._keep(trainer, pl_module, batch) for batch in found.batches])
             # An item of the dataset may hold several samples, such as the nodes of a graph.
-            several = any(len(one.keys) != len(loaded.keys) for one, loaded in zip(kept, batches, strict=True))
-            self.samples = make_set(trainer, kept, {} if on_any_rank(trainer, several) else places)
+            several = any(len(one.keys) != len(loaded.keys) for one, loaded in zip(kept, found.batches, strict=True))
+            self.samples = make_set(
+                trainer,
+                kept,
+                {} if on_any_rank(trainer, several) else places,
+                class_choice=self._class_choice,
+                labels_seen=found.labels,
+            )
         total = over_ranks(trainer, self.samples.num_samples, "sum")
         if 0 < total < self.probe.num_samples:
             rank_zero_info(f"The probe set holds all {total} samples (num_samples={self.probe.num_samples}).")
+
+    @property
+    def _class_choice(self) -> ClassChoice:
+        classes = self.probe.classes
+        return ClassChoice(self.probe.num_samples, self.probe.seed, None if classes is None else tuple(classes))
 
     @property
     def _can_call(self) -> bool:
@@ -251,8 +271,10 @@ class SampleSource:
         from_loop = probe.source == "val" and validates(trainer)
         if from_loop and (order := delivered_order(source, _num_batches(trainer))) is not None:
             share = -(-probe.num_samples // trainer.world_size)
-            batches = load_delivered(source, order, num_samples=share, seed=probe.seed, target_fn=target_fn)
-            return batches, _places(batches)
+            found = load_delivered(
+                source, order, num_samples=share, seed=probe.seed, target_fn=target_fn, class_choice=self._class_choice
+            )
+            return found, _places(found.batches)
         if from_loop and is_indexed(source) and drawn_range(source) is not None:
             rank_zero_info(DIFFERS)
         explicit = not isinstance(probe.source, str)
@@ -264,6 +286,7 @@ class SampleSource:
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             iterate=explicit,
+            class_choice=self._class_choice,
         )
         return None if loaded is None else (loaded, {})
 

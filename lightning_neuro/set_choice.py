@@ -8,8 +8,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_neuro.checks import ArgumentError
+from lightning_neuro.class_choice import ClassChoice, order_by_class
 from lightning_neuro.kept_batch import KeptBatch, merged
-from lightning_neuro.probe_set import MAX_BATCH_SIZE, ProbeSet, labels_of, stratified
+from lightning_neuro.probe_set import MAX_BATCH_SIZE, ProbeSet, labels_of
 from lightning_neuro.ranks import agreed, gather, gather_texts, over_ranks
 from lightning_neuro.ride import TakenBatch
 from lightning_neuro.targets import TargetFormat, target_format, values_of
@@ -17,14 +19,40 @@ from lightning_neuro.units import UnitRows, selected
 
 
 def make_set(
-    trainer: "pl.Trainer", batches: Sequence[KeptBatch], places: dict[int, tuple[Tensor | None, Tensor]]
+    trainer: "pl.Trainer",
+    batches: Sequence[KeptBatch],
+    places: dict[int, tuple[Tensor | None, Tensor]],
+    *,
+    class_choice: ClassChoice,
+    labels_seen: Tensor | None = None,
 ) -> ProbeSet:
-    """The probe set, with a form of the targets on which all ranks agree. Call it on every rank."""
+    """The probe set, with a form of the targets on which all ranks agree. Call it on every rank.
+
+    Args:
+        trainer: The trainer.
+        batches: The samples of this rank.
+        places: Where they are in the validation loop.
+        class_choice: Of which classes they were chosen.
+        labels_seen: The labels in the data from which the samples were chosen, as far as they are known.
+    """
     targets = agreed_format(trainer, [batch.target for batch in batches])
     labels = agreed(trainer, lambda: [targets.read(batch.target) for batch in batches])
     known = [part for label in labels for part in (label.classes, label.positions) if part is not None and part.numel()]
-    largest = max((int(part.max()) + 1 for part in known), default=0)
-    return ProbeSet(tuple(batches), targets, over_ranks(trainer, largest, "max"), places)
+    none = torch.zeros(0, dtype=torch.long)
+    of_classes = targets.form in ("classes", "binary", "one_hot")
+    seen = none if labels_seen is None or not of_classes else torch.unique(labels_seen)
+    largest = max((0, *(int(part.max()) + 1 for part in (*known, seen) if part.numel())))
+    # Each label that was seen counts once more, so that classes without samples in the set are known to exist.
+    own = torch.cat([seen, *(part.classes for part in labels if part.classes is not None)])
+    everywhere = torch.cat(gather(trainer, own))
+    classes = class_choice.among(everywhere)
+    held = everywhere if classes is None else torch.isin(classes, everywhere)
+    if class_choice.given is not None and len(everywhere) and int(held.sum()) < 2:
+        raise ArgumentError(
+            "`Probe(classes=...)` must name at least two classes that are in the data; got"
+            f" {list(class_choice.given)}, and the labels found are {torch.unique(everywhere)[:20].tolist()}."
+        )
+    return ProbeSet(tuple(batches), targets, over_ranks(trainer, largest, "max"), classes, places)
 
 
 def agreed_format(trainer: "pl.Trainer", raws: Sequence[Any]) -> TargetFormat:
@@ -49,8 +77,17 @@ def agreed_format(trainer: "pl.Trainer", raws: Sequence[Any]) -> TargetFormat:
     return found
 
 
-def choose_taken(taken: Sequence[TakenBatch], num_samples: int, seed: int) -> list[TakenBatch]:
-    """Choose among the samples that were taken, evenly over the classes; activations are chosen along."""
+def choose_taken(
+    taken: Sequence[TakenBatch], num_samples: int, seed: int, class_choice: ClassChoice
+) -> list[TakenBatch]:
+    """Choose among the samples that were taken, evenly over the classes; activations are chosen along.
+
+    Args:
+        taken: The samples of this rank.
+        num_samples: How many to choose on this rank.
+        seed: Seed of the choice.
+        class_choice: Of which classes.
+    """
     kept = [batch.kept for batch in taken if batch.kept is not None]
     counts = [batch.num_samples for batch in kept]
     if any(count is None or batch.rows is None for count, batch in zip(counts, taken, strict=True)):
@@ -60,7 +97,8 @@ def choose_taken(taken: Sequence[TakenBatch], num_samples: int, seed: int) -> li
     if labels is None or len(labels) != sum(sizes):
         labels = torch.zeros(sum(sizes), dtype=torch.long)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen = order[stratified(labels[order])[:num_samples]].sort().values
+    first = order_by_class(labels[order], class_choice.among(labels))
+    chosen = order[first[:num_samples]].sort().values
     ends = torch.tensor(sizes).cumsum(0)
     of_batch = torch.bucketize(chosen, ends, right=True)
     found = []
@@ -72,8 +110,15 @@ def choose_taken(taken: Sequence[TakenBatch], num_samples: int, seed: int) -> li
     return found
 
 
-def set_of_taken(trainer: "pl.Trainer", taken: Sequence[TakenBatch], *, rideable: bool) -> ProbeSet:
-    """The probe set of samples that were taken from Lightning's batches. Call it on every rank."""
+def set_of_taken(trainer: "pl.Trainer", taken: Sequence[TakenBatch], *, rideable: bool, **options: Any) -> ProbeSet:
+    """The probe set of samples that were taken from Lightning's batches. Call it on every rank.
+
+    Args:
+        trainer: The trainer.
+        taken: The samples of this rank.
+        rideable: Whether the validation loop will deliver them again.
+        options: Passed on to `make_set`.
+    """
     places: dict[int, tuple[Tensor | None, Tensor]] = {}
     count = 0
     for batch in taken:
@@ -83,7 +128,7 @@ def set_of_taken(trainer: "pl.Trainer", taken: Sequence[TakenBatch], *, rideable
     kept = agreed(
         trainer, lambda: merged([batch.kept for batch in taken if batch.kept is not None], MAX_BATCH_SIZE // 2)
     )
-    return make_set(trainer, kept, places if rideable else {})
+    return make_set(trainer, kept, places if rideable else {}, **options)
 
 
 def in_set_order(samples: ProbeSet, taken: Sequence[TakenBatch]) -> list[dict[str, UnitRows]]:

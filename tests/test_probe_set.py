@@ -24,16 +24,23 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from lightning_neuro import probe_set
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.class_choice import stratified
 from lightning_neuro.dataset_facts import class_names_of, dataset_labels
 from lightning_neuro.isolation import isolated_random_state
-from lightning_neuro.probe_set import LoadedBatch, load_probe_set, stratified
+from lightning_neuro.probe_set import LoadedBatch
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Datasets are loaded in this process, so that what they count can be read."""
     monkeypatch.setattr("lightning_neuro.dataset_loading._can_fork", lambda: False)
+
+
+def load_probe_set(*args: Any, **options: Any) -> Any:
+    found = probe_set.load_probe_set(*args, **options)
+    return None if found is None else found.batches
 
 
 def numbered(count: int, labels: list[int] | None = None) -> TensorDataset:

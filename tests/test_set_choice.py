@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_neuro.class_choice import ClassChoice
 from lightning_neuro.kept_batch import KeptBatch, merged
 from lightning_neuro.ride import TakenBatch
 from lightning_neuro.set_choice import agreed_format, choose_taken, in_set_order, set_of_taken
@@ -14,6 +15,7 @@ from lightning_neuro.targets import target_format
 from lightning_neuro.units import UnitRows, selected
 
 ONE_RANK: Any = SimpleNamespace(world_size=1)
+CHOICE = ClassChoice(512)
 
 
 def taken(number: int, rows: list[int], labels: list[int]) -> TakenBatch:
@@ -27,7 +29,7 @@ BATCHES = [taken(0, [1, 4, 5], [0, 0, 0]), taken(1, [0, 2], [1, 1]), taken(3, [7
 
 
 def test_the_choice_is_balanced_and_activations_go_along() -> None:
-    chosen = choose_taken(BATCHES, 4, seed=0)
+    chosen = choose_taken(BATCHES, 4, 0, CHOICE)
     labels = torch.cat([batch.kept.target for batch in chosen if batch.kept is not None])
     assert sorted(labels.tolist()) in ([0, 0, 1, 2], [0, 1, 1, 2])
     for batch in chosen:
@@ -40,7 +42,7 @@ def test_the_choice_is_balanced_and_activations_go_along() -> None:
 
 
 def test_units_come_in_the_order_of_the_set_whatever_the_order_of_the_loop() -> None:
-    samples = set_of_taken(ONE_RANK, choose_taken(BATCHES, 6, seed=0), rideable=True)
+    samples = set_of_taken(ONE_RANK, choose_taken(BATCHES, 6, 0, CHOICE), rideable=True, class_choice=CHOICE)
     assert samples.num_samples == 6 and samples.num_classes == 3
     again = []
     for number, (rows, _) in reversed(samples.places.items()):
@@ -52,7 +54,7 @@ def test_units_come_in_the_order_of_the_set_whatever_the_order_of_the_loop() -> 
 
 
 def test_several_rows_per_sample_stay_with_their_sample() -> None:
-    samples = set_of_taken(ONE_RANK, choose_taken(BATCHES, 7, seed=0), rideable=True)
+    samples = set_of_taken(ONE_RANK, choose_taken(BATCHES, 7, 0, CHOICE), rideable=True, class_choice=CHOICE)
     again = []
     for number, (rows, _) in reversed(samples.places.items()):
         assert rows is not None
@@ -66,7 +68,7 @@ def test_several_rows_per_sample_stay_with_their_sample() -> None:
 
 
 def test_rows_that_belong_to_no_sample_are_shown_once() -> None:
-    samples = set_of_taken(ONE_RANK, choose_taken(BATCHES, 7, seed=0), rideable=True)
+    samples = set_of_taken(ONE_RANK, choose_taken(BATCHES, 7, 0, CHOICE), rideable=True, class_choice=CHOICE)
     again = [
         TakenBatch(n, r, {"nodes": UnitRows(torch.ones(5, 2), aligned=False)}) for n, (r, _) in samples.places.items()
     ]
@@ -87,7 +89,7 @@ def test_rows_of_chosen_samples() -> None:
 
 def test_whole_batches_are_not_cut() -> None:
     whole = [TakenBatch(0, None, {}, KeptBatch("graphs", None, None, 8, torch.arange(8)))]
-    assert choose_taken(whole, 3, seed=0) == whole
+    assert choose_taken(whole, 3, 0, CHOICE) == whole
 
 
 def kept(x: Tensor, **more: Any) -> KeptBatch:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Unpack, get_args
 
 import pytorch_lightning as pl
+from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import check_choice
@@ -128,6 +130,10 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
                 if not metric.calibrated:
                     parts = [gather(trainer, part) for part in metric.calibration]
                     metric.set_calibration(*merge_calibrations(zip(*parts, strict=True)))
+
+    def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:
+        """Update one layer's metric; classes are numbered without gaps, because it keeps counts of each."""
+        metric.update(activations, batch.numbered_targets)
 
     def _entropies(self) -> dict[str, NeuronEntropy]:
         return {layer: metric for layer, metric in self.layer_metrics.items() if isinstance(metric, NeuronEntropy)}

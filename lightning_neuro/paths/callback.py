@@ -1,14 +1,17 @@
 """Concept paths as training curves."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isnan
 from typing import TYPE_CHECKING, Any, Unpack
 
 import pytorch_lightning as pl
+from torch import Tensor
 
 from lightning_neuro.batches import BatchField
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import check_field, check_int, require
+from lightning_neuro.figures import class_name
 from lightning_neuro.isolation import undisturbed
 from lightning_neuro.paths.evaluation import PathEvaluation
 from lightning_neuro.paths.gates import GatedModel, without_fused_kernels
@@ -149,7 +152,9 @@ class ConceptPaths(MetricCallback[PathResult]):
         self.samples_per_class = samples_per_class
         self.concept_fn = concept_fn
         self.flow = flow
-        self.requested = bool(options) or any(argument is not None for argument in (concept_fn, hierarchy, flow))
+        # The numbers of a tree or of a flow are labels.
+        self._by_label = any(argument is not None for argument in (concept_fn, hierarchy, flow))
+        self.requested = bool(options) or self._by_label
         super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
 
     def start_run(self) -> None:
@@ -158,8 +163,12 @@ class ConceptPaths(MetricCallback[PathResult]):
         self.evaluation: PathEvaluation | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
         self.previous: Previous = {}
+        self._classes: tuple[int, ...] | None = None
         self._choice: SampleChoice | None = None
         self._samples: ProbeSamples | None = None
+
+    def _concepts_of(self, batch: ProbeBatch) -> Tensor:
+        return read_concepts(batch, self.concept_fn, numbered=self._classes is not None)
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Choose the samples, before the first evaluation."""
@@ -169,10 +178,12 @@ class ConceptPaths(MetricCallback[PathResult]):
             require(mode != "nad", "mode", "be 'attribution' in more than one process", mode)
         probe_pass = self.probe_pass
         if self._choice is None:
+            some = None if probe_pass.samples is None else probe_pass.samples.classes
+            self._classes = None if self._by_label or some is None else tuple(some.tolist())
             self._choice = choose_samples(
                 trainer,
                 lambda visit: probe_pass.show_samples(trainer, pl_module, visit),
-                lambda batch: read_concepts(batch, self.concept_fn),
+                self._concepts_of,
                 self.samples_per_class,
             )
         classes: int | None = None  # what `forward_fn` returns is taken for logits
@@ -190,7 +201,7 @@ class ConceptPaths(MetricCallback[PathResult]):
     def observe(self, batch: ProbeBatch) -> None:
         """Compute the contributions of all units to the logits of the batch's own classes."""
         samples = self._samples
-        found = samples.attribute(batch, self.concept_fn, self.search.ablation) if samples is not None else None
+        found = samples.attribute(batch, self._concepts_of, self.search.ablation) if samples is not None else None
         if samples is None or found is None:
             return
         used, seen = found
@@ -200,6 +211,9 @@ class ConceptPaths(MetricCallback[PathResult]):
                 f"{self.name}: no path runs through layer '{layer}', because {reason}. Leave it out with"
                 " `Probe(layers=...)`.",
             )
+        predictions = seen.logits.argmax(1) if self.concept_fn is None else None
+        if predictions is not None and self._classes is not None:
+            predictions = batch.numbered(predictions)
         for site, contributions in seen.contributions.items():
             try:
                 self.metric_at(site, contributions.device).update(
@@ -208,7 +222,7 @@ class ConceptPaths(MetricCallback[PathResult]):
                     numbers=used.numbers,
                     gradients=seen.gradients.get(site),
                     features=seen.features[site],
-                    predictions=seen.logits.argmax(1) if self.concept_fn is None else None,
+                    predictions=predictions,
                     num_concepts=samples.choice.num_concepts,
                 )
             except Exception as error:
@@ -223,6 +237,7 @@ class ConceptPaths(MetricCallback[PathResult]):
             return {}
         if not self.attempt(trainer, "the units' contributions", samples.require_attributed) or not results:
             return {}
+        results = {layer: replace(result, labels=self._classes) for layer, result in results.items()}
         with undisturbed(trainer, pl_module), without_fused_kernels():
             gates = previous_gates(self.previous)
             # If this fails there are no results, because the user did not ask for the attribution paths.
@@ -245,6 +260,8 @@ class ConceptPaths(MetricCallback[PathResult]):
     def draw(self, results: Mapping[str, PathResult]) -> dict[str, "Figure"]:
         """Draw the similarity of the paths, the flow of two concepts, the reuse of units, and the stability."""
         names = self.class_names
+        if self._classes is not None:
+            names = tuple(class_name(label, names) for label in self._classes)
         if self.concept_fn is not None:
             num_concepts = max(len(result.masks) for result in results.values())
             names = tuple(f"concept {concept}" for concept in range(num_concepts))

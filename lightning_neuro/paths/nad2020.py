@@ -3,6 +3,7 @@
 Source: J. Hu et al., *Architecture Disentanglement for Deep Neural Networks* (NAD), arXiv 2003.13268, ICCV 2021.
 """
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -99,13 +100,13 @@ class NadPaths:
             check_classes(targets, logits.shape[1])
             gated.require_all_layers()
             widths = {site: len(mean) for site, mean in means.items()}
-            self.gates = learn_gates(gated, inputs, targets, widths, logits.shape[1], self)
+            self.gates = learn_gates(gated, inputs, targets, widths, range(logits.shape[1]), self)
         self.paths = {site: gates > 0 for site, gates in self.gates.items()}
         return self
 
 
 def learn_gates(
-    gated: GatedModel, inputs: Any, targets: Tensor, widths: dict[str, int], num_classes: int, options: NadPaths
+    gated: GatedModel, inputs: Any, targets: Tensor, widths: dict[str, int], classes: Sequence[int], options: NadPaths
 ) -> dict[str, Tensor]:
     """Learn the gate logits of all classes.
 
@@ -114,16 +115,16 @@ def learn_gates(
         inputs: The model's input, for N samples.
         targets: int64 (N,), classes.
         widths: Site -> number of units.
-        num_classes: K.
+        classes: The K classes.
         options: Provides `beta`, `num_passes`, `batch_size`, `step` and `seed`.
 
     Returns:
-        Site -> (classes, units); NaN for a class without samples.
+        Site -> (K, units); NaN for a class without samples.
     """
     generator = torch.Generator().manual_seed(options.seed)
     device, num_samples = targets.device, len(targets)
-    learned = {site: torch.full((num_classes, width), float("nan"), device=device) for site, width in widths.items()}
-    for label in range(num_classes):
+    learned = {site: torch.full((len(classes), width), float("nan"), device=device) for site, width in widths.items()}
+    for number, label in enumerate(classes):
         gates = {site: torch.randn(width, generator=generator).to(device) for site, width in widths.items()}
         rows = (targets == label).nonzero().flatten()
         if not len(rows):
@@ -134,7 +135,7 @@ def learn_gates(
             for batch, labels in batches:
                 gates = _descend(gated, batch, labels, gates, options)
         for site, logits in gates.items():
-            learned[site][label] = logits
+            learned[site][number] = logits
     return learned
 
 

@@ -130,7 +130,9 @@ class PathSearch:
         widths = {layer: result.num_units for layer, result in results.items()}
         # One seed per half: masks depend on the initial gates, and would be similar for that reason alone.
         options = NadPaths(samples.gated.model, beta=self.nad_beta, seed=half)
-        return learn_gates(samples.gated, mine.inputs, mine.targets, widths, samples.choice.num_concepts, options)
+        of_concept = samples.classes()  # one each, because concepts are classes here
+        classes = torch.where(of_concept.any(1), of_concept.int().argmax(1), -1).tolist()
+        return learn_gates(samples.gated, mine.inputs, mine.targets, widths, classes, options)
 
     def _refined_gates(
         self,

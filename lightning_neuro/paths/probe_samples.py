@@ -45,13 +45,18 @@ class SampleChoice:
         return self.counts.shape[1]
 
 
-def read_concepts(batch: ProbeBatch, concept_fn: BatchField | None) -> Tensor:
+def read_concepts(batch: ProbeBatch, concept_fn: BatchField | None, *, numbered: bool) -> Tensor:
     """The concepts of a batch's samples, int64 (N,): from `concept_fn`, else the classes; -1 if unknown.
+
+    Args:
+        batch: The batch.
+        concept_fn: Finds the concepts in it.
+        numbered: Whether to number the classes without gaps if only some of them are spoken of.
 
     Raises:
         ArgumentError: If `concept_fn` does not return one integer per sample.
     """
-    found = batch.targets
+    found = batch.numbered_targets if numbered else batch.targets
     if concept_fn is not None:
         found = as_labels(read_field("concept_fn", concept_fn, batch.batch), batch.num_samples, name="concept_fn")
     return torch.full((batch.num_samples,), -1) if found is None else found
@@ -125,11 +130,16 @@ class ProbeSamples:
         self._num_seen = 0
 
     def attribute(
-        self, batch: ProbeBatch, concept_fn: BatchField | None, ablation: Ablation
+        self, batch: ProbeBatch, concepts_of: Callable[[ProbeBatch], Tensor], ablation: Ablation
     ) -> tuple[Samples, Attribution] | None:
         """Compute the contributions of all units for the used samples of the next batch, and keep the samples.
 
         A failure is recorded and not raised, because the pass must go on for other callbacks.
+
+        Args:
+            batch: The batch.
+            concepts_of: Returns the concepts of its samples, (N,).
+            ablation: What a unit is replaced by.
 
         Returns:
             The samples and the attribution, or None after a failure.
@@ -137,7 +147,7 @@ class ProbeSamples:
         if self.failure is not None:
             return None
         try:
-            return self._attribute(batch, read_concepts(batch, concept_fn), ablation)
+            return self._attribute(batch, concepts_of(batch), ablation)
         except ArgumentError as error:
             remedy = "If the model returns no logits, pass `Probe(forward_fn=lambda module, inputs: ...)`."
             self.failure = type(error)(f"ConceptPaths: {error} {remedy}")

@@ -27,6 +27,8 @@ class PathResult:
         gates: float64 (2, K, units), the gate logits if paths are learned, positive for units on the path; or None.
         stability: Similarity to the paths of the previous evaluation, 0 to 1 (see `stability`); NaN if undefined. Only
             `ConceptPaths` sets it.
+        labels: The class label of each row, if only some classes have rows; None: rows are labels. Only `ConceptPaths`
+            sets it.
         num_nonfinite: Samples left out because an activation, a gradient or a logit was NaN or infinite.
     """
 
@@ -38,6 +40,7 @@ class PathResult:
     kinship: Tensor | None = None
     gates: Tensor | None = None
     stability: float = math.nan
+    labels: tuple[int, ...] | None = None
     num_nonfinite: int = 0
 
     @property
@@ -122,6 +125,7 @@ class PathResult:
             return {"nonfinite": f"{notes['nonfinite']} {notes['undefined']}"}
         missing = (~self.defined).nonzero().flatten().tolist()
         if missing:
+            missing = missing if self.labels is None else [self.labels[row] for row in missing]
             few = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             notes["missing"] = (
                 f"{len(missing)} of {len(self.defined)} concepts have no path and are left out, because there are no"

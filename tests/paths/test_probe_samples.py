@@ -1,5 +1,6 @@
 """The samples that the callback chooses and keeps: which they are, their halves, what fails where there are none."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from lightning_neuro.probe_batch import ProbeBatch
 from tests.paths.networks import convnet, data
 
 X, Y = data(60, 4)
+
+KINDS = partial(read_concepts, concept_fn="kind", numbered=False)
 
 
 class OneProcess:
@@ -35,7 +38,7 @@ def chosen(per_concept: int = 6, concepts: torch.Tensor | None = None) -> Sample
             visit(batch)
 
     trainer: Any = OneProcess()
-    return choose_samples(trainer, run_pass, lambda batch: read_concepts(batch, "kind"), per_concept)
+    return choose_samples(trainer, run_pass, KINDS, per_concept)
 
 
 def kept(per_concept: int = 6) -> ProbeSamples:
@@ -43,7 +46,7 @@ def kept(per_concept: int = 6) -> ProbeSamples:
     samples = ProbeSamples(GatedModel(net, {"5": net[5], "8": net[8]}), chosen(per_concept))
     with evaluating(net):
         for batch in batches():
-            assert samples.attribute(batch, "kind", "zero") is not None
+            assert samples.attribute(batch, KINDS, "zero") is not None
     return samples
 
 
@@ -105,8 +108,8 @@ def test_a_failure_is_kept_and_raised_when_asked_for() -> None:
     first, second, _ = batches()
     assert samples.require_attributed()
     with evaluating(net):
-        assert samples.attribute(first, "nothing", "zero") is None
-        assert samples.attribute(second, "kind", "zero") is None  # the pass is of no use any more
+        assert samples.attribute(first, partial(read_concepts, concept_fn="nothing", numbered=False), "zero") is None
+        assert samples.attribute(second, KINDS, "zero") is None  # the pass is of no use any more
     with pytest.raises(ArgumentError, match=r"concept_fn.*'nothing'"):
         samples.require_attributed()
 
