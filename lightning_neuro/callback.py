@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -17,23 +17,24 @@ from torchmetrics import Metric
 
 from lightning_neuro import loggers
 from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, describe
+from lightning_neuro.drawing_callback import DrawingCallback, R
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
 from lightning_neuro.layer_result import LayerResult
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import names_on_all_ranks
-from lightning_neuro.scheduled_callback import OnError, ScheduledCallback
+from lightning_neuro.scheduled_callback import OnError
 from lightning_neuro.session import Event
+from lightning_neuro.threads import threads_for
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-R = TypeVar("R")
+    pass
 
 Memory = dict[str, Any]
 
 
-class MetricCallback(ScheduledCallback, Generic[R]):
+class MetricCallback(DrawingCallback[R]):
     """Logs any `torchmetrics.Metric` over activations, layer by layer, while the network trains.
 
     Before the first step, and then on the schedule of the probe, the network runs over the probe set. One copy of the
@@ -50,6 +51,10 @@ class MetricCallback(ScheduledCallback, Generic[R]):
             its passes.
         name: First part of every key. Default: the callback's `family`, else the metric's class name in lower case.
         prog_bar: Keys or globs of keys to show in the progress bar, such as `"communities/modularity"`.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
 
     Keys:
@@ -66,8 +71,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
     Attributes:
         result: Layer -> result of the latest evaluation, exactly as the metric returned it; empty if the evaluation
             failed. Its tensors are not copied: do not change them.
-        scalars: Key -> latest known value.
+        scalars: Key -> latest known value, also of what is not logged.
         initial: Key -> value at the first evaluation, before training.
+        cost: Seconds that the callback has taken in the current or last fit, by part.
 
     Raises:
         ArgumentError: If an argument is invalid, at construction.
@@ -101,6 +107,8 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         *,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
         on_error: OnError = "warn",
     ) -> None:
         check_metric(metric)
@@ -110,7 +118,9 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         self._broken: Exception | None = None
         self._prepared = False
         name = self.family or type(metric).__name__.lower() if name is None else name
-        super().__init__(probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        super().__init__(
+            probe, name=name, prog_bar=prog_bar, log_scalars=log_scalars, figures=figures, on_error=on_error
+        )
 
     # What a method may override, in the order of an evaluation
 
@@ -173,10 +183,6 @@ class MetricCallback(ScheduledCallback, Generic[R]):
 
     def remember(self, result: R, memory: Memory | None) -> Memory:
         """What to keep of one layer for the next evaluation, also in checkpoints: tensors and plain Python objects."""
-        return {}
-
-    def draw(self, results: Mapping[str, R]) -> dict[str, "Figure"]:
-        """Last part of the tag -> new figure of all layers' results. Called on rank 0 if a logger accepts images."""
         return {}
 
     def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, R]) -> None:
@@ -274,13 +280,19 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         if self._disabled:
             self.result = {}
             return
-        results = self._compute(trainer) if complete else {}
-        self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
-        table = self._table(trainer, self.result)
-        self._log(trainer, pl_module, table)
+        size = self.probe_pass.source.largest_layer
+        with threads_for(size), self.cost.timing("compute"):
+            results = self._compute(trainer) if complete else {}
+        with self.cost.timing("compute"):  # on the threads of the training, because it may run the model
+            self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
+        with threads_for(size), self.cost.timing("compute"):
+            self._log(trainer, pl_module, self._table(trainer, self.result))
+            if self.result:
+                self.attempt(trainer, "the histograms", lambda: self._log_histograms(trainer))
+                self.attempt(trainer, "the additional logs", lambda: self.log_extra(trainer, self.result))
         if self.result:
-            self.attempt(trainer, "the figures", lambda: self._log_figures(trainer))
-            self.attempt(trainer, "the additional logs", lambda: self.log_extra(trainer, self.result))
+            with threads_for(size):
+                self.draw_if_due(trainer)
 
     def _check_batches(self) -> bool:
         if self._broken is not None:
@@ -369,10 +381,11 @@ class MetricCallback(ScheduledCallback, Generic[R]):
         scalars = with_keys(self.name, table | initial)
         self.scalars = self.scalars | scalars
         moment: loggers.Moment = "now" if self.event.kind in ("start", "step") else "epoch"
+        shown = self.shown(trainer)
+        scalars = {key: value for key, value in scalars.items() if key in shown}
         loggers.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, moment=moment)
 
-    def _log_figures(self, trainer: "pl.Trainer") -> None:
-        loggers.log_figures(trainer, self.name, lambda: self.draw(self.result))
+    def _log_histograms(self, trainer: "pl.Trainer") -> None:
         for layer, result in self.result.items():
             if isinstance(result, LayerResult):
                 loggers.log_histogram(trainer, f"{self.name}/{self.histogram_name}/{layer}", result.histogram())

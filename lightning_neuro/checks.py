@@ -179,3 +179,11 @@ def describe(value: Any) -> str:
             return repr(value)
         return f"a {type(value).__name__} of {len(value)} ({', '.join(describe(part) for part in value[:4])})"
     return f"a {type(value).__name__}"
+
+
+def as_globs(name: str, patterns: Any) -> tuple[str, ...]:
+    """A key or glob, or a sequence of them, as a tuple; raises `ArgumentError` for anything else."""
+    found = (patterns,) if isinstance(patterns, str) else patterns
+    strings = isinstance(found, Sequence) and all(isinstance(pattern, str) for pattern in found)
+    require(strings, name, "be a key or glob, or a sequence of them", patterns)
+    return tuple(found)

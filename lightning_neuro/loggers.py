@@ -78,6 +78,17 @@ def unmatched(patterns: Iterable[str], keys: Collection[str]) -> dict[str, str]:
     }
 
 
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a key is one of some keys or globs."""
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def monitored(trainer: "pl.Trainer") -> list[str]:
+    """The keys that other callbacks monitor, such as EarlyStopping and ModelCheckpoint."""
+    found = (getattr(callback, "monitor", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [key for key in found if isinstance(key, str)]
+
+
 def logging_step(trainer: "pl.Trainer") -> int:
     """The step under which Lightning itself writes at this moment, so that all curves have the same x axis."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -85,18 +96,21 @@ def logging_step(trainer: "pl.Trainer") -> int:
     return step - 1 if trainer.lightning_module._current_fx_name == "on_train_epoch_end" else step
 
 
-def log_figures(trainer: "pl.Trainer", name: str, draw: Callable[[], Mapping[str, "Figure"]]) -> None:
+def log_figures(
+    trainer: "pl.Trainer", name: str, draw: Callable[[], Mapping[str, "Figure"]], *, step: int | None = None
+) -> None:
     """Draw figures on rank 0 and pass them to the loggers that accept images; without one, nothing is drawn.
 
     Args:
         trainer: The trainer.
         name: First part of the tags.
         draw: Returns last part of the tag -> figure. The figures are released once they are written.
+        step: The step to which they belong; default: this moment's.
     """
     holders = [logger for logger in trainer.loggers if _writer(logger) is not None or hasattr(logger, "log_image")]
     if not holders or not trainer.is_global_zero:
         return
-    step = logging_step(trainer)
+    step = logging_step(trainer) if step is None else step
     for tag, figure in draw().items():
         image = pixels(figure)
         for logger in holders:
@@ -233,4 +247,5 @@ def log_layout(trainer: "pl.Trainer", layout: Layout) -> None:
 def _writer(logger: Any) -> Any:
     """The logger's TensorBoard writer, recognised by its methods, so that loggers of both Lightning namespaces work."""
     writer = getattr(logger, "experiment", None)
-    return writer if hasattr(writer, "add_image") and hasattr(writer, "add_custom_scalars") else None
+    # Of its type: the dummy of `fast_dev_run` has every attribute.
+    return writer if hasattr(type(writer), "add_image") and hasattr(type(writer), "add_custom_scalars") else None

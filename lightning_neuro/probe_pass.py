@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_neuro.batches import can_select_samples
 from lightning_neuro.call_trace import call_trace
 from lightning_neuro.capture import Recording, uncompiled
+from lightning_neuro.cost import Cost
 from lightning_neuro.dataset_facts import as_class_names, class_names_of
 from lightning_neuro.isolation import undisturbed, why_no_replay
 from lightning_neuro.kept_batch import KeptBatch, copied
@@ -52,6 +53,7 @@ class ProbePass:
         probe: The probe.
         reader: Records the units of the layers.
         source: Finds the samples.
+        cost: What taking the samples and activations has cost in the current fit.
         num_forwards: Number of own forward passes so far, by which the hooks of callbacks recognise which calls belong
             to one forward pass.
     """
@@ -61,6 +63,7 @@ class ProbePass:
         self.reader = UnitReader(probe, lambda sentence, cause: self.warn_once(sentence, cause=cause))
         self.source = SampleSource(probe, self.reader, self.warn_once)
         self.num_forwards = 0
+        self.cost = Cost()
         self._announced = False
         self._first_format: TargetFormat | None = None
         self._warned: set[str] = set()

@@ -1,5 +1,6 @@
 """Finds the samples of a probe in one run: taken from Lightning's loops, or loaded."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -76,6 +77,14 @@ class SampleSource:
         self._was_watched = False
         self._guess_failed = False
         self._calls_nothing = False
+
+    @property
+    def largest_layer(self) -> int:
+        """Number of values in the units of the largest layer, if they are kept; else 0."""
+        totals: Counter[str] = Counter()
+        for batch in self.units or ():
+            totals.update({layer: rows.values.numel() for layer, rows in batch.items()})
+        return max(totals.values(), default=0)
 
     def target(self, batch: Any) -> Any:
         """The target in a batch, as the probe finds it."""

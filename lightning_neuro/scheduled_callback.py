@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_neuro import loggers
-from lightning_neuro.checks import ArgumentError, check_choice, check_name, require
+from lightning_neuro.checks import ArgumentError, as_globs, check_choice, check_name, require
 from lightning_neuro.compat import MISCONFIGURATIONS, Callback
+from lightning_neuro.cost import Cost
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
@@ -30,7 +32,14 @@ class ScheduledCallback(Callback):
         probe: Selects the samples, the layers and the schedule.
         name: First part of every key.
         prog_bar: Keys or globs of keys to show in the progress bar.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
+
+    Attributes:
+        cost: What the callback has cost in the current or last fit.
 
     Raises:
         ArgumentError: If an argument is invalid.
@@ -42,21 +51,30 @@ class ScheduledCallback(Callback):
     """Whether the method uses the probe's layers."""
     rides: ClassVar[bool] = True
     """Whether the activations of the validation loop's own forward passes are enough; else the model is run again."""
+    curves: tuple[str, ...] | None = None
+    """Measures that are logged unless `log_scalars` is given; None: all of them."""
     run_state: ClassVar[tuple[str, ...]] = ("scalars", "initial", "last_epoch", "last_step")
     """Names of attributes that belong to the run: saved in checkpoints and restored on resume."""
 
     def __init__(
-        self, probe: Probe | None, *, name: str, prog_bar: str | Sequence[str] = (), on_error: OnError = "warn"
+        self,
+        probe: Probe | None,
+        *,
+        name: str,
+        prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
+        on_error: OnError = "warn",
     ) -> None:
         require(isinstance(probe, (Probe, type(None))), "probe", "be a lightning_neuro.Probe or None", probe)
         check_name(name)
         check_choice("on_error", on_error, ("warn", "raise"))
-        patterns = (prog_bar,) if isinstance(prog_bar, str) else prog_bar
-        strings = isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
-        require(strings, "prog_bar", "be a key or glob, or a sequence of them", prog_bar)
+        check_choice("figures", figures, get_args(Figures))
         self.probe = Probe() if probe is None else probe
         self.name = name
-        self.prog_bar = tuple(patterns)
+        self.prog_bar = as_globs("prog_bar", prog_bar)
+        self.log_scalars = None if log_scalars is None else as_globs("log_scalars", log_scalars)
+        self.figures: Figures = figures
         self.on_error = on_error
         self._probe_pass: ProbePass | None = None
         self._keeps_state = False
@@ -69,6 +87,7 @@ class ScheduledCallback(Callback):
         """
         self.scalars: dict[str, float] = {}
         self.initial: dict[str, float] = {}
+        self.cost = Cost()
         self.event: Event | None = None
         self.last_epoch = -1
         self.last_step = -1
@@ -78,6 +97,17 @@ class ScheduledCallback(Callback):
         """Called at the end of a run and after an exception: release the model and everything large."""
         self._probe_pass = None
         self._keeps_state = False
+
+    def shown(self, trainer: "pl.Trainer") -> dict[str, float]:
+        """The known values that are logged."""
+        asked = [*self.prog_bar, *(self.log_scalars or ()), *loggers.monitored(trainer)]
+        usual = self.curves if self.log_scalars is None else ()
+        measures = None if usual is None else {*usual, *(f"{name}_initial" for name in usual)}
+        return {
+            key: value
+            for key, value in self.scalars.items()
+            if measures is None or key.split("/")[1] in measures or loggers.matches(key, asked)
+        }
 
     def layers_of(self, measure: str) -> list[str]:
         """The layers for which a measure has keys; each gets its own chart."""
@@ -160,6 +190,9 @@ class ScheduledCallback(Callback):
     def end_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, complete: bool) -> None:
         """Compute and log; `complete` is False if the pass failed on some rank."""
 
+    def end_training(self, trainer: "pl.Trainer") -> None:
+        """Called on all ranks at the end of a fit."""
+
     # Lightning's hooks
 
     @property
@@ -184,6 +217,7 @@ class ScheduledCallback(Callback):
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Find the layers, so that a wrong name raises an error before the first step."""
+        self.cost = Cost()
         self._join(trainer, pl_module)
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -192,12 +226,15 @@ class ScheduledCallback(Callback):
             rank_zero_warn(f"{type(self).__name__} is disabled, because {reason}.")
             return
         if self.scalars and self.event is None:
-            loggers.log_scalars(trainer, pl_module, self.scalars, prog_bar=self.prog_bar, moment="never")
+            loggers.log_scalars(trainer, pl_module, self.shown(trainer), prog_bar=self.prog_bar, moment="never")
         else:
             session_of(trainer).evaluate(trainer, pl_module, "start")
-        for pattern, near in loggers.unmatched(self.prog_bar, self.scalars).items():
-            sentence = f"`prog_bar` has {pattern!r}, which matches no key of {type(self).__name__}. Nearest: {near}"
-            self.warn_once(f"prog_bar/{pattern}", sentence)
+        for argument, patterns in (("prog_bar", self.prog_bar), ("log_scalars", self.log_scalars or ())):
+            for pattern, near in loggers.unmatched(patterns, self.scalars).items():
+                sentence = (
+                    f"`{argument}` has {pattern!r}, which matches no key of {type(self).__name__}. Nearest: {near}"
+                )
+                self.warn_once(f"{argument}/{pattern}", sentence)
         self._log_layout(trainer)
 
     def on_train_batch_start(
@@ -270,6 +307,12 @@ class ScheduledCallback(Callback):
         """Evaluate if the epoch ended without validation."""
         if not why_off(trainer):
             session_of(trainer).evaluate(trainer, pl_module, "epoch")
+
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Draw the last evaluation, and say what the callbacks have cost."""
+        if not why_off(trainer):
+            self.end_training(trainer)
+            session_of(trainer).report_cost(self)
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Let go of the model, the samples and the metrics' states."""

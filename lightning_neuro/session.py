@@ -4,6 +4,7 @@ An evaluation reads top-down in `Session.evaluate`: every callback that is due p
 each probe set and every batch is passed to the callbacks of that probe, and then each callback computes and logs.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +15,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_neuro.checks import NothingToDoError
 from lightning_neuro.compat import MISCONFIGURATIONS
+from lightning_neuro.cost import cost_report
 from lightning_neuro.isolation import isolated_random_state, why_no_replay, without_inference_mode
 from lightning_neuro.model_runner import GuessError
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_pass import NoReplayError, ProbePass
 from lightning_neuro.ranks import FailedOnAnotherRankError, agreed, explain
+from lightning_neuro.threads import threads_for
 
 if TYPE_CHECKING:
     from lightning_neuro.scheduled_callback import ScheduledCallback
@@ -51,6 +54,7 @@ class Session:
         # In the order of the trainer, in which Lightning calls them.
         self._in_order: list[ScheduledCallback] = []
         self.passes: dict[Probe, ProbePass] = {}
+        self._start = time.perf_counter()
 
     def join(self, callback: "ScheduledCallback", pl_module: "pl.LightningModule") -> ProbePass:
         """Register a callback, and find the layers if it needs any.
@@ -58,6 +62,8 @@ class Session:
         Returns:
             The pass of its probe, shared by all callbacks with an equal probe.
         """
+        if not self.callbacks:
+            self._start = time.perf_counter()
         if callback not in self.callbacks:
             self.callbacks.append(callback)
             self._in_order.append(callback)
@@ -72,6 +78,20 @@ class Session:
             self._in_order.remove(callback)
         if all(other.probe != callback.probe for other in self.callbacks):
             self.passes.pop(callback.probe, None)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first callback has joined, at the start of a fit."""
+        return time.perf_counter() - self._start
+
+    def report_cost(self, callback: "ScheduledCallback") -> None:
+        """Note what a callback has cost in this fit; the last one says what all of them have cost."""
+        for one in self.callbacks:
+            one.cost.seconds["pass"] = self.passes[one.probe].cost.total
+            one.cost.fit_seconds = self.elapsed
+        if self.callbacks and callback is self.callbacks[-1]:
+            costs = {one.name: one.cost for one in self.callbacks}
+            rank_zero_info(cost_report(costs, [one.cost for one in self.passes.values()], self.elapsed))
 
     def acts_for_all(self, callback: "ScheduledCallback") -> bool:
         """Whether a callback passes Lightning's events on to the passes, as the first that Lightning calls."""
@@ -91,7 +111,8 @@ class Session:
     def begin_batch(self, pl_module: "pl.LightningModule", batch: Any, number: int) -> None:
         """A validation step begins."""
         for probe_pass in self.passes.values():
-            probe_pass.source.begin_batch(pl_module, batch, number)
+            with probe_pass.cost.timing("pass"):
+                probe_pass.source.begin_batch(pl_module, batch, number)
 
     def begin_training_batch(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, number: int
@@ -103,13 +124,15 @@ class Session:
     def end_batch(self) -> None:
         """A step has ended."""
         for probe_pass in self.passes.values():
-            probe_pass.source.end_batch()
+            with probe_pass.cost.timing("pass"):
+                probe_pass.source.end_batch()
 
     def end_loop(self, trainer: "pl.Trainer") -> None:
         """A validation loop has ended."""
         with without_inference_mode():
             for probe_pass in self.passes.values():
-                probe_pass.source.end_loop(trainer)
+                with probe_pass.cost.timing("pass"):
+                    probe_pass.source.end_loop(trainer)
 
     def close(self) -> None:
         """Remove all hooks, after an exception."""
@@ -155,19 +178,25 @@ def _evaluate_group(
             return
     complete = {True: True, False: True}
     for callback in runners:
-        callback.begin_evaluation(trainer, pl_module, event)
+        _begin(trainer, pl_module, event, callback)
     if runners or probe_pass.source.units is None:
         complete[False] = _show(trainer, pl_module, event, probe_pass, group, shown=runners, replay=True)
     if probe_pass.source.units is None:
         for callback in riders:
             callback.skip_evaluation(event)
         riders = []
-    for callback in riders:
-        callback.begin_evaluation(trainer, pl_module, event)
-    if riders:
-        complete[True] = _show(trainer, pl_module, event, probe_pass, group, shown=riders, replay=False)
+    with threads_for(probe_pass.source.largest_layer):
+        for callback in riders:
+            _begin(trainer, pl_module, event, callback)
+        if riders:
+            complete[True] = _show(trainer, pl_module, event, probe_pass, group, shown=riders, replay=False)
     for callback in [callback for callback in group if callback in runners or callback in riders]:
         callback.end_evaluation(trainer, pl_module, complete=complete[callback.rides])
+
+
+def _begin(trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event, callback: "ScheduledCallback") -> None:
+    with callback.cost.timing("compute"):
+        callback.begin_evaluation(trainer, pl_module, event)
 
 
 def _have_layers(pl_module: "pl.LightningModule", probe_pass: ProbePass, group: Sequence["ScheduledCallback"]) -> bool:
@@ -223,15 +252,20 @@ def _show(
 
     def show(batch: ProbeBatch) -> None:
         for callback in shown:
-            callback.show(batch)
+            with callback.cost.timing("compute"):
+                callback.show(batch)
 
     units = probe_pass.source.units
+    start, before = time.perf_counter(), sum(callback.cost.total for callback in shown)
     try:
         agreed(trainer, lambda: probe_pass.run(trainer, pl_module, show, replay=replay, keep_units=True))
     except Exception as error:
         probe_pass.source.units = units  # as before, also where the pass succeeded, because it failed on another rank
         _report(trainer, event, probe_pass, group if units is None else shown, error)
         return False
+    finally:
+        in_callbacks = sum(callback.cost.total for callback in shown) - before
+        probe_pass.cost.add("pass", time.perf_counter() - start - in_callbacks)
     return True
 
 

@@ -11,6 +11,7 @@ from lightning_neuro.communities.metric import NeuronModularity
 from lightning_neuro.communities.options import CommunityOptions
 from lightning_neuro.communities.plot import plot_communities
 from lightning_neuro.communities.result import CommunityResult
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.probe import Probe
 from lightning_neuro.scheduled_callback import OnError
 
@@ -32,11 +33,17 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
         probe: Selects the samples, the layers and the schedule; see `Probe`.
         name: First part of the keys; default: `communities`.
         prog_bar: Keys or globs of keys to show in the progress bar.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         **options: See `CommunityOptions`.
 
     Keys:
-        Each as `communities/<measure>/<layer>`, and as `communities/<measure>` for the mean over layers.
+        Each as `communities/<measure>/<layer>`, and as `communities/<measure>` for the mean over layers. By default,
+        `modularity_excess`, `largest_share`, `nmi_runs` and `constant_share` are not logged; they are in
+        `callback.scalars`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -72,6 +79,10 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
     """
 
     family = "communities"
+    curves = (
+        *("modularity", "modularity_null", "modularity_z", "class_modularity"),
+        *("num_communities", "nmi_previous", "dead_share"),
+    )
     baselines = ("modularity",)
     charts = {  # noqa: RUF012
         "modularity, null, initial value": ("modularity", "modularity_null", "modularity_initial"),
@@ -92,11 +103,21 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
         *,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
         on_error: OnError = "warn",
         **options: Unpack[CommunityOptions],
     ) -> None:
         metric = NeuronModularity(**options)
-        super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        super().__init__(
+            metric,
+            probe,
+            name=name,
+            prog_bar=prog_bar,
+            log_scalars=log_scalars,
+            figures=figures,
+            on_error=on_error,
+        )
         self.needs_labels = self.requested = metric.mode == "mostafa2021"  # one graph per class
 
     def layer_measures(self, result: CommunityResult, memory: Memory | None) -> dict[str, float]:

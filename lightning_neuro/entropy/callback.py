@@ -14,6 +14,7 @@ from lightning_neuro.entropy.metric import NeuronEntropy
 from lightning_neuro.entropy.options import Calibrate, EntropyOptions
 from lightning_neuro.entropy.plot import plot_entropy
 from lightning_neuro.entropy.result import EntropyResult
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
@@ -41,6 +42,10 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
             activations hardly change, as in fine-tuning, where they reveal a change of scale.
         name: First part of the keys; default: `entropy`.
         prog_bar: Keys or globs of keys to show in the progress bar.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         **options: Options of `NeuronEntropy`; see `EntropyOptions`.
 
@@ -94,6 +99,8 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
         calibrate: Calibrate = "each",
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
         on_error: OnError = "warn",
         **options: Unpack[EntropyOptions],
     ) -> None:
@@ -101,7 +108,15 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
         self.calibrate = calibrate
         self.metric: NeuronEntropy
         metric = NeuronEntropy(**options)
-        super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        super().__init__(
+            metric,
+            probe,
+            name=name,
+            prog_bar=prog_bar,
+            log_scalars=log_scalars,
+            figures=figures,
+            on_error=on_error,
+        )
         if metric.mode == "mostafa2021":
             self.baselines = ("bits_per_unit",)
             self.charts = {"bits per unit, initial value": ("bits_per_unit", "bits_per_unit_initial")}

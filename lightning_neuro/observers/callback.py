@@ -14,6 +14,7 @@ from lightning_neuro import loggers
 from lightning_neuro.batches import BatchField
 from lightning_neuro.callback import Memory, MetricCallback
 from lightning_neuro.checks import check_bool, check_field, check_int
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.observers.attributes import (
     check_attributes,
     class_attribute_names,
@@ -58,6 +59,10 @@ class ObserverProbes(MetricCallback[ObserverResult]):
             and the attributes as a table (on TensorBoard's Text page).
         name: First part of the keys; default: `observers`.
         prog_bar: Keys or globs of keys to show in the progress bar.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         options: See `ObserverOptions`.
 
@@ -129,6 +134,8 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         max_tags: int = 1000,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
         on_error: Literal["warn", "raise"] = "warn",
         **options: Unpack[ObserverOptions],
     ) -> None:
@@ -138,7 +145,15 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         check_int("max_tags", max_tags, minimum=1)
         self.metric: LinearObserver
         metric = LinearObserver(names=None if self.attributes is None else list(self.attributes), **options)
-        super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        super().__init__(
+            metric,
+            probe,
+            name=name,
+            prog_bar=prog_bar,
+            log_scalars=log_scalars,
+            figures=figures,
+            on_error=on_error,
+        )
         self.group_fn = group_fn
         self.heatmap = heatmap
         self.max_tags = max_tags

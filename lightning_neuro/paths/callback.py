@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_neuro.batches import BatchField
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import check_field, check_int, require
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.figures import class_name
 from lightning_neuro.isolation import undisturbed
 from lightning_neuro.paths.evaluation import PathEvaluation
@@ -58,11 +59,16 @@ class ConceptPaths(MetricCallback[PathResult]):
         flow: The two concepts in the flow figure. Default: the two with the most similar paths.
         name: First part of the keys; default: `paths`.
         prog_bar: Keys or globs of keys to show in the progress bar.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         **options: How paths are found (`density`, `ablation`, ...); see `PathOptions`.
 
     Keys:
-        For the whole network, as `paths/<measure>`, means over concepts:
+        By default, `false_positive_rate`, `path_share`, `diversity`, `unused_share` and the confusions are not logged;
+        they are in `callback.scalars`. For the whole network, as `paths/<measure>`, means over concepts:
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -113,6 +119,10 @@ class ConceptPaths(MetricCallback[PathResult]):
     """
 
     family = "paths"
+    curves = (
+        *("auroc", "informedness", "necessity", "retention", "overlap", "self_overlap", "stability"),
+        *("exclusive_share", "common_share", "hierarchy_correlation", "hierarchy_correlation_features"),
+    )
     rides = False
     baselines = ("overlap",)
     charts = {"overlap of paths, and its noise floor": ("overlap", "self_overlap")}  # noqa: RUF012
@@ -137,6 +147,8 @@ class ConceptPaths(MetricCallback[PathResult]):
         flow: Sequence[int] | None = None,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
         on_error: OnError = "warn",
         **options: Unpack[PathOptions],
     ) -> None:
@@ -155,7 +167,15 @@ class ConceptPaths(MetricCallback[PathResult]):
         # The numbers of a tree or of a flow are labels.
         self._by_label = any(argument is not None for argument in (concept_fn, hierarchy, flow))
         self.requested = bool(options) or self._by_label
-        super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        super().__init__(
+            metric,
+            probe,
+            name=name,
+            prog_bar=prog_bar,
+            log_scalars=log_scalars,
+            figures=figures,
+            on_error=on_error,
+        )
 
     def start_run(self) -> None:
         """Reset the state of an earlier run."""

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from lightning_neuro import loggers
 from lightning_neuro.batches import BatchField
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import names_on_all_ranks
@@ -80,6 +81,10 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             does not start if they need more.
         name: First part of the keys; default: `refinement`.
         prog_bar: Keys or globs of keys to show in the progress bar.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
 
     Keys:
@@ -158,6 +163,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         memory_limit: int | str = MEMORY_LIMIT,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         self.options = RunOptions(
@@ -174,7 +181,15 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             memory_limit=memory_limit,
         )
         self.needs_labels = source_fn is None
-        super().__init__(RefinementSummary(), probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        super().__init__(
+            RefinementSummary(),
+            probe,
+            name=name,
+            prog_bar=prog_bar,
+            log_scalars=log_scalars,
+            figures=figures,
+            on_error=on_error,
+        )
 
     def start_run(self) -> None:
         """Reset the state of an earlier run."""
@@ -311,14 +326,20 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         divided = {layer: result for layer, result in results.items() if isinstance(result, RefinementResult)}
         return {"sources": plot_refinement(divided, self.class_names)} if divided else {}
 
-    def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, Divided]) -> None:
-        """Draw samples of the probe set next to the training samples that moved them most."""
+    def log_figures(self, trainer: "pl.Trainer") -> None:
+        """Draw also samples of the probe set next to the training samples that moved them most."""
+        super().log_figures(trainer)
         tracking = self.tracking
         if tracking is None or trainer.state.fn != "fit":
             return
         top = tracking.top_over_ranks(trainer)
         with self.guarded("the figure of influence"):
-            loggers.log_figures(trainer, self.name, lambda: tracking.draw_influence(trainer, top, self.class_names))
+            loggers.log_figures(
+                trainer,
+                self.name,
+                lambda: tracking.draw_influence(trainer, top, self.class_names),
+                step=self.figure_step,
+            )
 
 
 def _is_of(key: str, layers: Collection[str]) -> bool:

@@ -185,6 +185,7 @@ class TrainingHooksCallback(MetricCallback[R]):
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Write the table of the samples."""
+        super().on_train_end(trainer, pl_module)
         run = self.run
         if run is not None and not _is_off(trainer):
             what = "the training samples"

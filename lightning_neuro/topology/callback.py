@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_neuro import loggers
 from lightning_neuro.callback import Memory, MetricCallback
 from lightning_neuro.checks import check_bool
+from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.figures import class_name
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Probe
@@ -55,12 +56,17 @@ class ActivationTopology(MetricCallback[TopologyResult]):
             rank's samples).
         name: First part of the keys; default: `topology`.
         prog_bar: Keys or globs of keys to show in the progress bar.
+        log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
+            progress bar, or that another callback monitors, are always logged.
+        figures: When to draw: `"auto"` (at the first and the last evaluation, and in between as long as all drawing
+            takes less than 2 % of the time), `"always"` or `"never"`.
         on_error: What to do if an analysis fails: `"warn"` once and continue training, or `"raise"`.
         options: See `TopologyOptions`.
 
     Keys:
-        Each is logged as `topology/<measure>/<layer>`, and as `topology/<measure>` for the mean over layers. Lengths
-        are relative to the .9 quantile of the layer's distances.
+        Each as `topology/<measure>/<layer>`, and as `topology/<measure>` for the mean over layers. Lengths are relative
+        to the .9 quantile of the layer's distances. By default, `num_nodes`, `coverage`, `purity`, `h0_total`,
+        `h1_total`, their nulls and the drifts are logged; the others are in `callback.scalars`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -103,6 +109,10 @@ class ActivationTopology(MetricCallback[TopologyResult]):
     """
 
     family = "topology"
+    curves = (
+        *("num_nodes", "coverage", "purity", "purity_null", "h0_total", "h0_total_null"),
+        *("h1_total", "h1_total_null", "drift", "drift_from_initial"),
+    )
     baselines = ("purity",)
     charts = _GRAPH_CHARTS | _HOMOLOGY_CHARTS
     histogram_name = "merge_distances"
@@ -123,13 +133,23 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         projector: bool = False,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
+        log_scalars: str | Sequence[str] | None = None,
+        figures: Figures = "auto",
         on_error: Literal["warn", "raise"] = "warn",
         **options: Unpack[TopologyOptions],
     ) -> None:
         check_bool("projector", projector)
         self.metric: ActivationShape
         metric = ActivationShape(**options)
-        super().__init__(metric, probe, name=name, prog_bar=prog_bar, on_error=on_error)
+        super().__init__(
+            metric,
+            probe,
+            name=name,
+            prog_bar=prog_bar,
+            log_scalars=log_scalars,
+            figures=figures,
+            on_error=on_error,
+        )
         self.projector = projector
         self.charts = (_GRAPH_CHARTS if metric.mapper else {}) | (_HOMOLOGY_CHARTS if metric.homology else {})
 
@@ -200,6 +220,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Write each layer's last graph to the log directory, and the projector's data if requested."""
+        super().on_train_end(trainer, pl_module)
         if why_off(trainer) or not self.result:
             return
         folder = loggers.artefact_folder(trainer, self.name)

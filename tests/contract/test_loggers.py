@@ -58,7 +58,7 @@ def test_no_logger(make: Make, name: str) -> None:
 
 
 def test_memory_logger_gets_the_values_that_the_callback_holds(make: Make) -> None:
-    logger, callback = MemoryLogger(), make()
+    logger, callback = MemoryLogger(), make(log_scalars="*")
     train(callback, logger)
     curves = own(logger, callback)
     assert curves.keys() == callback.scalars.keys() | callback.initial.keys()
@@ -92,7 +92,7 @@ def test_tensorboard_scalars(make: Make, tmp_path: Path) -> None:
 def test_tensorboard_figures_and_histograms(make: Make, name: str, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
-    callback = make()
+    callback = make(figures="always")
     train(callback, TensorBoardLogger(tmp_path))
     events = events_of(tmp_path)
     figures = callback.draw(callback.result)
@@ -166,7 +166,7 @@ def test_the_values_are_written_when_lightning_logs_rarely(make: Make) -> None:
 
 @pytest.mark.parametrize("fast", [True, 2])
 def test_fast_dev_run(make: Make, name: str, fast: bool | int, tmp_path: Path) -> None:
-    callback = make()
+    callback = make(log_scalars="*")
     trainer, _ = train(callback, TensorBoardLogger(tmp_path), fast_dev_run=fast)
     assert trainer.global_step == int(fast)
     assert list(tmp_path.rglob("*")) == []

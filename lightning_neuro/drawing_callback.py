@@ -1,0 +1,74 @@
+"""Draws the results of a method when it is due: the part of `MetricCallback` that schedules figures."""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import pytorch_lightning as pl
+
+from lightning_neuro import loggers
+from lightning_neuro.figure_schedule import draws_in_between, progress_of
+from lightning_neuro.scheduled_callback import ScheduledCallback
+from lightning_neuro.session import session_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+R = TypeVar("R")
+
+
+class DrawingCallback(ScheduledCallback, Generic[R]):
+    """Draws figures of its results at the first and the last evaluation, and in between as long as it costs little."""
+
+    result: dict[str, R]
+    figure_step: int | None
+    """The step of the evaluation to which figures belong, which may be earlier than that at which they are drawn."""
+
+    def start_run(self) -> None:
+        """Called at construction and before a fit from step 0: reset the state of an earlier run."""
+        super().start_run()
+        self._drawn_at: float | None = None
+        self._left_for_later = False
+        self._draw_seconds = 0.0
+        self.figure_step: int | None = None
+
+    def draw(self, results: Mapping[str, R]) -> dict[str, "Figure"]:
+        """Last part of the tag -> new figure of all layers' results. Called on rank 0 if a logger accepts images."""
+        return {}
+
+    def log_figures(self, trainer: "pl.Trainer") -> None:
+        """Draw and log all figures. Called on all ranks whenever they are due; only rank 0 draws."""
+        loggers.log_figures(trainer, self.name, lambda: self.draw(self.result), step=self.figure_step)
+
+    def draw_if_due(self, trainer: "pl.Trainer") -> None:
+        """Draw the result of an evaluation, or leave it for later."""
+        self.figure_step = loggers.logging_step(trainer)
+        progress = progress_of(trainer)
+        self._left_for_later = self.figures == "auto" and not self._is_due(trainer, progress)
+        if not self._left_for_later and self.figures != "never":
+            self._draw(trainer, progress)
+
+    def end_training(self, trainer: "pl.Trainer") -> None:
+        """Draw the last result, unless it was drawn."""
+        super().end_training(trainer)
+        if self._left_for_later and self.result:
+            self._left_for_later = False
+            self._draw(trainer, progress_of(trainer))
+
+    def _is_due(self, trainer: "pl.Trainer", progress: float) -> bool:
+        if self._drawn_at is None:
+            return True
+        session = session_of(trainer)
+        return draws_in_between(
+            elapsed=session.elapsed,
+            drawn=sum(callback.cost.seconds.get("draw", 0.0) for callback in session.callbacks),
+            expected=self._draw_seconds,
+            progress=progress,
+            last_progress=self._drawn_at,
+        )
+
+    def _draw(self, trainer: "pl.Trainer", progress: float) -> None:
+        start = time.perf_counter()
+        with self.cost.timing("draw"):
+            self.attempt(trainer, "the figures", lambda: self.log_figures(trainer))
+        self._drawn_at, self._draw_seconds = progress, time.perf_counter() - start
