@@ -1,6 +1,6 @@
 """Common parts of all figures: a canvas without pyplot, panels, a palette, short names, small images of samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DPI = 100
 MAX_PANELS = 8
 THUMBNAIL_SIDE = 32
 
@@ -45,12 +46,12 @@ _CLASSES = (
 )
 
 
-def new_figure(width: float, height: float, *, dpi: int = 100) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """A figure (Agg) that is not registered with pyplot, so it need not be closed; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=dpi)
+    figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
     return figure
 
@@ -139,5 +140,14 @@ def free(figure: "Figure") -> None:
     Figures are full of reference cycles, so dozens of them would stay in memory until the next garbage collection.
     """
     # Not `clear`, which creates new axes that refer to each other.
-    for part in figure.findobj():
+    for part in list(_parts(figure)):
         vars(part).clear()
+
+
+def _parts(artist: Any) -> Iterator[Any]:
+    """An artist and all in it except the ticks of an axis, which matplotlib creates only when it is asked for them."""
+    from matplotlib.axis import Axis
+
+    yield artist
+    for child in () if isinstance(artist, Axis) else artist.get_children():
+        yield from _parts(child)

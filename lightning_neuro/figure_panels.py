@@ -1,0 +1,178 @@
+"""Panels of a figure: rectangles in inches with their own scales, and what is drawn in them, one artist for all.
+
+A matplotlib axes per panel, with its ticks, takes longer to create and draw than everything in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_rgba
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.transforms import IdentityTransform
+
+from lightning_neuro.figure_words import write
+from lightning_neuro.figures import FAINT, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array = npt.NDArray[Any]
+TICK = 7  # points
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A rectangle in inches, and the values at its edges."""
+
+    left: float
+    bottom: float
+    width: float
+    height: float
+    x_range: tuple[float, float] = (0.0, 1.0)
+    y_range: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def right(self) -> float:
+        """Right edge."""
+        return self.left + self.width
+
+    @property
+    def top(self) -> float:
+        """Upper edge."""
+        return self.bottom + self.height
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Centre."""
+        return self.left + self.width / 2, self.bottom + self.height / 2
+
+    @property
+    def outline(self) -> Array:
+        """Its corners, (5, 2)."""
+        x, y = [self.left, self.right, self.right, self.left], [self.bottom, self.bottom, self.top, self.top]
+        return np.stack([[*x, x[0]], [*y, y[0]]], axis=1)
+
+    def x(self, value: Any) -> Any:
+        """Where a value lies from left to right, in inches."""
+        low, high = self.x_range
+        return self.left + (value - low) * (self.width / (high - low))
+
+    def y(self, value: Any) -> Any:
+        """Where a value lies from bottom to top, in inches."""
+        low, high = self.y_range
+        return self.bottom + (value - low) * (self.height / (high - low))
+
+    def points(self, x: Any, y: Any) -> Array:
+        """(N, 2), places of values in inches; one of them may be a single number."""
+        across, up = np.broadcast_arrays(np.asarray(x, dtype=float), np.asarray(y, dtype=float))
+        return np.stack([self.x(across), self.y(up)], axis=1)
+
+    def area(self, edges: Any, low: Any, high: Any) -> Array:
+        """The outline of bars side by side, in inches: (N + 1,) edges from left to right, (N,) lower and upper ends."""
+        x = np.repeat(np.asarray(edges, dtype=float), 2)[1:-1]
+        low, high = (np.broadcast_to(np.asarray(end, dtype=float), (len(x) // 2,)).repeat(2) for end in (low, high))
+        return np.concatenate([self.points(x, high), self.points(x[::-1], low[::-1])])
+
+
+def x_ticks(axes: "Axes", panel: Panel, words: Mapping[float, str]) -> None:
+    """Write values below a panel."""
+    for value, word in words.items():
+        write(axes, panel.x(value), panel.bottom - 0.04, word, size=TICK, ha="center", va="top")
+
+
+def y_ticks(axes: "Axes", panel: Panel, words: Mapping[float, str]) -> None:
+    """Write values to the left of a panel."""
+    for value, word in words.items():
+        write(axes, panel.left - 0.05, panel.y(value), word, size=TICK, ha="right")
+
+
+def say(axes: "Axes", panel: Panel, words: str) -> None:
+    """Write why there is nothing in a panel."""
+    write(axes, *panel.middle, words, ha="center")
+
+
+def draw_lines(axes: "Axes", lines: Sequence[Array], color: Any = INK, width: Any = 0.8, **options: Any) -> None:
+    """Draw lines, each (N, 2) in inches, as one artist; colours and widths are one for all or one each."""
+    if len(lines):
+        axes.add_artist(LineCollection(lines, colors=color, linewidths=width, **options))
+
+
+def draw_areas(axes: "Axes", outlines: Sequence[Array], colors: Any, **options: Any) -> None:
+    """Fill areas, each given by its outline, (N, 2) in inches, as one artist; colours are one for all or one each."""
+    if len(outlines):
+        axes.add_artist(PolyCollection(outlines, facecolors=colors, **{"linewidths": 0, "zorder": 1, **options}))
+
+
+def draw_points(axes: "Axes", points: Array, marker: str, color: str, size: float, **options: Any) -> None:
+    """Draw markers at (N, 2) places in inches, as one artist; size in points."""
+    if len(points):
+        axes.add_artist(Line2D(*points.T, linestyle="", marker=marker, color=color, markersize=size, **options))
+
+
+def draw_cells(
+    axes: "Axes",
+    values: Array,
+    corner: tuple[float, float],
+    size: tuple[float, float],
+    *,
+    cmap: str | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    framed: bool = True,
+) -> None:
+    """Draw a table as cells of one colour each, NaN as a grey cell.
+
+    Args:
+        axes: An axes in inches.
+        values: (rows, columns) numbers, the first row at the top, or (rows, columns, 3) uint8 colours.
+        corner: Lower left corner.
+        size: Width and height.
+        cmap: Colours of numbers.
+        vmin: Number of the first colour.
+        vmax: Number of the last colour.
+        framed: Whether to draw a line around them.
+    """
+    cells = Cells(axes, corner, size, cmap=cmap, framed=framed)
+    cells.set_data(values if values.ndim == 3 else np.ma.masked_invalid(values))
+    cells.set_clim(vmin, vmax)
+    axes.add_artist(cells)
+
+
+class Cells(AxesImage):
+    """An image whose pixels are repeated, which takes a fraction of the time of resampling it."""
+
+    def __init__(self, axes: "Axes", corner: tuple[float, float], size: tuple[float, float], **options: Any) -> None:
+        (left, bottom), (width, height) = corner, size
+        self.framed = options.pop("framed")
+        super().__init__(axes, interpolation="nearest", extent=(left, left + width, bottom, bottom + height), **options)
+
+    def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> Any:
+        """The pixels, from the lowest row on, their lower left corner, and that they need no further transform."""
+        left, right, bottom, top = self.get_extent()
+        (x0, y0), (x1, y1) = np.round(self.axes.transData.transform([(left, bottom), (right, top)])).tolist()
+        wide, tall = (max(1, round((high - low) * magnification)) for low, high in ((x0, x1), (y0, y1)))
+        values = self.get_array()
+        image = self._enlarged(self.to_rgba(values, bytes=True), tall, wide) if values.size else None
+        if image is None:
+            image = np.full((tall, wide, 4), _bytes(FAINT), np.uint8)
+        if self.framed:
+            line = max(1, round(magnification))
+            for edge in (image[:line], image[-line:], image[:, :line], image[:, -line:]):
+                edge[:] = _bytes(INK)
+        return image, x0, y0, IdentityTransform()
+
+    def _enlarged(self, colors: Array, tall: int, wide: int) -> Array:
+        colors[colors[..., 3] == 0] = _bytes(FAINT)
+        rows, columns = (np.arange(pixels) * count // pixels for pixels, count in zip((tall, wide), colors.shape, strict=False))
+        # Whole pixels as one number each, because numpy moves these several times faster than four bytes.
+        whole = np.ascontiguousarray(colors).view(np.uint32)[..., 0]
+        return whole[:, columns][rows[::-1]].view(np.uint8).reshape(tall, wide, 4)
+
+
+def _bytes(color: str) -> Array:
+    return np.round(np.array(to_rgba(color)) * 255).astype(np.uint8)

@@ -1,0 +1,245 @@
+"""Words in a figure, put together from the pixels of words drawn before.
+
+Matplotlib measures and renders every text anew in every figure, which takes about 1 ms each and was most of the time of
+drawing. Almost all words of a figure were in the previous one.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.colors import to_rgb
+from matplotlib.font_manager import FontProperties
+
+from lightning_neuro.figures import DPI, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CACHED_WORDS = 4096
+_LINE = 1.25  # distance of two lines, in heights
+_MARGIN = 0.3  # space for accents and overhanging letters around the pixels of a word, in heights
+_TOWARDS = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Style(NamedTuple):
+    """How a text is written: size in points."""
+
+    size: float
+    color: str
+    bold: bool
+    upwards: bool
+
+    def font(self) -> FontProperties:
+        """What matplotlib needs to render it."""
+        return FontProperties(size=self.size, weight="bold" if self.bold else "normal")
+
+
+class Text(NamedTuple):
+    """A text, of one line or more, with its place in the axes' coordinates and the point of it that lies there."""
+
+    x: float
+    y: float
+    words: str
+    ha: str
+    va: str
+    style: Style
+
+
+def write(
+    axes: "Axes",
+    x: float,
+    y: float,
+    words: str,
+    *,
+    size: float = 8,
+    color: str = INK,
+    ha: Literal["left", "center", "right"] = "left",
+    va: Literal["bottom", "center", "top"] = "center",
+    bold: bool = False,
+    upwards: bool = False,
+) -> None:
+    """Write a text in an axes whose limits are fixed, such as that of `inch_axes`.
+
+    Args:
+        axes: The axes.
+        x: Place, in its coordinates.
+        y: Place, in its coordinates.
+        words: One line or more; there is no mathematical notation.
+        size: In points.
+        color: Name or code of the colour.
+        ha: Which part of the text is at `x`; lines are aligned in the same way.
+        va: Which part of the text is at `y`.
+        bold: Whether to use bold letters.
+        upwards: Whether to turn the text by 90 degrees.
+    """
+    found = next((artist for artist in reversed(axes.artists) if isinstance(artist, Words)), None)
+    if found is None:
+        found = Words()
+        axes.add_artist(found)
+    found.texts.append(Text(x, y, words, ha, va, Style(size, color, bold, upwards)))
+
+
+def width_of(words: str, size: float = 8, *, bold: bool = False) -> float:
+    """Width of a text in inches."""
+    style = Style(size, INK, bold, upwards=False)
+    return max(_width(line, style, DPI) for line in words.split("\n")) / DPI
+
+
+def wrapped(words: str, width: float, size: float = 8) -> str:
+    """A text with line breaks between words, so that it is not wider than so many inches."""
+    lines: list[str] = []
+    for word in words.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        lines[-1:] = [longer] if not lines or width_of(longer, size) <= width else [lines[-1], word]
+    return "\n".join(lines)
+
+
+def write_legend(axes: "Axes", left: float, y: float, entries: Iterable[tuple[str, str, str]], right: float) -> float:
+    """Write coloured signs with their meanings side by side, in a tenth of the time of a matplotlib legend.
+
+    Args:
+        axes: An axes in inches.
+        left: Where a line begins.
+        y: Centre of the first line.
+        entries: Sign, its colour, and what it means.
+        right: Where a line ends.
+
+    Returns:
+        Centre of the last line.
+    """
+    x = left
+    for sign, color, words in entries:
+        room = 0.18 + width_of(words)
+        if x > left and x + room > right:
+            x, y = left, y - 0.17
+        write(axes, x, y, sign, size=9, color=color)
+        write(axes, x + 0.15, y, words)
+        x += room + 0.15
+    return y
+
+
+class Words(Artist):
+    """All texts of an axes. Renderers other than Agg (PDF, SVG) get them as text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_zorder(5)
+        self.texts: list[Text] = []
+
+    def draw(self, renderer: Any) -> None:
+        """Draw all texts."""
+        if not self.get_visible() or not self.texts:
+            return
+        pixels = isinstance(renderer, RendererAgg)
+        put = _stamp if pixels else _typeset
+        width_of = _width_of_pixels if pixels else _width_of_text
+        gc = renderer.new_gc()
+        places = self.axes.transData.transform([(text.x, text.y) for text in self.texts])
+        for text, (x, y) in zip(self.texts, places.tolist(), strict=True):
+            lines, style = text.words.split("\n"), text.style
+            ascent, descent = _height(renderer, style)
+            step = _LINE * (ascent + descent)
+            widths = [width_of(renderer, line, style) for line in lines]
+            along, across = (text.va, text.ha) if style.upwards else (text.ha, text.va)
+            thick = step * (len(lines) - 1) + ascent + descent
+            # `back`: from the place to the first line's baseline, against the order of the lines.
+            share = _TOWARDS[across] if style.upwards else 1 - _TOWARDS[across]
+            back = share * thick - ascent
+            for number, (line, width) in enumerate(zip(lines, widths, strict=True)):
+                start, down = -_TOWARDS[along] * width, number * step - back
+                place = (x + down, y + start) if style.upwards else (x + start, y - down)
+                put(renderer, gc, line, *place, style)
+        gc.restore()
+
+    def get_window_extent(self, renderer: Any = None) -> Any:
+        """The whole figure, so that no word is cut off."""
+        return self.get_figure(root=True).bbox
+
+
+def _stamp(renderer: RendererAgg, gc: Any, line: str, x: float, y: float, style: Style) -> None:
+    """Put the pixels of a line at a baseline, in pixels from the lower left corner."""
+    space = _space(renderer.dpi, style.size, style.bold)
+    for word in _words(line):
+        image, (before, below), width = _ink(word, style, renderer.dpi)
+        renderer.draw_image(gc, round(x) - before, round(y) - below, image)
+        x, y = (x, y + width + space) if style.upwards else (x + width + space, y)
+
+
+def _width_of_pixels(renderer: RendererAgg, line: str, style: Style) -> float:
+    return _width(line, style, renderer.dpi)
+
+
+def _width(line: str, style: Style, dpi: float) -> float:
+    widths = [_ink(word, style, dpi)[2] for word in _words(line)]
+    return sum(widths) + (len(widths) - 1) * _space(dpi, style.size, style.bold)
+
+
+def _typeset(renderer: Any, gc: Any, line: str, x: float, y: float, style: Style) -> None:
+    gc.set_foreground(style.color)
+    if renderer.flipy():
+        y = renderer.get_canvas_width_height()[1] - y
+    renderer.draw_text(gc, x, y, line, style.font(), 90 if style.upwards else 0)
+
+
+def _width_of_text(renderer: Any, line: str, style: Style) -> float:
+    width: float = renderer.get_text_width_height_descent(line, style.font(), False)[0]
+    return width
+
+
+def _words(line: str) -> list[str]:
+    """The parts of a line that are rendered in one piece; the order of words differs in scripts other than Latin."""
+    return line.split(" ") if line.isascii() else [line]
+
+
+@lru_cache(maxsize=CACHED_WORDS)
+def _ink(word: str, style: Style, dpi: float) -> tuple[Pixels, tuple[int, int], float]:
+    """The pixels (height, width, RGBA) of a word, where in them its baseline begins (from the left, from below), width.
+
+    The lowest row is the first, as renderers want it. Matplotlib's own renderer draws it, so that it looks as any other text.
+    """
+    scratch = RendererAgg(1, 1, dpi)
+    ascent, descent = _height(scratch, style)
+    width = scratch.get_text_width_height_descent(word, style.font(), False)[0] if word else 0.0
+    margin = int(_MARGIN * (ascent + descent)) + 1
+    above, below, wide = int(ascent) + margin, int(descent) + margin, int(width) + 2 * margin + 1
+    scratch = RendererAgg(wide, above + below, dpi)
+    if word:
+        scratch.draw_text(scratch.new_gc(), margin, above, word, style.font(), 0)
+    coverage = np.asarray(scratch.buffer_rgba())[..., 3]
+    image = np.empty((*coverage.shape, 4), np.uint8)
+    image[..., :3] = np.round(np.array(to_rgb(style.color)) * 255)
+    image[..., 3] = coverage
+    if style.upwards:
+        return np.ascontiguousarray(np.rot90(image)[::-1]), (above, margin), width
+    return np.ascontiguousarray(image[::-1]), (margin, below), width
+
+
+def _height(renderer: Any, style: Style) -> tuple[float, float]:
+    """How far letters reach above and below the baseline."""
+    if isinstance(renderer, RendererAgg):
+        return _agg_height(renderer.dpi, style.size, style.bold)
+    _, height, descent = renderer.get_text_width_height_descent("lp", style.font(), False)
+    return height - descent, descent
+
+
+@lru_cache(maxsize=64)
+def _agg_height(dpi: float, size: float, bold: bool) -> tuple[float, float]:
+    font = Style(size, INK, bold, upwards=False).font()
+    _, height, descent = RendererAgg(1, 1, dpi).get_text_width_height_descent("lp", font, False)
+    return height - descent, descent
+
+
+@lru_cache(maxsize=64)
+def _space(dpi: float, size: float, bold: bool) -> float:
+    """Width of a space."""
+    font, renderer = Style(size, INK, bold, upwards=False).font(), RendererAgg(1, 1, dpi)
+    apart, together = (renderer.get_text_width_height_descent(word, font, False)[0] for word in ("x x", "xx"))
+    width: float = apart - together
+    return width
