@@ -37,7 +37,7 @@ from lightning_neuro import (
 from lightning_neuro.demo import DigitsNet, digits_loaders
 
 Calls = dict[str, Callable[[], Any]]
-PARTS = ("draw", "pixels", "png")
+PARTS = ("draw", "pixels", "png", "free")
 AT_THE_END = "plot_top_samples"  # drawn once a run
 
 
@@ -87,7 +87,7 @@ def trained(folder: str) -> Calls:
 
 def written(call: Callable[[], Any], name: str, pictures: Path | None = None) -> tuple[list[float], int]:
     """Seconds of each part, for all figures of one call, and their bytes."""
-    spent, size = [0.0, 0.0, 0.0], 0
+    spent, size = [0.0] * len(PARTS), 0
     begin = time.process_time()
     drawn = call()
     spent[0] = time.process_time() - begin
@@ -96,13 +96,15 @@ def written(call: Callable[[], Any], name: str, pictures: Path | None = None) ->
         image = figures.pixels(figure)
         middle = time.process_time()
         encoded = image_summary("tag", image, dataformats="HWC").value[0].image
+        written_at = time.process_time()
+        figures.free(figure)
         spent[1] += middle - begin
-        spent[2] += time.process_time() - middle
+        spent[2] += written_at - middle
+        spent[3] += time.process_time() - written_at
         size += len(encoded.encoded_image_string)
         if pictures is not None:
             file = f"{name}_{tag}".replace(": plot", "").rstrip("_")
             (pictures / f"{file}.png").write_bytes(encoded.encoded_image_string)
-        figures.free(figure)
     return spent, size
 
 
@@ -132,8 +134,8 @@ def main() -> None:
 
 
 def _print(runs: dict[str, list[tuple[list[float], int]]]) -> None:
-    print(f"\nms of process time{'':<17}{'draw':>8}{'pixels':>8}{'png':>8}{'all':>8}{'range':>14}{'kB':>7}")
-    totals = [0.0] * 4
+    print(f"\nms of process time{'':<17}{''.join(f'{part:>8}' for part in (*PARTS, 'all'))}{'range':>14}{'kB':>7}")
+    totals = [0.0] * (len(PARTS) + 1)
     for name, found in runs.items():
         spent = [[1e3 * seconds for seconds in parts] for parts, _ in found]
         medians = [statistics.median(part) for part in zip(*spent, strict=True)]

@@ -168,7 +168,9 @@ class Cells(AxesImage):
 
     def _enlarged(self, colors: Array, tall: int, wide: int) -> Array:
         colors[colors[..., 3] == 0] = _bytes(FAINT)
-        rows, columns = (np.arange(pixels) * count // pixels for pixels, count in zip((tall, wide), colors.shape, strict=False))
+        rows, columns = (
+            np.arange(pixels) * count // pixels for pixels, count in zip((tall, wide), colors.shape, strict=False)
+        )
         # Whole pixels as one number each, because numpy moves these several times faster than four bytes.
         whole = np.ascontiguousarray(colors).view(np.uint32)[..., 0]
         return whole[:, columns][rows[::-1]].view(np.uint8).reshape(tall, wide, 4)

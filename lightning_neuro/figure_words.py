@@ -202,7 +202,8 @@ def _words(line: str) -> list[str]:
 def _ink(word: str, style: Style, dpi: float) -> tuple[Pixels, tuple[int, int], float]:
     """The pixels (height, width, RGBA) of a word, where in them its baseline begins (from the left, from below), width.
 
-    The lowest row is the first, as renderers want it. Matplotlib's own renderer draws it, so that it looks as any other text.
+    The lowest row is the first, as renderers want it. Matplotlib's own renderer draws the word, so that it looks as
+    in any other text.
     """
     scratch = RendererAgg(1, 1, dpi)
     ascent, descent = _height(scratch, style)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_neuro.figure_words import Words
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,10 +23,8 @@ def planted(n: int = 300, blocks: int = 4, size: int = 6, noise: float = 0.7, se
 
 
 def texts(figure: Any) -> str:
-    """All words in a figure, of its axes' titles, labels and ticks too."""
-    from matplotlib.text import Text
-
-    return " | ".join(text.get_text() for text in figure.findobj(Text) if text.get_text())
+    """All words in a figure, in the order in which they were written."""
+    return " | ".join(text.words for words in figure.findobj(Words) for text in words.texts if text.words)
 
 
 def hooks_of(module: nn.Module) -> list[str]:

@@ -107,7 +107,9 @@ def _draw_scale(axes: "Axes", left: float, bottom: float, meaning: str) -> None:
     _show(axes, np.linspace(1, 0, 64, dtype=np.float32)[:, None], (left, bottom), (0.13, _PANEL))
     write(axes, left + 0.17, bottom, "0", size=7, va="bottom")
     write(axes, left + 0.17, bottom + _PANEL, "darkest", size=7, va="top")
-    write(axes, left + 0.19, bottom + 0.2, wrapped(f"edge weight = {meaning}", 1.75, 7), size=7, va="bottom", upwards=True)
+    write(
+        axes, left + 0.19, bottom + 0.2, wrapped(f"edge weight = {meaning}", 1.75, 7), size=7, va="bottom", upwards=True
+    )
 
 
 def _show(axes: "Axes", image: Image, corner: tuple[float, float], size: tuple[float, float]) -> None:
