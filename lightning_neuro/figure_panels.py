@@ -1,6 +1,6 @@
 """Panels of a figure: rectangles in inches with their own scales, and what is drawn in them, one artist for all.
 
-A matplotlib axes per panel, with its ticks, takes longer to create and draw than everything in it.
+There is no matplotlib axes: creating one, with its ticks, takes longer than drawing all that a panel shows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
-from matplotlib.image import AxesImage
+from matplotlib.image import FigureImage
 from matplotlib.lines import Line2D
 from matplotlib.transforms import IdentityTransform
 
@@ -19,7 +19,7 @@ from lightning_neuro.figure_words import write
 from lightning_neuro.figures import FAINT, INK
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Array = npt.NDArray[Any]
 TICK = 7  # points
@@ -79,43 +79,46 @@ class Panel:
         return np.concatenate([self.points(x, high), self.points(x[::-1], low[::-1])])
 
 
-def x_ticks(axes: "Axes", panel: Panel, words: Mapping[float, str]) -> None:
+def x_ticks(figure: "Figure", panel: Panel, words: Mapping[float, str]) -> None:
     """Write values below a panel."""
     for value, word in words.items():
-        write(axes, panel.x(value), panel.bottom - 0.04, word, size=TICK, ha="center", va="top")
+        write(figure, panel.x(value), panel.bottom - 0.04, word, size=TICK, ha="center", va="top")
 
 
-def y_ticks(axes: "Axes", panel: Panel, words: Mapping[float, str]) -> None:
+def y_ticks(figure: "Figure", panel: Panel, words: Mapping[float, str]) -> None:
     """Write values to the left of a panel."""
     for value, word in words.items():
-        write(axes, panel.left - 0.05, panel.y(value), word, size=TICK, ha="right")
+        write(figure, panel.left - 0.05, panel.y(value), word, size=TICK, ha="right")
 
 
-def say(axes: "Axes", panel: Panel, words: str) -> None:
+def say(figure: "Figure", panel: Panel, words: str) -> None:
     """Write why there is nothing in a panel."""
-    write(axes, *panel.middle, words, ha="center")
+    write(figure, *panel.middle, words, ha="center")
 
 
-def draw_lines(axes: "Axes", lines: Sequence[Array], color: Any = INK, width: Any = 0.8, **options: Any) -> None:
+def draw_lines(figure: "Figure", lines: Sequence[Array], color: Any = INK, width: Any = 0.8, **options: Any) -> None:
     """Draw lines, each (N, 2) in inches, as one artist; colours and widths are one for all or one each."""
     if len(lines):
-        axes.add_artist(LineCollection(lines, colors=color, linewidths=width, **options))
+        inches = figure.dpi_scale_trans
+        figure.add_artist(LineCollection(lines, colors=color, linewidths=width, transform=inches, **options))
 
 
-def draw_areas(axes: "Axes", outlines: Sequence[Array], colors: Any, **options: Any) -> None:
+def draw_areas(figure: "Figure", outlines: Sequence[Array], colors: Any, **options: Any) -> None:
     """Fill areas, each given by its outline, (N, 2) in inches, as one artist; colours are one for all or one each."""
     if len(outlines):
-        axes.add_artist(PolyCollection(outlines, facecolors=colors, **{"linewidths": 0, "zorder": 1, **options}))
+        options = {"linewidths": 0, "zorder": 1, "transform": figure.dpi_scale_trans, **options}
+        figure.add_artist(PolyCollection(outlines, facecolors=colors, **options))
 
 
-def draw_points(axes: "Axes", points: Array, marker: str, color: str, size: float, **options: Any) -> None:
+def draw_points(figure: "Figure", points: Array, marker: str, color: str, size: float, **options: Any) -> None:
     """Draw markers at (N, 2) places in inches, as one artist; size in points."""
     if len(points):
-        axes.add_artist(Line2D(*points.T, linestyle="", marker=marker, color=color, markersize=size, **options))
+        options = {"marker": marker, "color": color, "markersize": size, "transform": figure.dpi_scale_trans, **options}
+        figure.add_artist(Line2D(*points.T, linestyle="", **options))
 
 
 def draw_cells(
-    axes: "Axes",
+    figure: "Figure",
     values: Array,
     corner: tuple[float, float],
     size: tuple[float, float],
@@ -128,7 +131,7 @@ def draw_cells(
     """Draw a table as cells of one colour each, NaN as a grey cell.
 
     Args:
-        axes: An axes in inches.
+        figure: The figure.
         values: (rows, columns) numbers, the first row at the top, or (rows, columns, 3) uint8 colours.
         corner: Lower left corner.
         size: Width and height.
@@ -137,24 +140,31 @@ def draw_cells(
         vmax: Number of the last colour.
         framed: Whether to draw a line around them.
     """
-    cells = Cells(axes, corner, size, cmap=cmap, framed=framed)
+    cells = Cells(figure, corner, size, cmap=cmap, framed=framed)
     cells.set_data(values if values.ndim == 3 else np.ma.masked_invalid(values))
     cells.set_clim(vmin, vmax)
-    axes.add_artist(cells)
+    figure.add_artist(cells)
 
 
-class Cells(AxesImage):
+class Cells(FigureImage):
     """An image whose pixels are repeated, which takes a fraction of the time of resampling it."""
 
-    def __init__(self, axes: "Axes", corner: tuple[float, float], size: tuple[float, float], **options: Any) -> None:
-        (left, bottom), (width, height) = corner, size
-        self.framed = options.pop("framed")
-        super().__init__(axes, interpolation="nearest", extent=(left, left + width, bottom, bottom + height), **options)
+    def __init__(
+        self,
+        figure: "Figure",
+        corner: tuple[float, float],
+        size: tuple[float, float],
+        *,
+        cmap: str | None,
+        framed: bool,
+    ) -> None:
+        super().__init__(figure, cmap=cmap)
+        self.corner, self.size, self.framed = corner, size, framed
 
     def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> Any:
         """The pixels, from the lowest row on, their lower left corner, and that they need no further transform."""
-        left, right, bottom, top = self.get_extent()
-        (x0, y0), (x1, y1) = np.round(self.axes.transData.transform([(left, bottom), (right, top)])).tolist()
+        dpi = self.get_figure(root=True).dpi
+        (x0, y0), (x1, y1) = np.round(dpi * np.array([self.corner, np.add(self.corner, self.size)])).tolist()
         wide, tall = (max(1, round((high - low) * magnification)) for low, high in ((x0, x1), (y0, y1)))
         values = self.get_array()
         image = self._enlarged(self.to_rgba(values, bytes=True), tall, wide) if values.size else None

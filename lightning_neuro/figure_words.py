@@ -18,7 +18,7 @@ from matplotlib.font_manager import FontProperties
 from lightning_neuro.figures import DPI, INK
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CACHED_WORDS = 4096
 _LINE = 1.25  # distance of two lines, in heights
@@ -42,7 +42,7 @@ class Style(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text, of one line or more, with its place in the axes' coordinates and the point of it that lies there."""
+    """A text, of one line or more, with its place in inches and the point of it that lies there."""
 
     x: float
     y: float
@@ -53,7 +53,7 @@ class Text(NamedTuple):
 
 
 def write(
-    axes: "Axes",
+    figure: "Figure",
     x: float,
     y: float,
     words: str,
@@ -65,12 +65,12 @@ def write(
     bold: bool = False,
     upwards: bool = False,
 ) -> None:
-    """Write a text in an axes whose limits are fixed, such as that of `inch_axes`.
+    """Write a text in a figure.
 
     Args:
-        axes: The axes.
-        x: Place, in its coordinates.
-        y: Place, in its coordinates.
+        figure: The figure.
+        x: Place in inches, from the left edge.
+        y: Place in inches, from the lower edge.
         words: One line or more; there is no mathematical notation.
         size: In points.
         color: Name or code of the colour.
@@ -79,10 +79,10 @@ def write(
         bold: Whether to use bold letters.
         upwards: Whether to turn the text by 90 degrees.
     """
-    found = next((artist for artist in reversed(axes.artists) if isinstance(artist, Words)), None)
+    found = next((artist for artist in reversed(figure.artists) if isinstance(artist, Words)), None)
     if found is None:
-        found = Words()
-        axes.add_artist(found)
+        found = Words(transform=figure.dpi_scale_trans)
+        figure.add_artist(found)
     found.texts.append(Text(x, y, words, ha, va, Style(size, color, bold, upwards)))
 
 
@@ -101,11 +101,13 @@ def wrapped(words: str, width: float, size: float = 8) -> str:
     return "\n".join(lines)
 
 
-def write_legend(axes: "Axes", left: float, y: float, entries: Iterable[tuple[str, str, str]], right: float) -> float:
+def write_legend(
+    figure: "Figure", left: float, y: float, entries: Iterable[tuple[str, str, str]], right: float
+) -> float:
     """Write coloured signs with their meanings side by side, in a tenth of the time of a matplotlib legend.
 
     Args:
-        axes: An axes in inches.
+        figure: The figure.
         left: Where a line begins.
         y: Centre of the first line.
         entries: Sign, its colour, and what it means.
@@ -119,17 +121,18 @@ def write_legend(axes: "Axes", left: float, y: float, entries: Iterable[tuple[st
         room = 0.18 + width_of(words)
         if x > left and x + room > right:
             x, y = left, y - 0.17
-        write(axes, x, y, sign, size=9, color=color)
-        write(axes, x + 0.15, y, words)
+        write(figure, x, y, sign, size=9, color=color)
+        write(figure, x + 0.15, y, words)
         x += room + 0.15
     return y
 
 
 class Words(Artist):
-    """All texts of an axes. Renderers other than Agg (PDF, SVG) get them as text."""
+    """All texts of a figure. Renderers other than Agg (PDF, SVG) get them as text."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
+        self.set(**options)
         self.set_zorder(5)
         self.texts: list[Text] = []
 
@@ -141,7 +144,7 @@ class Words(Artist):
         put = _stamp if pixels else _typeset
         width_of = _width_of_pixels if pixels else _width_of_text
         gc = renderer.new_gc()
-        places = self.axes.transData.transform([(text.x, text.y) for text in self.texts])
+        places = self.get_transform().transform([(text.x, text.y) for text in self.texts])
         for text, (x, y) in zip(self.texts, places.tolist(), strict=True):
             lines, style = text.words.split("\n"), text.style
             ascent, descent = _height(renderer, style)

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
@@ -54,14 +53,6 @@ def new_figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
     return figure
-
-
-def inch_axes(figure: "Figure") -> "Axes":
-    """A single axes for the whole figure, in inches: one axes per panel would take several times as long to draw."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
-    axes.set_axis_off()
-    return axes
 
 
 def first_panels(results: Mapping[str, T], max_columns: int = 4) -> tuple[list[tuple[str, T]], int, int]:

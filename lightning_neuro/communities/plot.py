@@ -15,14 +15,12 @@ from lightning_neuro.figures import (
     OUTLINE,
     SEQUENTIAL,
     first_panels,
-    inch_axes,
     layers_left_out,
     new_figure,
     short_name,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_PIXELS = 220
@@ -66,30 +64,29 @@ def plot_communities(results: Mapping[str, CommunityResult]) -> "Figure":
     bottom = _BOTTOM + 0.14 * foot.count("\n")
     height = rows * (_TOP + _PANEL) + bottom
     figure = new_figure(width, height)
-    axes = inch_axes(figure)
     squares: list[Array] = []
     for number, ((name, result), image) in enumerate(zip(shown, images, strict=True)):
         row, column = divmod(number, columns)
         panel = Panel(_SIDE + column * (_PANEL + _GAP), height - (row + 1) * (_TOP + _PANEL), _PANEL, _PANEL)
-        _draw_panel(axes, panel, image, name, result)
+        _draw_panel(figure, panel, image, name, result)
         squares += [] if image is None else _squares(panel, result)
-    draw_lines(axes, squares, OUTLINE, 1.0)
+    draw_lines(figure, squares, OUTLINE, 1.0)
     if any(image is not None for image in images):
-        _draw_scale(axes, width - _BAR, bottom, _weight_in_words(shown[0][1].weight))
-    write(axes, _SIDE, 0.08, foot, va="bottom")
+        _draw_scale(figure, width - _BAR, bottom, _weight_in_words(shown[0][1].weight))
+    write(figure, _SIDE, 0.08, foot, va="bottom")
     return figure
 
 
-def _draw_panel(axes: "Axes", panel: Panel, image: Image | None, name: str, result: CommunityResult) -> None:
+def _draw_panel(figure: "Figure", panel: Panel, image: Image | None, name: str, result: CommunityResult) -> None:
     lines = _title(short_name(name), result)
     if image is None:
-        draw_lines(axes, [panel.outline])
-        say(axes, panel, wrapped(result.notes()["undefined"], 0.9 * _PANEL))
+        draw_lines(figure, [panel.outline])
+        say(figure, panel, wrapped(result.notes()["undefined"], 0.9 * _PANEL))
     else:
         darkest = max(float(np.quantile(image, 0.995)), _LEAST_DARKEST)
         lines.append(f"darkest blue: {darkest:.2f} or more")
-        _show(axes, image / darkest, (panel.left, panel.bottom), (_PANEL, _PANEL))
-    write(axes, panel.left, panel.top + 0.05, "\n".join(lines), va="bottom")
+        _show(figure, image / darkest, (panel.left, panel.bottom), (_PANEL, _PANEL))
+    write(figure, panel.left, panel.top + 0.05, "\n".join(lines), va="bottom")
 
 
 def _squares(panel: Panel, result: CommunityResult) -> list[Array]:
@@ -103,17 +100,23 @@ def _squares(panel: Panel, result: CommunityResult) -> list[Array]:
     return [inside.points([a, b, b, a, a], [a, a, b, b, a]) for a, b in pairs]
 
 
-def _draw_scale(axes: "Axes", left: float, bottom: float, meaning: str) -> None:
-    _show(axes, np.linspace(1, 0, 64, dtype=np.float32)[:, None], (left, bottom), (0.13, _PANEL))
-    write(axes, left + 0.17, bottom, "0", size=7, va="bottom")
-    write(axes, left + 0.17, bottom + _PANEL, "darkest", size=7, va="top")
+def _draw_scale(figure: "Figure", left: float, bottom: float, meaning: str) -> None:
+    _show(figure, np.linspace(1, 0, 64, dtype=np.float32)[:, None], (left, bottom), (0.13, _PANEL))
+    write(figure, left + 0.17, bottom, "0", size=7, va="bottom")
+    write(figure, left + 0.17, bottom + _PANEL, "darkest", size=7, va="top")
     write(
-        axes, left + 0.19, bottom + 0.2, wrapped(f"edge weight = {meaning}", 1.75, 7), size=7, va="bottom", upwards=True
+        figure,
+        left + 0.19,
+        bottom + 0.2,
+        wrapped(f"edge weight = {meaning}", 1.75, 7),
+        size=7,
+        va="bottom",
+        upwards=True,
     )
 
 
-def _show(axes: "Axes", image: Image, corner: tuple[float, float], size: tuple[float, float]) -> None:
-    draw_cells(axes, image, corner, size, cmap=SEQUENTIAL, vmin=0.0, vmax=1.0)
+def _show(figure: "Figure", image: Image, corner: tuple[float, float], size: tuple[float, float]) -> None:
+    draw_cells(figure, image, corner, size, cmap=SEQUENTIAL, vmin=0.0, vmax=1.0)
 
 
 def _sorted_image(result: CommunityResult) -> Image:

@@ -14,14 +14,12 @@ from lightning_neuro.figures import (
     PART,
     VALUE,
     first_panels,
-    inch_axes,
     layers_left_out,
     new_figure,
     short_name,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WIDE, _TALL, _GAP, _LEFT = 2.2, 1.5, 0.2, 0.45  # inches
@@ -56,7 +54,6 @@ def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
     width = max(_LEFT + columns * (_WIDE + _GAP), 4.0)
     height = rows * (_TITLE + _TALL + _TICKS) + _FOOT + _TOP
     figure = new_figure(width, height)
-    axes = inch_axes(figure)
     highest = 1.05 * max(max([result.max_bits, *result.total.tolist()]) for _, result in shown)
     panels = []
     for number, (_, result) in enumerate(shown):
@@ -65,40 +62,40 @@ def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
         units = (0, max(1, int(result.live.sum())))
         panels.append(Panel(_LEFT + column * (_WIDE + _GAP), bottom, _WIDE, _TALL, units, (0, highest)))
         if column == 0:
-            y_ticks(axes, panels[-1], {bits: str(bits) for bits in range(0, int(highest) + 1, 1 + int(highest) // 8)})
-            write(axes, 0.13, bottom + _TALL / 2, "entropy (bits)", ha="center", upwards=True)
-    draw_lines(axes, [panel.outline for panel in panels])
+            y_ticks(figure, panels[-1], {bits: str(bits) for bits in range(0, int(highest) + 1, 1 + int(highest) // 8)})
+            write(figure, 0.13, bottom + _TALL / 2, "entropy (bits)", ha="center", upwards=True)
+    draw_lines(figure, [panel.outline for panel in panels])
     for panel, (name, result) in zip(panels, shown, strict=True):
-        _draw(axes, panel, name, result)
+        _draw(figure, panel, name, result)
     foot = f"live units in descending order of entropy. {layers_left_out(len(results))}"
-    write(axes, _LEFT, 0.12, foot.rstrip(". "))
-    _write_legend(axes, width, height, [result for _, result in shown])
+    write(figure, _LEFT, 0.12, foot.rstrip(". "))
+    _write_legend(figure, width, height, [result for _, result in shown])
     return figure
 
 
-def _draw(axes: "Axes", panel: Panel, name: str, result: EntropyResult) -> None:
+def _draw(figure: "Figure", panel: Panel, name: str, result: EntropyResult) -> None:
     """One layer: the live units sorted by entropy, as areas whose upper edge is the total."""
     order = result.total.argsort(descending=True)
     order = order[result.live[order]]
     live = len(order)
     title = f"{short_name(name)}\n{_subtitle(result)}"
-    write(axes, panel.left, panel.top + 0.05, title, va="bottom")
+    write(figure, panel.left, panel.top + 0.05, title, va="bottom")
     if result.num_samples < 2 or not live:
         notes = result.notes()
-        say(axes, panel, wrapped(notes.get("undefined") or notes["dead"], 0.9 * _WIDE))
+        say(figure, panel, wrapped(notes.get("undefined") or notes["dead"], 0.9 * _WIDE))
         return
-    x_ticks(axes, panel, {0: "0", live: f"{live:,}"})
+    x_ticks(figure, panel, {0: "0", live: f"{live:,}"})
     edges, top, middle = np.arange(live + 1), result.total[order].numpy(), np.zeros(live)
     areas, colors = [], []
     if result.on_off is not None:
         middle = result.on_off[order].numpy()
         areas, colors = [panel.area(edges, 0, middle)], [VALUE]
-    draw_areas(axes, [*areas, panel.area(edges, middle, top)], [*colors, PART])
-    draw_lines(axes, [panel.points([0, live], result.max_bits)], NULL, 1, linestyles=":")
+    draw_areas(figure, [*areas, panel.area(edges, middle, top)], [*colors, PART])
+    draw_lines(figure, [panel.points([0, live], result.max_bits)], NULL, 1, linestyles=":")
     if result.class_information is not None:
         values = result.class_information[order].numpy()
         points = panel.points(edges[:-1] + 0.5, values)[values >= 0]
-        draw_points(axes, points, ".", INK, 5 if live <= 64 else 1.5)
+        draw_points(figure, points, ".", INK, 5 if live <= 64 else 1.5)
 
 
 def _subtitle(result: EntropyResult) -> str:
@@ -109,11 +106,11 @@ def _subtitle(result: EntropyResult) -> str:
     return f"{units}, {samples}" + (f", {result.mode}" if result.mode != "states" else "")
 
 
-def _write_legend(axes: "Axes", width: float, height: float, results: Sequence[EntropyResult]) -> None:
+def _write_legend(figure: "Figure", width: float, height: float, results: Sequence[EntropyResult]) -> None:
     entries = [
         ("■", VALUE, "on/off entropy", any(result.on_off is not None for result in results)),
         ("■", PART, "amplitude entropy", True),
         ("●", INK, "class information", any(result.class_information is not None for result in results)),
         ("┄", NULL, "maximum", True),
     ]
-    write_legend(axes, 0.1, height - 0.12, [entry[:3] for entry in entries if entry[3]], width)
+    write_legend(figure, 0.1, height - 0.12, [entry[:3] for entry in entries if entry[3]], width)

@@ -14,7 +14,6 @@ from lightning_neuro.observers.depth import DepthCurve
 from lightning_neuro.observers.result import ObserverResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_ATTRIBUTES = 40
@@ -72,18 +71,18 @@ def plot_attributes(
     parts = [heading, f"{more} more attributes not drawn" if more else "", figures.layers_left_out(len(results))]
     text = wrapped("; ".join(filter(None, parts)), width - 0.2)
     height = bottom + tall + 0.4 + 0.14 * (1 + text.count("\n"))
-    axes, x, room = figures.inch_axes(figure := figures.new_figure(width, height)), left, MAX_WRITTEN
-    write(axes, 0.1, height - 0.06, text, va="top")
+    figure, x, room = figures.new_figure(width, height), left, MAX_WRITTEN
+    write(figure, 0.1, height - 0.06, text, va="top")
     for row, head in enumerate(heads):
-        write(axes, left - 0.07, bottom + tall - (row + 0.5) * _ROW, head, ha="right")
+        write(figure, left - 0.07, bottom + tall - (row + 0.5) * _ROW, head, ha="right")
     # If there is no space for all numbers, those of the current layers are written.
     written = {title: (room := room - len(names) * len(names_of)) >= 0 for title, names_of, _ in reversed(blocks)}
     for title, names_of, values in blocks:
-        _draw_block(axes, (x, bottom), title, names_of, values, written=written[title])
+        _draw_block(figure, (x, bottom), title, names_of, values, written=written[title])
         x += _CELL * len(names_of) + _GAP
-    draw_cells(axes, np.linspace(1, 0.5, 64)[:, None], (x, bottom), (0.14, tall), **_SCALE)
+    draw_cells(figure, np.linspace(1, 0.5, 64)[:, None], (x, bottom), (0.14, tall), **_SCALE)
     for share, word in ((0.0, "≤ .5"), (0.5, ".75"), (1.0, "1")):
-        write(axes, x + 0.19, bottom + share * tall, word, size=7)
+        write(figure, x + 0.19, bottom + share * tall, word, size=7)
     return figure
 
 
@@ -110,7 +109,7 @@ def _blocks(
 
 
 def _draw_block(
-    axes: "Axes",
+    figure: "Figure",
     corner: tuple[float, float],
     title: str,
     columns: Sequence[str],
@@ -120,15 +119,15 @@ def _draw_block(
 ) -> None:
     left, bottom = corner
     wide, tall = _CELL * len(columns), _ROW * max(1, len(values))
-    draw_cells(axes, values, corner, (wide, tall), **_SCALE)
-    write(axes, left + wide / 2, bottom + tall + 0.05, wrapped(title, max(wide, 0.5)), ha="center", va="bottom")
+    draw_cells(figure, values, corner, (wide, tall), **_SCALE)
+    write(figure, left + wide / 2, bottom + tall + 0.05, wrapped(title, max(wide, 0.5)), ha="center", va="bottom")
     for column, name in enumerate(columns):
         x = left + (column + 0.5) * _CELL
-        write(axes, x, bottom - 0.06, figures.short_name(name, 16), ha="center", va="top", upwards=True)
+        write(figure, x, bottom - 0.06, figures.short_name(name, 16), ha="center", va="top", upwards=True)
     for (row, column), value in np.ndenumerate(values) if written else ():
         text = "-" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
         color = "white" if value < 0.75 else "black"
-        write(axes, left + (column + 0.5) * _CELL, bottom + tall - (row + 0.5) * _ROW, text, color=color, ha="center")
+        write(figure, left + (column + 0.5) * _CELL, bottom + tall - (row + 0.5) * _ROW, text, color=color, ha="center")
 
 
 def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
@@ -146,35 +145,36 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
         A matplotlib figure that is not registered with pyplot, so it need not be closed.
     """
     figure = figures.new_figure(4.8, 3.0)
-    axes = figures.inch_axes(figure)
     panel = Panel(0.55, 0.65, 4.1, 1.75, (-0.05, 1.05), (0, 0.52))
-    draw_lines(axes, [panel.outline])
+    draw_lines(figure, [panel.outline])
     depth = curve.depth.numpy()
     drawn = curve.null.isfinite().all(0)
     if drawn.any():
         low, high = (torch.quantile(curve.null[:, drawn], q, dim=0).numpy() for q in (0.05, 0.95))
         at = depth[drawn.numpy()]
         band = np.concatenate([panel.points(at, high), panel.points(at[::-1], low[::-1])])
-        draw_areas(axes, [band], figures.FAINT)
-        draw_lines(axes, list(np.stack([panel.points(at, low), panel.points(at, high)], 1)), figures.NULL, 5, alpha=0.6)
+        draw_areas(figure, [band], figures.FAINT)
+        draw_lines(
+            figure, list(np.stack([panel.points(at, low), panel.points(at, high)], 1)), figures.NULL, 5, alpha=0.6
+        )
         means = panel.points(depth, curve.proportion.numpy())
-        draw_lines(axes, [means], figures.VALUE, 1.5)
-        draw_points(axes, means, "o", figures.VALUE, 6)
+        draw_lines(figure, [means], figures.VALUE, 1.5)
+        draw_points(figure, means, "o", figures.VALUE, 6)
     else:
-        write(axes, *panel.middle, "no layer has significant units", ha="center")
+        write(figure, *panel.middle, "no layer has significant units", ha="center")
     every = -(-len(layers) // figures.MAX_PANELS)
     for place, name, count in zip(depth[::every], layers[::every], curve.num_significant[::every], strict=True):
         sides: dict[float, Any] = {depth[0]: "left", depth[-1]: "right"}
         words = f"{figures.short_name(name, 48 // min(len(layers), 8) + 2)}\n{int(count)} units"
         x = panel.x(place) + {"left": -0.2, "right": 0.2}.get(sides.get(place, ""), 0)
-        write(axes, x, panel.bottom - 0.06, words, size=7, ha=sides.get(place, "center"), va="top")
-    y_ticks(axes, panel, {0: "0", 0.25: ".25", 0.5: ".5"})
-    write(axes, 0.12, panel.middle[1], "folded label proportion", ha="center", upwards=True)
+        write(figure, x, panel.bottom - 0.06, words, size=7, ha=sides.get(place, "center"), va="top")
+    y_ticks(figure, panel, {0: "0", 0.25: ".25", 0.5: ".5"})
+    write(figure, 0.12, panel.middle[1], "folded label proportion", ha="center", upwards=True)
     found = curve.scalars()
     text = "Spearman correlation with depth: undefined"
     if found:
         rho, null, p = found.values()
         text = f"Spearman correlation with depth {rho:.2f}; null {null:.2f} (p = {p:.3f})"
-    write(axes, 0.1, 2.92, f"Size of the sets that single units denote, over depth\n{text}", size=9, va="top")
-    write(axes, 0.1, 0.14, "points: mean over significant units; grey: 90 % of shuffled labels")
+    write(figure, 0.1, 2.92, f"Size of the sets that single units denote, over depth\n{text}", size=9, va="top")
+    write(figure, 0.1, 0.14, "points: mean over significant units; grey: 90 % of shuffled labels")
     return figure

@@ -16,7 +16,6 @@ from lightning_neuro.observers.plot import MAX_ATTRIBUTES
 from lightning_neuro.observers.result import ObserverResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_UNITS = 48
@@ -75,21 +74,21 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
     title = wrapped(title, width - 0.2)
     height = bottom + tall + 0.5 + 0.14 * (1 + title.count("\n"))
     figure = figures.new_figure(width, height)
-    axes, x, step = figures.inch_axes(figure), left, tall / max(1, len(names))
-    write(axes, 0.1, height - 0.06, title, va="top")
+    x, step = left, tall / max(1, len(names))
+    write(figure, 0.1, height - 0.06, title, va="top")
     for number, head in enumerate(heads):
-        write(axes, left - 0.07, bottom + tall - (number + 0.5) * step, head, ha="right")
+        write(figure, left - 0.07, bottom + tall - (number + 0.5) * step, head, ha="right")
     scale: dict[str, Any] = {"cmap": figures.DIVERGING, "vmin": -largest, "vmax": largest}
     for (layer, image), room in zip(images.items(), rooms, strict=True):
-        draw_cells(axes, image.numpy(), (x, bottom), (room, tall), **scale)
+        draw_cells(figure, image.numpy(), (x, bottom), (room, tall), **scale)
         head = f"{figures.short_name(layer, 14)}\n{masses[layer] / total:.0%} of mass"
-        write(axes, x + room / 2, bottom + tall + 0.05, head, ha="center", va="bottom")
+        write(figure, x + room / 2, bottom + tall + 0.05, head, ha="center", va="bottom")
         units = f"{image.shape[1]} of {layers[layer].shape[1]:,} units"
-        write(axes, x + room / 2, bottom - 0.05, units, size=7, ha="center", va="top")
+        write(figure, x + room / 2, bottom - 0.05, units, size=7, ha="center", va="top")
         x += room + gap
-    draw_cells(axes, np.linspace(largest, -largest, 65)[:, None], (x, bottom), (0.12, tall), **scale)
+    draw_cells(figure, np.linspace(largest, -largest, 65)[:, None], (x, bottom), (0.12, tall), **scale)
     for share, value in ((0.0, -largest), (0.5, 0.0), (1.0, largest)):
-        write(axes, x + 0.16, bottom + share * tall, f"{value:.2g}", size=7)
+        write(figure, x + 0.16, bottom + share * tall, f"{value:.2g}", size=7)
     return figure
 
 
@@ -124,11 +123,11 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
     count = min(len(result.examples), 2)
     wide, tall, left = 1.6, 0.16 * (units + 1), 0.8
     figure = figures.new_figure(max(count * (left + wide + 0.15), 4.9), tall + 1.0)
-    axes, (width, height) = figures.inch_axes(figure), figure.get_size_inches()
+    width, height = figure.get_size_inches()
     title = f"Contributions of units of {figures.short_name(layer)} to scores of single samples"
-    write(axes, 0.1, height - 0.14, title, size=9)
+    write(figure, 0.1, height - 0.14, title, size=9)
     if not count:
-        write(axes, width / 2, height / 2, "no sample has one of the first attributes", ha="center")
+        write(figure, width / 2, height / 2, "no sample has one of the first attributes", ha="center")
         return figure
     taken: set[int] = set()
     for number, (state, known) in enumerate(zip(result.examples, result.example_attributes, strict=False)):
@@ -138,11 +137,13 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
         attribute = has[0] if has else int(known.nan_to_num(nan=0.0).argmax())
         taken.add(attribute)
         panel = Panel(left + number * (left + wide + 0.15), 0.3, wide, tall)
-        _draw_parts(axes, panel, result, state, attribute, units)
+        _draw_parts(figure, panel, result, state, attribute, units)
     return figure
 
 
-def _draw_parts(axes: "Axes", panel: Panel, result: ObserverResult, state: Tensor, attribute: int, units: int) -> None:
+def _draw_parts(
+    figure: "Figure", panel: Panel, result: ObserverResult, state: Tensor, attribute: int, units: int
+) -> None:
     parts = result.explain(state, attribute)
     largest = parts.abs().argsort(descending=True)[:units]
     rest = float(parts.sum() - parts[largest].sum())
@@ -153,11 +154,11 @@ def _draw_parts(axes: "Axes", panel: Panel, result: ObserverResult, state: Tenso
     spare = 0.08 * (high - low) or 1.0
     panel = replace(panel, x_range=(low - spare, high + spare), y_range=(len(values), 0))
     bars = [panel.area([min(0.0, value), max(0.0, value)], row + 0.1, row + 0.9) for row, value in enumerate(values)]
-    draw_areas(axes, bars, colors)
-    draw_lines(axes, [panel.outline, panel.points([0, 0], [0, len(values)])])
+    draw_areas(figure, bars, colors)
+    draw_lines(figure, [panel.outline, panel.points([0, 0], [0, len(values)])])
     for row, label in enumerate(labels):
-        write(axes, panel.left - 0.06, panel.y(row + 0.5), label, ha="right")
+        write(figure, panel.left - 0.06, panel.y(row + 0.5), label, ha="right")
     ticks = [0.0, *(end for end in (low, high) if abs(end) > 0.25 * (high - low))]  # far enough apart
-    x_ticks(axes, panel, {value: f"{value:.2g}" for value in ticks})
+    x_ticks(figure, panel, {value: f"{value:.2g}" for value in ticks})
     name = figures.short_name(result.names[attribute], 20)
-    write(axes, panel.left, panel.top + 0.05, f"a sample with {name}\nscore {float(parts.sum()):.2f}", va="bottom")
+    write(figure, panel.left, panel.top + 0.05, f"a sample with {name}\nscore {float(parts.sum()):.2f}", va="bottom")

@@ -24,11 +24,10 @@ from lightning_neuro.figure_panels import (
     y_ticks,
 )
 from lightning_neuro.figure_words import width_of, write, write_legend
-from lightning_neuro.figures import class_name, first_panels, inch_axes, layers_left_out, new_figure, short_name
+from lightning_neuro.figures import class_name, first_panels, layers_left_out, new_figure, short_name
 from lightning_neuro.paths.result import PathResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_TICKS = 20
@@ -57,34 +56,34 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     order = _common_order(results) if results else torch.zeros(0).long()
     labels = [short_name(class_name(int(concept), class_names), 12) for concept in order]
     names = labels if len(labels) <= MAX_TICKS else []
-    figure = _Panels(results, left=0.2 + max(map(width_of, names), default=0.0), right=0.45, side=1.8)
-    axes = figure.axes
-    for panel, name, result in figure.drawn:
+    panels = _Panels(results, left=0.2 + max(map(width_of, names), default=0.0), right=0.45, side=1.8)
+    figure = panels.figure
+    for panel, name, result in panels.drawn:
         noise = result.self_overlap
         floor = "" if math.isnan(noise) else f"noise floor {noise:.2f}"
         title = f"{name}, {result.num_units:,} units\noverlap {result.overlap:.2f}\n{floor}"
-        write(axes, panel.left, panel.top + 0.05, title.rstrip(), va="bottom")
+        write(figure, panel.left, panel.top + 0.05, title.rstrip(), va="bottom")
         similarity = result.similarity[order][:, order].numpy()
         corner, size = (panel.left, panel.bottom), (panel.width, panel.height)
-        draw_cells(axes, similarity, corner, size, cmap=figures.DIVERGING, vmin=-1, vmax=1)
-    for panel in figure.first_column:  # the order is the same in all panels
+        draw_cells(figure, similarity, corner, size, cmap=figures.DIVERGING, vmin=-1, vmax=1)
+    for panel in panels.first_column:  # the order is the same in all panels
         for place, label in enumerate(names):
             write(
-                axes,
+                figure,
                 panel.left - 0.06,
                 panel.top - (place + 0.5) * panel.height / len(names),
                 label,
                 size=7,
                 ha="right",
             )
-    left, bottom, tall = figure.width - 0.38, figure.first_column[-1].bottom, 1.8
+    left, bottom, tall = panels.width - 0.38, panels.first_column[-1].bottom, 1.8
     draw_cells(
-        axes, np.linspace(1, -1, 65)[:, None], (left, bottom), (0.12, tall), cmap=figures.DIVERGING, vmin=-1, vmax=1
+        figure, np.linspace(1, -1, 65)[:, None], (left, bottom), (0.12, tall), cmap=figures.DIVERGING, vmin=-1, vmax=1
     )
     for value in (-1, 0, 1):
-        write(axes, left + 0.16, bottom + (value + 1) / 2 * tall, str(value), size=7)
-    figure.write_foot("concepts, similar ones together; beyond chance: 0 as random paths, 1 same path")
-    return figure.figure
+        write(figure, left + 0.16, bottom + (value + 1) / 2 * tall, str(value), size=7)
+    panels.write_foot("concepts, similar ones together; beyond chance: 0 as random paths, 1 same path")
+    return figure
 
 
 def _common_order(results: Mapping[str, PathResult]) -> Tensor:
@@ -129,12 +128,11 @@ def plot_flow(
     shown, left_out = list(results.items())[:MAX_COLUMNS], len(results) - MAX_COLUMNS
     width = max(4.5, 0.7 + 0.9 * len(shown))
     figure = new_figure(width, 2.9)
-    axes = inch_axes(figure)
     panel = Panel(0.5, 0.6, width - 0.6, 1.95, (-0.4, max(len(shown), 1) - 0.6), (1, 0))
-    draw_lines(axes, [panel.outline])
+    draw_lines(figure, [panel.outline])
     two = _most_similar(results) if pair is None else tuple(pair)
     if two is None or not shown or max(two) >= len(shown[0][1].masks):
-        say(axes, panel, "two concepts with a path are needed")
+        say(figure, panel, "two concepts with a path are needed")
         return figure
     colors = (figures.VALUE, figures.INK, figures.OTHER, figures.FAINT)
     edges = [_shares(result, two) for _, result in shown]
@@ -150,23 +148,23 @@ def plot_flow(
         for x, (left, right) in enumerate(pairwise(edges))
         for part in range(3)
     ]
-    draw_areas(axes, bars, colors * len(edges))
-    draw_areas(axes, bands, colors[:3] * (len(edges) - 1), alpha=0.25)
-    _draw_marks(axes, panel, [result for _, result in shown], edges, two)
+    draw_areas(figure, bars, colors * len(edges))
+    draw_areas(figure, bands, colors[:3] * (len(edges) - 1), alpha=0.25)
+    _draw_marks(figure, panel, [result for _, result in shown], edges, two)
     for number, (name, result) in enumerate(shown):
         words = f"{short_name(name, 13)}\n{result.num_units:,} units"
-        write(axes, panel.x(number), panel.bottom - 0.05, words, size=7, ha="center", va="top")
-    y_ticks(axes, panel, {0: "0", 0.5: ".5", 1: "1"})
-    write(axes, 0.12, panel.middle[1], "fraction of the layer's units", ha="center", upwards=True)
+        write(figure, panel.x(number), panel.bottom - 0.05, words, size=7, ha="center", va="top")
+    y_ticks(figure, panel, {0: "0", 0.5: ".5", 1: "1"})
+    write(figure, 0.12, panel.middle[1], "fraction of the layer's units", ha="center", upwards=True)
     if left_out > 0:
-        write(axes, width - 0.05, 0.1, f"{left_out} more layers not drawn", ha="right")
+        write(figure, width - 0.05, 0.1, f"{left_out} more layers not drawn", ha="right")
     first, second = (short_name(class_name(concept, class_names), 14) for concept in two)
     legend = [
         ("■", figures.VALUE, f"only {first}"),
         ("■", figures.INK, "both (grey line: by chance)"),
         ("■", figures.OTHER, f"only {second}"),
     ]
-    write_legend(axes, 0.1, 2.75, legend, width)
+    write_legend(figure, 0.1, 2.75, legend, width)
     return figure
 
 
@@ -179,7 +177,7 @@ def _shares(result: PathResult, pair: tuple[int, ...]) -> list[float]:
 
 
 def _draw_marks(
-    axes: "Axes", panel: Panel, shown: Sequence[PathResult], edges: Sequence[list[float]], pair: tuple[int, ...]
+    figure: "Figure", panel: Panel, shown: Sequence[PathResult], edges: Sequence[list[float]], pair: tuple[int, ...]
 ) -> None:
     """Draw the borders of units, where each of them can be seen, and how far the common part would reach by chance."""
     borders, by_chance = [], []
@@ -189,8 +187,8 @@ def _draw_marks(
         by_chance.append(panel.points(sides, column[1] + float(a * b)))
         if result.num_units <= MAX_LINES:
             borders += [panel.points(sides, unit / result.num_units) for unit in range(1, result.num_units)]
-    draw_lines(axes, borders, "white", 0.5)
-    draw_lines(axes, by_chance, figures.NULL, 2)
+    draw_lines(figure, borders, "white", 0.5)
+    draw_lines(figure, by_chance, figures.NULL, 2)
 
 
 def _most_similar(results: Mapping[str, PathResult]) -> tuple[int, int] | None:
@@ -219,13 +217,12 @@ def plot_reuse(results: Mapping[str, PathResult]) -> "Figure":
     Raises:
         ValueError: If there is no result.
     """
-
-    figure = _Panels(results, left=0.5, right=0.05, side=1.5, gap=0.45)
-    axes, lines, bars = figure.axes, [], []
-    for place, name, result in figure.drawn:
+    panels = _Panels(results, left=0.5, right=0.05, side=1.5, gap=0.45)
+    figure, lines, bars = panels.figure, [], []
+    for place, name, result in panels.drawn:
         paths = result.masks[result.defined]
         title = f"{name}\n{result.num_units:,} units, {len(paths)} paths"
-        write(axes, place.left, place.top + 0.05, title, va="bottom")
+        write(figure, place.left, place.top + 0.05, title, va="bottom")
         counts = torch.bincount(paths.sum(0), minlength=len(paths) + 1).double()
         expected = poisson_binomial(paths.double().mean(1)) * result.num_units
         highest = float(torch.cat([counts, expected]).max())
@@ -233,17 +230,17 @@ def plot_reuse(results: Mapping[str, PathResult]) -> "Figure":
         places = np.arange(len(counts) + 1) - 0.5
         bars.append(panel.area(places, 0, counts.numpy()))
         lines.append(panel.points(places[:-1] + 0.5, expected.numpy()))
-        x_ticks(axes, panel, {0: "0", len(paths): str(len(paths))})
-        y_ticks(axes, panel, {0: "0", round(highest): f"{round(highest):,}"})
-    draw_areas(axes, bars, figures.VALUE)
-    draw_lines(axes, lines, figures.NULL, 1.2)
+        x_ticks(figure, panel, {0: "0", len(paths): str(len(paths))})
+        y_ticks(figure, panel, {0: "0", round(highest): f"{round(highest):,}"})
+    draw_areas(figure, bars, figures.VALUE)
+    draw_lines(figure, lines, figures.NULL, 1.2)
     points = [line for line in lines if len(line) < 30]
-    draw_points(axes, np.concatenate([np.zeros((0, 2)), *points]), ".", figures.NULL, 4)
-    draw_lines(axes, [place.outline for place, _, _ in figure.drawn])
-    for place in figure.first_column:
-        write(axes, 0.12, place.middle[1], "units", ha="center", upwards=True)
-    figure.write_foot("paths that contain a unit (■ units,  — if paths were random)")
-    return figure.figure
+    draw_points(figure, np.concatenate([np.zeros((0, 2)), *points]), ".", figures.NULL, 4)
+    draw_lines(figure, [place.outline for place, _, _ in panels.drawn])
+    for place in panels.first_column:
+        write(figure, 0.12, place.middle[1], "units", ha="center", upwards=True)
+    panels.write_foot("paths that contain a unit (■ units,  — if paths were random)")
+    return figure
 
 
 def poisson_binomial(probabilities: Tensor) -> Tensor:
@@ -269,29 +266,28 @@ def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: S
         A matplotlib figure that is not registered with pyplot.
     """
     figure = new_figure(4.8, 2.4)
-    axes = inch_axes(figure)
-    write(axes, 0.1, 2.27, "stability of the paths since the previous evaluation", size=9)
+    write(figure, 0.1, 2.27, "stability of the paths since the previous evaluation", size=9)
     first, last = (history[0][0], history[-1][0]) if history else (0, 0)
     panel = Panel(0.35, 0.4, 2.7, 1.65, (first - 0.5, max(last, first + 1) + 0.5), (-0.02, 1.02))
-    draw_lines(axes, [panel.outline])
+    draw_lines(figure, [panel.outline])
     if not history:
-        say(axes, panel, "available from the second\nevaluation on")
+        say(figure, panel, "available from the second\nevaluation on")
         return figure
     shown = list(layers)[: figures.MAX_PANELS]
     lines, colors = [], []
     for number, layer in enumerate(shown):
         colors.append(to_hex(colormaps[figures.SCORE](number / len(shown))))  # from dark to light with depth
-        steps, values = zip(*([(step, of[layer]) for step, of in history if layer in of] or [(math.nan, math.nan)]))
-        lines.append(panel.points(steps, values))
-        if len(steps) < 30:
-            draw_points(axes, lines[-1], "o", colors[-1], 3)
-        write(axes, 3.12, 1.98 - 0.16 * number, "━", color=colors[-1])
-        write(axes, 3.3, 1.98 - 0.16 * number, short_name(layer, 22))
-    draw_lines(axes, lines, colors, 1.3)
-    x_ticks(axes, panel, {step: f"{step:,}" for step in (first, last)})
-    y_ticks(axes, panel, {0: "0", 0.5: ".5", 1: "1"})
-    write(axes, 3.12, 0.6, f"1: noise floor\n0: another class's path\n{layers_left_out(len(layers))}", va="top")
-    write(axes, panel.middle[0], 0.12, "training step", ha="center")
+        found = np.array([(step, of[layer]) for step, of in history if layer in of]).reshape(-1, 2)
+        lines.append(panel.points(*found.T))
+        if len(found) < 30:
+            draw_points(figure, lines[-1], "o", colors[-1], 3)
+        write(figure, 3.12, 1.98 - 0.16 * number, "━", color=colors[-1])
+        write(figure, 3.3, 1.98 - 0.16 * number, short_name(layer, 22))
+    draw_lines(figure, lines, colors, 1.3)
+    x_ticks(figure, panel, {step: f"{step:,}" for step in (first, last)})
+    y_ticks(figure, panel, {0: "0", 0.5: ".5", 1: "1"})
+    write(figure, 3.12, 0.6, f"1: noise floor\n0: another class's path\n{layers_left_out(len(layers))}", va="top")
+    write(figure, panel.middle[0], 0.12, "training step", ha="center")
     return figure
 
 
@@ -315,7 +311,6 @@ class _Panels:
         self.width = max(left + columns * side + (columns - 1) * gap + right + 0.1, 4.0)
         height = rows * (above + side + below) + 0.25
         self.figure = new_figure(self.width, height)
-        self.axes = inch_axes(self.figure)
         self.drawn: list[tuple[Panel, str, PathResult]] = []
         self.first_column: list[Panel] = []
         for number, (name, result) in enumerate(shown):
@@ -326,10 +321,10 @@ class _Panels:
             if result.defined.any():
                 self.drawn.append((panel, short_name(name, 24), result))
             else:
-                draw_lines(self.axes, [panel.outline])
-                write(self.axes, panel.left, panel.top + 0.05, short_name(name, 24), va="bottom")
-                say(self.axes, panel, "no concept has a path")
+                draw_lines(self.figure, [panel.outline])
+                write(self.figure, panel.left, panel.top + 0.05, short_name(name, 24), va="bottom")
+                say(self.figure, panel, "no concept has a path")
 
     def write_foot(self, words: str) -> None:
         """Write what the panels show, and how many layers are left out."""
-        write(self.axes, 0.1, 0.12, "; ".join(filter(None, [words, self.left_out])))
+        write(self.figure, 0.1, 0.12, "; ".join(filter(None, [words, self.left_out])))

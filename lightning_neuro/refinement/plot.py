@@ -22,7 +22,6 @@ from lightning_neuro.figures import (
     VALUE,
     class_name,
     first_panels,
-    inch_axes,
     layers_left_out,
     new_figure,
     short_name,
@@ -33,7 +32,6 @@ from lightning_neuro.refinement.result import RefinementExplanation, RefinementR
 from lightning_neuro.refinement.sample_table import top_samples
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_ROWS = 20
@@ -62,7 +60,6 @@ def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequen
     block, tall = 2 * (room + _SIDE + 0.1), _ABOVE + _SIDE + under
     width, height = columns * block + 0.05, rows * tall + 0.3
     figure = new_figure(width, height)
-    axes = inch_axes(figure)
     for number, ((layer, result), names) in enumerate(zip(shown, labels, strict=True)):
         row, column = divmod(number, columns)
         left = Panel(column * block + room, height - row * tall - _ABOVE - _SIDE, _SIDE, _SIDE)
@@ -71,13 +68,13 @@ def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequen
         phases = [str(phase + 1) for phase in range(result.phase_shares.shape[1])]
         title = f"{layer}\nshare of the refinement,\nmean over {int(result.counts.sum()):,} samples".lstrip()
         null = f"class of the training samples\n(null, shuffled labels: {result.own_class_share_null:.2f})"
-        _draw_heat_map(axes, left, result.shares[:-1][own, own], title, names, names, null)
+        _draw_heat_map(figure, left, result.shares[:-1][own, own], title, names, names, null)
         after = f"phase of training (1 to {len(phases)})"
-        _draw_heat_map(axes, right, result.phase_shares[own], "share by phase of training", names, phases, after)
+        _draw_heat_map(figure, right, result.phase_shares[own], "share by phase of training", names, phases, after)
         for panel, words in ((left, "class of the explained sample"), (right, "class of the training samples")):
-            write(axes, panel.left - room + 0.1, panel.middle[1], words, ha="center", upwards=True)
+            write(figure, panel.left - room + 0.1, panel.middle[1], words, ha="center", upwards=True)
     foot = "; ".join(filter(None, ["The shares of all sources sum to 1", layers_left_out(len(results))]))
-    write(axes, 0.1, 0.12, foot)
+    write(figure, 0.1, 0.12, foot)
     return figure
 
 
@@ -90,7 +87,7 @@ def _names(result: RefinementResult, class_names: Sequence[str] | None) -> list[
 
 
 def _draw_heat_map(
-    axes: "Axes",
+    figure: "Figure",
     panel: Panel,
     values: Tensor,
     title: str,
@@ -103,21 +100,21 @@ def _draw_heat_map(
     if np.isfinite(shown).any():
         largest = float(np.nanmax(np.abs(shown))) or 1.0
         corner, size = (panel.left, panel.bottom), (panel.width, panel.height)
-        draw_cells(axes, shown, corner, size, cmap=DIVERGING, vmin=-largest, vmax=largest)
+        draw_cells(figure, shown, corner, size, cmap=DIVERGING, vmin=-largest, vmax=largest)
         title += f"\nblue {-largest:.2g}, white 0, red {largest:+.2g}"
     else:
-        draw_lines(axes, [panel.outline])
+        draw_lines(figure, [panel.outline])
         title += "\n(undefined: no training step yet,\nor no known sources)"
-    write(axes, panel.left, panel.top + 0.05, title, va="bottom")
+    write(figure, panel.left, panel.top + 0.05, title, va="bottom")
     cell, wide = panel.width / max(1, len(columns)), _widest(columns)
     for number in range(0, len(columns), 1 + int(0.13 / cell)):
         x = panel.left + (number + 0.5) * cell
-        write(axes, x, panel.bottom - 0.04, columns[number], size=TICK, ha="center", va="top", upwards=wide > cell)
+        write(figure, x, panel.bottom - 0.04, columns[number], size=TICK, ha="center", va="top", upwards=wide > cell)
     cell = panel.height / max(1, len(rows))
     for number in range(0, len(rows), 1 + int(0.11 / cell)):
-        write(axes, panel.left - 0.05, panel.top - (number + 0.5) * cell, rows[number], size=TICK, ha="right")
+        write(figure, panel.left - 0.05, panel.top - (number + 0.5) * cell, rows[number], size=TICK, ha="right")
     depth = wide if wide > panel.width / max(1, len(columns)) else 0.12
-    write(axes, panel.middle[0], panel.bottom - depth - 0.08, below, ha="center", va="top")
+    write(figure, panel.middle[0], panel.bottom - depth - 0.08, below, ha="center", va="top")
 
 
 def _widest(names: Sequence[str]) -> float:
@@ -158,26 +155,25 @@ def plot_explanation(
     labels, row = [short_name(names[source], 14) for source in largest], 0.3
     room, width, tall = 0.3 + _widest(labels), 2.6, row * len(largest)
     figure = new_figure(2 * room + width + 0.6 + _SIDE + 0.1, tall + 1.3)
-    axes = inch_axes(figure)
     ridges = Panel(room, 0.5, width, tall, (-1, 1), (len(largest), 0))
     colors = [OTHER if source == predicted else VALUE for source in largest]
     grid = np.linspace(-1, 1, 201)
     density = (norms[..., None] * np.exp(-(((grid - cosines[..., None]) / BANDWIDTH) ** 2) / 2)).sum(1)
     density = density[largest] / (density.max() or 1.0)
     base = np.arange(1, len(largest) + 1)
-    draw_lines(axes, [ridges.points([-1, 1], float(number)) for number in base], FAINT, 0.5, zorder=0)
-    draw_lines(axes, [ridges.outline])
-    draw_lines(axes, [ridges.points(0.0, [0, len(largest)])], NULL)
+    draw_lines(figure, [ridges.points([-1, 1], float(number)) for number in base], FAINT, 0.5, zorder=0)
+    draw_lines(figure, [ridges.outline])
+    draw_lines(figure, [ridges.points(0.0, [0, len(largest)])], NULL)
     outlines = [
         np.concatenate([ridges.points(grid, end - 0.9 * ridge), ridges.points([1, -1], float(end))])
         for end, ridge in zip(base, density, strict=True)
     ]
-    draw_areas(axes, outlines, colors, alpha=0.75)
+    draw_areas(figure, outlines, colors, alpha=0.75)
     for end, source, label, color in zip(base, largest, labels, colors, strict=True):
-        write(axes, room - 0.05, ridges.y(end - 0.5), label, size=TICK, ha="right")
-        write(axes, ridges.right + 0.05, ridges.y(end - 0.5), f"{float(shares[source].sum()):+.2f}", color=color)
+        write(figure, room - 0.05, ridges.y(end - 0.5), label, size=TICK, ha="right")
+        write(figure, ridges.right + 0.05, ridges.y(end - 0.5), f"{float(shares[source].sum()):+.2f}", color=color)
     write(
-        axes,
+        figure,
         ridges.middle[0],
         0.45,
         "-1: against        cosine with the refinement p        1: for it",
@@ -185,16 +181,16 @@ def plot_explanation(
         ha="center",
         va="top",
     )
-    write(axes, 0.1, ridges.middle[1], "source of the training samples", ha="center", upwards=True)
+    write(figure, 0.1, ridges.middle[1], "source of the training samples", ha="center", upwards=True)
     highlighted = "" if predicted is None else f"\n(orange: predicted, {names[predicted]})"
     title = f"contributions weighted by norm,\nand their shares{highlighted}"
-    write(axes, room, ridges.top + 0.05, title, va="bottom")
+    write(figure, room, ridges.top + 0.05, title, va="bottom")
     heat = Panel(ridges.right + 0.55 + room, 0.5, _SIDE, tall)
     phases = [str(phase + 1) for phase in range(shares.shape[1])]
     below = f"phase of training; residual of the sum {explanation.residual:.0e}"
-    _draw_heat_map(axes, heat, shares[largest], "share by phase of training", labels, phases, below)
+    _draw_heat_map(figure, heat, shares[largest], "share by phase of training", labels, phases, below)
     more = len(cosines) - len(largest)
-    write(axes, 0.1, 0.1, f"{more} more sources not drawn" if more else "")
+    write(figure, 0.1, 0.1, f"{more} more sources not drawn" if more else "")
     return figure
 
 
@@ -294,9 +290,9 @@ def plot_influence(
     title = f"{where}, and what pushed them most of {influence.num_samples:,} training samples"
     figure = _tiled(rows, f"{title} (class, id, score; direction: {influence.direction})", gap=0.25)
     if targets is not None:
-        axes, (width, height) = figure.axes[0], figure.get_size_inches()
+        width, height = figure.get_size_inches()
         legend = [("■", VALUE, "same class"), ("■", OTHER, "other class")]
-        write_legend(axes, width - 2.1, height - 0.14, legend, width + 1)
+        write_legend(figure, width - 2.1, height - 0.14, legend, width + 1)
     return figure
 
 
@@ -315,16 +311,15 @@ def _tiled(rows: Sequence[Sequence[Tile]], title: str, *, gap: float = 0.0) -> "
     tall, wide = sheet.shape[0] / DPI, sheet.shape[1] / DPI
     width = max(wide + 0.1, 5.0, width_of(title, 9) + (2.5 if gap else 0.2))
     figure = new_figure(width, tall + 0.3)
-    axes = inch_axes(figure)
     # One image for all tiles, because one image each would take ten times as long to draw.
     for i, row in enumerate(rows):
         for j, (picture, caption, color) in enumerate(row):
             top, left = i * ROW, round((j + (gap if j else 0)) * PITCH)
             sheet[top : top + TILE, left : left + TILE] = _enlarged(picture)
             x, y = 0.06 + (left + TILE / 2) / DPI, tall - (top + TILE + 2) / DPI
-            write(axes, x, y, caption, size=7, color=color, ha="center", va="top")
-    draw_cells(axes, sheet, (0.06, 0), (wide, tall), framed=False)
-    write(axes, 0.06, tall + 0.16, title, size=9)
+            write(figure, x, y, caption, size=7, color=color, ha="center", va="top")
+    draw_cells(figure, sheet, (0.06, 0), (wide, tall), framed=False)
+    write(figure, 0.06, tall + 0.16, title, size=9)
     return figure
 
 

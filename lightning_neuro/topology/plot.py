@@ -16,7 +16,6 @@ from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.result import TopologyResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LETTERS = "ABCDEF"
@@ -69,19 +68,18 @@ def plot_graphs(
     bottom = 0.4 + 0.14 * foot.count("\n") + 0.17 * lines
     height = rows * (_PANEL + _TOP) + bottom
     figure = figures.new_figure(width, height)
-    axes = figures.inch_axes(figure)
     panels = []
     for number, (name, (result, graph)) in enumerate(shown):
         row, column = divmod(number, columns)
         left, low = _GAP + column * (_PANEL + _GAP), height - (row + 1) * (_PANEL + _TOP)
         panels.append(Panel(left, low, _PANEL, _PANEL))
         title = "\n".join(_title(name, result, graph))
-        write(axes, left, low + _PANEL + 0.05, title, va="bottom")
+        write(figure, left, low + _PANEL + 0.05, title, va="bottom")
         place = (positions or {}).get(name)
-        _draw_panel(axes, panels[-1], graph, colors, place_nodes(graph) if place is None else place)
-    draw_lines(axes, [panel.outline for panel in panels], figures.FAINT)
-    write_legend(axes, _GAP, bottom - 0.14, entries, width)
-    write(axes, _GAP, 0.08, foot, va="bottom")
+        _draw_panel(figure, panels[-1], graph, colors, place_nodes(graph) if place is None else place)
+    draw_lines(figure, [panel.outline for panel in panels], figures.FAINT)
+    write_legend(figure, _GAP, bottom - 0.14, entries, width)
+    write(figure, _GAP, 0.08, foot, va="bottom")
     return figure
 
 
@@ -105,20 +103,20 @@ def _colors(graphs: Sequence[MapperGraph]) -> Colors:
     )
 
 
-def _draw_panel(axes: "Axes", panel: Panel, graph: MapperGraph, colors: Colors, positions: Tensor) -> None:
+def _draw_panel(figure: "Figure", panel: Panel, graph: MapperGraph, colors: Colors, positions: Tensor) -> None:
     if graph.num_nodes == 0:
-        say(axes, panel, wrapped(graph.why_empty(), 0.9 * _PANEL))
+        say(figure, panel, wrapped(graph.why_empty(), 0.9 * _PANEL))
         return
     largest = min(0.2, 0.6 * _PANEL / math.sqrt(graph.num_nodes) / 2)
     radii = largest * np.sqrt(graph.sizes.numpy() / int(graph.sizes.max())).clip(0.2)
     centres = _inside(positions, panel, largest)
     lines = list(centres[graph.edges.numpy()])
-    draw_lines(axes, lines, figures.NULL, 0.6 + 4 * graph.weights.numpy(), zorder=1)
+    draw_lines(figure, lines, figures.NULL, 0.6 + 4 * graph.weights.numpy(), zorder=1)
     wedges, colours = _pies(graph, centres, radii, colors)
-    draw_areas(axes, wedges, colours, edgecolors="white", linewidths=0.3, zorder=2)
+    draw_areas(figure, wedges, colours, edgecolors="white", linewidths=0.3, zorder=2)
     for letter, node in zip(LETTERS, lettered(graph), strict=False):
         x, y = centres[node] + 0.75 * radii[node] + 0.06
-        write(axes, x, y, letter, ha="center", bold=True)
+        write(figure, x, y, letter, ha="center", bold=True)
 
 
 def _inside(positions: Tensor, panel: Panel, margin: float) -> Array:

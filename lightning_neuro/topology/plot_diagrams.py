@@ -13,7 +13,6 @@ from lightning_neuro.topology.persistence import Persistence
 from lightning_neuro.topology.result import TopologyResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WIDE, _TALL, _GAP, _LEFT, _TOP, _MIDDLE, _BOTTOM = 1.8, 1.4, 0.2, 0.65, 0.5, 0.42, 0.62  # inches
@@ -51,7 +50,6 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
     shown, _, columns = figures.first_panels(found, max_columns=figures.MAX_PANELS)
     width = max(_LEFT + columns * (_WIDE + _GAP), 4.5)
     figure = figures.new_figure(width, 2 * _TALL + _TOP + _MIDDLE + _BOTTOM)
-    axes = figures.inch_axes(figure)
     most = max(homology.num_points for _, (_, homology) in shown)
     boxes: list[Array] = []
     for column, (name, (result, homology)) in enumerate(shown):
@@ -59,49 +57,49 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
         above = Panel(left, _BOTTOM + _TALL + _MIDDLE, _WIDE, _TALL, (-0.04, 1.04), (-0.04, 1.04))
         below = replace(above, bottom=_BOTTOM, y_range=(-0.04, 1.04 * float(np.log10(max(most, 10)))))
         boxes += [above.outline, below.outline]
-        write(axes, left, above.top + 0.05, "\n".join(_title(name, result, homology)), size=7, va="bottom")
-        x_ticks(axes, above, _TICKS)
-        x_ticks(axes, below, _TICKS)
+        write(figure, left, above.top + 0.05, "\n".join(_title(name, result, homology)), size=7, va="bottom")
+        x_ticks(figure, above, _TICKS)
+        x_ticks(figure, below, _TICKS)
         if why := homology.why_undefined():
-            say(axes, above, wrapped(why, 0.9 * _WIDE))
+            say(figure, above, wrapped(why, 0.9 * _WIDE))
         else:
-            _draw_diagram(axes, above, homology, result.null.get("h1_longest_null"))
-            _draw_curves(axes, below, homology)
+            _draw_diagram(figure, above, homology, result.null.get("h1_longest_null"))
+            _draw_curves(figure, below, homology)
         if column == 0:
-            _write_scales(axes, above, below, most)
-    draw_lines(axes, boxes)
+            _write_scales(figure, above, below, most)
+    draw_lines(figure, boxes)
     entries = [
         ("●", figures.OTHER, "loops"),
         ("┃", figures.VALUE, "components"),
         ("╌", figures.NULL, "longest loop of a Gaussian cloud"),
     ]
-    write_legend(axes, 0.1, 0.13, entries, width)
-    write(axes, width - 0.05, 0.3, figures.layers_left_out(len(found)), ha="right")
+    write_legend(figure, 0.1, 0.13, entries, width)
+    write(figure, width - 0.05, 0.3, figures.layers_left_out(len(found)), ha="right")
     return figure
 
 
-def _draw_diagram(axes: "Axes", panel: Panel, homology: Persistence, longest: float | None) -> None:
+def _draw_diagram(figure: "Figure", panel: Panel, homology: Persistence, longest: float | None) -> None:
     """Draw one diagram; `longest` is the longest lifetime of a loop in a Gaussian cloud."""
 
     def points(births: Any, deaths: Any) -> Array:
         inside = np.asarray(deaths) <= 1.04  # distances are scaled, and few are above 1
         return panel.points(np.asarray(births)[inside], np.asarray(deaths)[inside])
 
-    draw_lines(axes, [panel.points([0, 1], [0, 1])], figures.FAINT)
+    draw_lines(figure, [panel.points([0, 1], [0, 1])], figures.FAINT)
     merged = homology.diagrams[0][:, 1] / homology.scale
-    draw_points(axes, points(0 * merged, merged), "_", figures.VALUE, 6, markeredgewidth=0.5, alpha=0.5)
+    draw_points(figure, points(0 * merged, merged), "_", figures.VALUE, 6, markeredgewidth=0.5, alpha=0.5)
     loops = homology.diagrams.get(1, np.zeros((0, 2))) / homology.scale
     closed = np.isfinite(loops[:, 1])
-    draw_points(axes, points(loops[closed, 0], loops[closed, 1]), ".", figures.OTHER, 3)
+    draw_points(figure, points(loops[closed, 0], loops[closed, 1]), ".", figures.OTHER, 3)
     end = homology.threshold / homology.scale
     if np.isfinite(end):
-        draw_lines(axes, [points([0, 1], [end, end])], figures.FAINT, linestyles=":")
-        draw_points(axes, points(loops[~closed, 0], np.full((~closed).sum(), end)), "^", figures.OTHER, 5)
+        draw_lines(figure, [points([0, 1], [end, end])], figures.FAINT, linestyles=":")
+        draw_points(figure, points(loops[~closed, 0], np.full((~closed).sum(), end)), "^", figures.OTHER, 5)
     if longest is not None and longest < 1:
-        draw_lines(axes, [points([0, 1 - longest], [longest, 1])], figures.NULL, linestyles="--")
+        draw_lines(figure, [points([0, 1 - longest], [longest, 1])], figures.NULL, linestyles="--")
 
 
-def _draw_curves(axes: "Axes", panel: Panel, homology: Persistence) -> None:
+def _draw_curves(figure: "Figure", panel: Panel, homology: Persistence) -> None:
     """Draw how many components and loops are alive at each distance, on a logarithmic scale."""
     at, curves, colors = np.linspace(0, 1, _GRID), [], []
     for dimension, color in ((0, figures.VALUE), (1, figures.OTHER)):
@@ -111,17 +109,17 @@ def _draw_curves(axes: "Axes", panel: Panel, homology: Persistence) -> None:
             # The logarithm of 0 is undefined, so the curve has a gap where no bar is alive.
             curves.append(panel.points(seen, np.where(alive > 0, np.log10(np.maximum(alive, 1)), np.nan)))
             colors.append(color)
-    draw_lines(axes, curves, colors, 1.2)
+    draw_lines(figure, curves, colors, 1.2)
 
 
-def _write_scales(axes: "Axes", above: Panel, below: Panel, most: int) -> None:
+def _write_scales(figure: "Figure", above: Panel, below: Panel, most: int) -> None:
     """Write the vertical scales to the left of the first panels, and what the axes mean."""
-    y_ticks(axes, above, _TICKS)
-    y_ticks(axes, below, {power: f"{10**power:,}" for power in range(int(np.log10(max(most, 10))) + 1)})
-    write(axes, 0.2, above.middle[1], "death\n(distance / scale)", size=7, ha="center", upwards=True)
-    write(axes, 0.2, below.middle[1], "alive at this\ndistance", size=7, ha="center", upwards=True)
-    write(axes, _LEFT, above.bottom - 0.26, "birth (distance / scale)", size=7)
-    write(axes, _LEFT, below.bottom - 0.26, "distance / scale", size=7)
+    y_ticks(figure, above, _TICKS)
+    y_ticks(figure, below, {power: f"{10**power:,}" for power in range(int(np.log10(max(most, 10))) + 1)})
+    write(figure, 0.2, above.middle[1], "death\n(distance / scale)", size=7, ha="center", upwards=True)
+    write(figure, 0.2, below.middle[1], "alive at this\ndistance", size=7, ha="center", upwards=True)
+    write(figure, _LEFT, above.bottom - 0.26, "birth (distance / scale)", size=7)
+    write(figure, _LEFT, below.bottom - 0.26, "distance / scale", size=7)
 
 
 def _title(name: str, result: TopologyResult, homology: Persistence) -> list[str]:

@@ -52,22 +52,21 @@ def plot_members(
     more = figures.layers_left_out(len(graphs))
     foot = 0.2 * bool(more)
     figure = figures.new_figure(columns * (wide + _LABEL + 0.1) + 0.1, rows * (tall + _TITLE) + 0.1 + foot)
-    axes = figures.inch_axes(figure)
     height = figure.get_size_inches()[1]
-    write(axes, 0.1, 0.12, more)
+    write(figure, 0.1, 0.12, more)
     for number, (name, graph) in enumerate(shown):
         row, column = divmod(number, columns)
         left, bottom = 0.1 + column * (wide + _LABEL + 0.1) + _LABEL, height - (row + 1) * (tall + _TITLE)
-        write(axes, left - _LABEL, bottom + tall + 0.15, figures.short_name(name), size=9, bold=True)
+        write(figure, left - _LABEL, bottom + tall + 0.15, figures.short_name(name), size=9, bold=True)
         nodes = lettered(graph)
         if not nodes:
-            write(axes, left, bottom + tall / 2, "no node")
+            write(figure, left, bottom + tall / 2, "no node")
             continue
         montage, used = _montage(graph, nodes, images.get(name, {})), step * len(nodes)
-        draw_cells(axes, montage, (left, bottom + tall - used), (wide, used), framed=False)
+        draw_cells(figure, montage, (left, bottom + tall - used), (wide, used), framed=False)
         for place, (letter, node) in enumerate(zip(LETTERS, nodes, strict=False)):
             words = f"{letter}  {_describe_node(graph, node, class_names)}"
-            write(axes, left - _LABEL, bottom + tall - step * (place + 0.5), words)
+            write(figure, left - _LABEL, bottom + tall - step * (place + 0.5), words)
     return figure
 
 
