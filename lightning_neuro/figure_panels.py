@@ -167,23 +167,28 @@ class Cells(FigureImage):
         (x0, y0), (x1, y1) = np.round(dpi * np.array([self.corner, np.add(self.corner, self.size)])).tolist()
         wide, tall = (max(1, round((high - low) * magnification)) for low, high in ((x0, x1), (y0, y1)))
         values = self.get_array()
-        image = self._enlarged(self.to_rgba(values, bytes=True), tall, wide) if values.size else None
-        if image is None:
+        rows, columns = (
+            np.arange(pixels) * count // pixels for pixels, count in zip((tall, wide), values.shape, strict=False)
+        )
+        if not values.size:
             image = np.full((tall, wide, 4), _bytes(FAINT), np.uint8)
+        elif values.size > tall * wide:
+            image = self._colors(values[rows[::-1]][:, columns])
+        else:
+            # Whole pixels as one number each, because numpy moves these several times faster than four bytes.
+            whole = self._colors(values).view(np.uint32)[..., 0]
+            image = whole[:, columns][rows[::-1]].view(np.uint8).reshape(tall, wide, 4)
         if self.framed:
             line = max(1, round(magnification))
             for edge in (image[:line], image[-line:], image[:, :line], image[:, -line:]):
                 edge[:] = _bytes(INK)
         return image, x0, y0, IdentityTransform()
 
-    def _enlarged(self, colors: Array, tall: int, wide: int) -> Array:
+    def _colors(self, values: Array) -> Array:
+        """The colour (RGBA) of each value."""
+        colors: Array = np.ascontiguousarray(self.to_rgba(values, bytes=True))
         colors[colors[..., 3] == 0] = _bytes(FAINT)
-        rows, columns = (
-            np.arange(pixels) * count // pixels for pixels, count in zip((tall, wide), colors.shape, strict=False)
-        )
-        # Whole pixels as one number each, because numpy moves these several times faster than four bytes.
-        whole = np.ascontiguousarray(colors).view(np.uint32)[..., 0]
-        return whole[:, columns][rows[::-1]].view(np.uint8).reshape(tall, wide, 4)
+        return colors
 
 
 def _bytes(color: str) -> Array:

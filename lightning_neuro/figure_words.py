@@ -79,6 +79,8 @@ def write(
         bold: Whether to use bold letters.
         upwards: Whether to turn the text by 90 degrees.
     """
+    if not words:
+        return
     found = next((artist for artist in reversed(figure.artists) if isinstance(artist, Words)), None)
     if found is None:
         found = Words(transform=figure.dpi_scale_trans)

@@ -23,8 +23,13 @@ def planted(n: int = 300, blocks: int = 4, size: int = 6, noise: float = 0.7, se
 
 
 def texts(figure: Any) -> str:
-    """All words in a figure, in the order in which they were written."""
-    return " | ".join(text.words for words in figure.findobj(Words) for text in words.texts if text.words)
+    """All words in a figure, in the order in which they were written, without line breaks."""
+    return " | ".join(text.words.replace("\n", " ") for words in drawn(figure, Words) for text in words.texts)
+
+
+def drawn(figure: Any, kind: type) -> list[Any]:
+    """The parts of a figure of one kind, in the order in which they were added: `Cells`, `LineCollection`, ..."""
+    return [artist for artist in figure.artists if isinstance(artist, kind)]
 
 
 def hooks_of(module: nn.Module) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 220
 _PANEL = MAX_PIXELS / DPI
-_TOP, _BOTTOM, _SIDE, _GAP, _BAR = 0.75, 0.4, 0.15, 0.2, 0.6  # inches
+_BOTTOM, _SIDE, _GAP, _BAR = 0.4, 0.15, 0.2, 0.6  # inches
 _LEAST_DARKEST = 0.05  # each panel has its own scale, but weights below this are not amplified to look like structure
 
 Image = npt.NDArray[np.float32]
@@ -62,13 +62,15 @@ def plot_communities(results: Mapping[str, CommunityResult]) -> "Figure":
     foot = "Units sorted by community (outlined). Q: modularity; by chance: mean Q of shuffled activations."
     foot = wrapped(f"{foot} {layers_left_out(len(results))}", width - 2 * _SIDE)
     bottom = _BOTTOM + 0.14 * foot.count("\n")
-    height = rows * (_TOP + _PANEL) + bottom
+    titles = [_title(short_name(name), result) for name, result in shown]
+    above = 0.1 + 0.14 * max(title.count("\n") + 2 for title in titles)
+    height = rows * (above + _PANEL) + bottom
     figure = new_figure(width, height)
     squares: list[Array] = []
-    for number, ((name, result), image) in enumerate(zip(shown, images, strict=True)):
+    for number, ((_, result), title, image) in enumerate(zip(shown, titles, images, strict=True)):
         row, column = divmod(number, columns)
-        panel = Panel(_SIDE + column * (_PANEL + _GAP), height - (row + 1) * (_TOP + _PANEL), _PANEL, _PANEL)
-        _draw_panel(figure, panel, image, name, result)
+        panel = Panel(_SIDE + column * (_PANEL + _GAP), height - (row + 1) * (above + _PANEL), _PANEL, _PANEL)
+        _draw_panel(figure, panel, image, title, result)
         squares += [] if image is None else _squares(panel, result)
     draw_lines(figure, squares, OUTLINE, 1.0)
     if any(image is not None for image in images):
@@ -77,16 +79,15 @@ def plot_communities(results: Mapping[str, CommunityResult]) -> "Figure":
     return figure
 
 
-def _draw_panel(figure: "Figure", panel: Panel, image: Image | None, name: str, result: CommunityResult) -> None:
-    lines = _title(short_name(name), result)
+def _draw_panel(figure: "Figure", panel: Panel, image: Image | None, title: str, result: CommunityResult) -> None:
     if image is None:
         draw_lines(figure, [panel.outline])
         say(figure, panel, wrapped(result.notes()["undefined"], 0.9 * _PANEL))
     else:
         darkest = max(float(np.quantile(image, 0.995)), _LEAST_DARKEST)
-        lines.append(f"darkest blue: {darkest:.2f} or more")
+        title += f"\ndarkest blue: {darkest:.2f} or more"
         _show(figure, image / darkest, (panel.left, panel.bottom), (_PANEL, _PANEL))
-    write(figure, panel.left, panel.top + 0.05, "\n".join(lines), va="bottom")
+    write(figure, panel.left, panel.top + 0.05, title, va="bottom")
 
 
 def _squares(panel: Panel, result: CommunityResult) -> list[Array]:
@@ -134,14 +135,14 @@ def _sorted_image(result: CommunityResult) -> Image:
     return averaged
 
 
-def _title(name: str, result: CommunityResult) -> list[str]:
+def _title(name: str, result: CommunityResult) -> str:
     size = f"{len(result.units):,} units, {result.num_samples:,} samples"
-    lines = [f"{name}: {size}" if name else size]
+    lines = [wrapped(f"{name}: {size}" if name else size, _PANEL)]
     if result.defined:
         largest = f", largest {result.largest_share:.0%}" if result.num_communities > 1 else ""
         plural = "community" if result.num_communities == 1 else "communities"
         lines += [_against_chance(result), f"{result.num_communities} {plural}{largest}"]
-    return lines
+    return "\n".join(lines)
 
 
 def _against_chance(result: CommunityResult) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from lightning_neuro import figures
 from lightning_neuro.checks import require
-from lightning_neuro.figure_panels import Panel, draw_areas, draw_cells, draw_lines, draw_points, y_ticks
+from lightning_neuro.figure_panels import TICK, Panel, draw_areas, draw_cells, draw_lines, draw_points, y_ticks
 from lightning_neuro.figure_words import width_of, wrapped, write
 from lightning_neuro.observers.depth import DepthCurve
 from lightning_neuro.observers.result import ObserverResult
@@ -62,7 +62,7 @@ def plot_attributes(
         f"{figures.short_name(name)} [{share:.0%}]"
         for name, share in zip(names, result.label_proportion.tolist(), strict=False)
     ]
-    columns = [figures.short_name(column, 16) for _, names_of, _ in blocks for column in names_of]
+    columns = [figures.short_name(column) for _, names_of, _ in blocks for column in names_of]
     left, bottom = 0.2 + max(map(width_of, heads), default=0.5), 0.2 + max(map(width_of, columns))
     width = left + _CELL * len(columns) + _GAP * len(blocks) + 0.55
     tall = max(1, len(names)) * _ROW
@@ -123,7 +123,7 @@ def _draw_block(
     write(figure, left + wide / 2, bottom + tall + 0.05, wrapped(title, max(wide, 0.5)), ha="center", va="bottom")
     for column, name in enumerate(columns):
         x = left + (column + 0.5) * _CELL
-        write(figure, x, bottom - 0.06, figures.short_name(name, 16), ha="center", va="top", upwards=True)
+        write(figure, x, bottom - 0.06, figures.short_name(name), ha="center", va="top", upwards=True)
     for (row, column), value in np.ndenumerate(values) if written else ():
         text = "-" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
         color = "white" if value < 0.75 else "black"
@@ -144,8 +144,12 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
     Returns:
         A matplotlib figure that is not registered with pyplot, so it need not be closed.
     """
-    figure = figures.new_figure(4.8, 3.0)
-    panel = Panel(0.55, 0.65, 4.1, 1.75, (-0.05, 1.05), (0, 0.52))
+    every = -(-len(layers) // figures.MAX_PANELS)
+    names = [figures.short_name(name, 20) for name in layers[::every]]
+    width = max(4.8, 0.7 + len(names) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
+    margin = 0.5 / len(names)
+    figure = figures.new_figure(width, 3.0)
+    panel = Panel(0.55, 0.65, width - 0.65, 1.75, (-margin, 1 + margin), (0, 0.52))
     draw_lines(figure, [panel.outline])
     depth = curve.depth.numpy()
     drawn = curve.null.isfinite().all(0)
@@ -162,12 +166,9 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
         draw_points(figure, means, "o", figures.VALUE, 6)
     else:
         write(figure, *panel.middle, "no layer has significant units", ha="center")
-    every = -(-len(layers) // figures.MAX_PANELS)
-    for place, name, count in zip(depth[::every], layers[::every], curve.num_significant[::every], strict=True):
-        sides: dict[float, Any] = {depth[0]: "left", depth[-1]: "right"}
-        words = f"{figures.short_name(name, 48 // min(len(layers), 8) + 2)}\n{int(count)} units"
-        x = panel.x(place) + {"left": -0.2, "right": 0.2}.get(sides.get(place, ""), 0)
-        write(figure, x, panel.bottom - 0.06, words, size=7, ha=sides.get(place, "center"), va="top")
+    for place, name, count in zip(depth[::every], names, curve.num_significant[::every].tolist(), strict=True):
+        words = f"{name}\n{count} units"
+        write(figure, panel.x(place), panel.bottom - 0.06, words, size=TICK, ha="center", va="top")
     y_ticks(figure, panel, {0: "0", 0.25: ".25", 0.5: ".5"})
     write(figure, 0.12, panel.middle[1], "folded label proportion", ha="center", upwards=True)
     found = curve.scalars()

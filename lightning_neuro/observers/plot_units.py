@@ -68,7 +68,7 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
     heads = [figures.short_name(name, 20) for name in names]
     columns = [max(6, image.shape[1]) for image in images.values()]
     left, gap, bottom, row = 0.2 + max(map(width_of, heads), default=0.5), 0.15, 0.25, 0.17
-    cell, tall = min(0.12, max(0.04, 6.0 / sum(columns))), max(3, len(names)) * row
+    cell, tall = min(0.12, max(0.03, 6.0 / sum(columns))), max(3, len(names)) * row
     rooms = [max(0.85, cell * count) for count in columns]
     width = max(left + sum(rooms) + gap * len(rooms) + 0.6, 4.5)
     title = wrapped(title, width - 0.2)
@@ -81,7 +81,7 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
     scale: dict[str, Any] = {"cmap": figures.DIVERGING, "vmin": -largest, "vmax": largest}
     for (layer, image), room in zip(images.items(), rooms, strict=True):
         draw_cells(figure, image.numpy(), (x, bottom), (room, tall), **scale)
-        head = f"{figures.short_name(layer, 14)}\n{masses[layer] / total:.0%} of mass"
+        head = f"{figures.short_name(layer, max(12, int(14 * room)))}\n{masses[layer] / total:.0%} of mass"
         write(figure, x + room / 2, bottom + tall + 0.05, head, ha="center", va="bottom")
         units = f"{image.shape[1]} of {layers[layer].shape[1]:,} units"
         write(figure, x + room / 2, bottom - 0.05, units, size=7, ha="center", va="top")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_neuro import figures
 from lightning_neuro.figure_panels import (
+    TICK,
     Panel,
     draw_areas,
     draw_cells,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 MAX_TICKS = 20
 MAX_LINES = 128
 MAX_COLUMNS = 16
+MAX_CONCEPTS = 180  # one pixel each
 
 
 def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str] | None = None) -> "Figure":
@@ -61,7 +63,7 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     for panel, name, result in panels.drawn:
         noise = result.self_overlap
         floor = "" if math.isnan(noise) else f"noise floor {noise:.2f}"
-        title = f"{name}, {result.num_units:,} units\noverlap {result.overlap:.2f}\n{floor}"
+        title = f"{name}\n{result.num_units:,} units; overlap {result.overlap:.2f}\n{floor}"
         write(figure, panel.left, panel.top + 0.05, title.rstrip(), va="bottom")
         similarity = result.similarity[order][:, order].numpy()
         corner, size = (panel.left, panel.bottom), (panel.width, panel.height)
@@ -82,15 +84,26 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     )
     for value in (-1, 0, 1):
         write(figure, left + 0.16, bottom + (value + 1) / 2 * tall, str(value), size=7)
-    panels.write_foot("concepts, similar ones together; beyond chance: 0 as random paths, 1 same path")
+    cut = f"the first {MAX_CONCEPTS} " if len(order) == MAX_CONCEPTS else ""
+    panels.write_foot(f"{cut}concepts, similar ones together; beyond chance: 0 as random paths, 1 same path")
     return figure
 
 
 def _common_order(results: Mapping[str, PathResult]) -> Tensor:
     """The concepts that have a path in any layer, in an order in which similar ones are neighbours."""
     concepts = torch.stack([result.defined for result in results.values()]).any(0).nonzero().flatten()
-    mean = torch.stack([result.similarity for result in results.values()]).nanmean(0)
-    return concepts[_clustered(mean[concepts][:, concepts])] if len(concepts) else concepts
+    concepts = concepts[:MAX_CONCEPTS]
+    mean = _mean([result.similarity[concepts][:, concepts] for result in results.values()])
+    return concepts[_clustered(mean)] if len(concepts) else concepts
+
+
+def _mean(similarities: Sequence[Tensor]) -> Tensor:
+    """The mean over layers of what is defined, without a copy of all layers."""
+    total, count = torch.zeros_like(similarities[0]), torch.zeros_like(similarities[0])
+    for similarity in similarities:
+        total += similarity.nan_to_num(nan=0.0)
+        count += ~similarity.isnan()
+    return total / count
 
 
 def _clustered(similarity: Tensor) -> Tensor:
@@ -126,7 +139,8 @@ def plot_flow(
         A matplotlib figure that is not registered with pyplot.
     """
     shown, left_out = list(results.items())[:MAX_COLUMNS], len(results) - MAX_COLUMNS
-    width = max(4.5, 0.7 + 0.9 * len(shown))
+    names = [short_name(name, 20) for name, _ in shown]
+    width = max(4.5, 0.7 + len(shown) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
     figure = new_figure(width, 2.9)
     panel = Panel(0.5, 0.6, width - 0.6, 1.95, (-0.4, max(len(shown), 1) - 0.6), (1, 0))
     draw_lines(figure, [panel.outline])
@@ -151,9 +165,9 @@ def plot_flow(
     draw_areas(figure, bars, colors * len(edges))
     draw_areas(figure, bands, colors[:3] * (len(edges) - 1), alpha=0.25)
     _draw_marks(figure, panel, [result for _, result in shown], edges, two)
-    for number, (name, result) in enumerate(shown):
-        words = f"{short_name(name, 13)}\n{result.num_units:,} units"
-        write(figure, panel.x(number), panel.bottom - 0.05, words, size=7, ha="center", va="top")
+    for number, (name, (_, result)) in enumerate(zip(names, shown, strict=True)):
+        words = f"{name}\n{result.num_units:,} units"
+        write(figure, panel.x(number), panel.bottom - 0.05, words, size=TICK, ha="center", va="top")
     y_ticks(figure, panel, {0: "0", 0.5: ".5", 1: "1"})
     write(figure, 0.12, panel.middle[1], "fraction of the layer's units", ha="center", upwards=True)
     if left_out > 0:
@@ -194,7 +208,7 @@ def _draw_marks(
 def _most_similar(results: Mapping[str, PathResult]) -> tuple[int, int] | None:
     if not results:
         return None
-    mean = torch.stack([result.similarity for result in results.values()]).nanmean(0)
+    mean = _mean([result.similarity for result in results.values()])
     mean = mean.nan_to_num(nan=-2.0).triu(1) - 3 * torch.ones_like(mean).tril()
     if len(mean) < 2 or float(mean.max()) <= -2:
         return None
@@ -245,11 +259,13 @@ def plot_reuse(results: Mapping[str, PathResult]) -> "Figure":
 
 def poisson_binomial(probabilities: Tensor) -> Tensor:
     """The probabilities that 0, 1, ..., K of independent events happen, (K,) -> float64 (K + 1,)."""
-    found = torch.ones(1, dtype=torch.float64)
-    for probability in probabilities:
-        stays, rises = found * (1 - probability), found * probability
-        found = torch.cat([stays, stays.new_zeros(1)]) + torch.cat([rises.new_zeros(1), rises])
-    return found
+    found = np.zeros(len(probabilities) + 1)
+    found[0] = 1
+    for events, probability in enumerate(probabilities.tolist(), start=1):
+        rises = found[:events] * probability
+        found[:events] -= rises
+        found[1 : events + 1] += rises
+    return torch.from_numpy(found)
 
 
 def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: Sequence[str]) -> "Figure":

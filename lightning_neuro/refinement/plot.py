@@ -73,7 +73,8 @@ def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequen
         _draw_heat_map(figure, right, result.phase_shares[own], "share by phase of training", names, phases, after)
         for panel, words in ((left, "class of the explained sample"), (right, "class of the training samples")):
             write(figure, panel.left - room + 0.1, panel.middle[1], words, ha="center", upwards=True)
-    foot = "; ".join(filter(None, ["The shares of all sources sum to 1", layers_left_out(len(results))]))
+    cut = f"the first {MAX_ROWS} classes" if any(len(result.names) > MAX_ROWS + 1 for _, result in shown) else ""
+    foot = "; ".join(filter(None, ["The shares of all sources sum to 1", cut, layers_left_out(len(results))]))
     write(figure, 0.1, 0.12, foot)
     return figure
 
@@ -101,7 +102,7 @@ def _draw_heat_map(
         largest = float(np.nanmax(np.abs(shown))) or 1.0
         corner, size = (panel.left, panel.bottom), (panel.width, panel.height)
         draw_cells(figure, shown, corner, size, cmap=DIVERGING, vmin=-largest, vmax=largest)
-        title += f"\nblue {-largest:.2g}, white 0, red {largest:+.2g}"
+        title += f"\nred +, blue - {largest:.2g}; white 0"
     else:
         draw_lines(figure, [panel.outline])
         title += "\n(undefined: no training step yet,\nor no known sources)"
@@ -155,7 +156,7 @@ def plot_explanation(
     labels, row = [short_name(names[source], 14) for source in largest], 0.3
     room, width, tall = 0.3 + _widest(labels), 2.6, row * len(largest)
     figure = new_figure(2 * room + width + 0.6 + _SIDE + 0.1, tall + 1.3)
-    ridges = Panel(room, 0.5, width, tall, (-1, 1), (len(largest), 0))
+    ridges = Panel(room, 0.65, width, tall, (-1, 1), (len(largest), 0))
     colors = [OTHER if source == predicted else VALUE for source in largest]
     grid = np.linspace(-1, 1, 201)
     density = (norms[..., None] * np.exp(-(((grid - cosines[..., None]) / BANDWIDTH) ** 2) / 2)).sum(1)
@@ -181,13 +182,13 @@ def plot_explanation(
         ha="center",
         va="top",
     )
-    write(figure, 0.1, ridges.middle[1], "source of the training samples", ha="center", upwards=True)
+    write(figure, 0.1, ridges.middle[1], "source", ha="center", upwards=True)
     highlighted = "" if predicted is None else f"\n(orange: predicted, {names[predicted]})"
     title = f"contributions weighted by norm,\nand their shares{highlighted}"
     write(figure, room, ridges.top + 0.05, title, va="bottom")
-    heat = Panel(ridges.right + 0.55 + room, 0.5, _SIDE, tall)
+    heat = Panel(ridges.right + 0.55 + room, 0.65, _SIDE, tall)
     phases = [str(phase + 1) for phase in range(shares.shape[1])]
-    below = f"phase of training; residual of the sum {explanation.residual:.0e}"
+    below = f"phase of training\n(residual of the sum {explanation.residual:.0e})"
     _draw_heat_map(figure, heat, shares[largest], "share by phase of training", labels, phases, below)
     more = len(cosines) - len(largest)
     write(figure, 0.1, 0.1, f"{more} more sources not drawn" if more else "")

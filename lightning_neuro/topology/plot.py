@@ -168,6 +168,6 @@ def _title(name: str, result: TopologyResult, graph: MapperGraph) -> list[str]:
 def _classes(colors: Colors, class_names: Sequence[str] | None) -> list[tuple[str, str, str]]:
     """The legend of the classes: sign, colour and name."""
     entries = [
-        ("■", color, figures.short_name(figures.class_name(label, class_names), 12)) for label, color in colors.items()
+        ("■", color, figures.short_name(figures.class_name(label, class_names), 16)) for label, color in colors.items()
     ]
     return entries + ([("■", figures.FAINT, "other")] if len(colors) == MAX_CLASSES - 1 else [])

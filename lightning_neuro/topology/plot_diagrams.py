@@ -15,7 +15,7 @@ from lightning_neuro.topology.result import TopologyResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDE, _TALL, _GAP, _LEFT, _TOP, _MIDDLE, _BOTTOM = 1.8, 1.4, 0.2, 0.65, 0.5, 0.42, 0.62  # inches
+_WIDE, _TALL, _GAP, _LEFT, _MIDDLE, _BOTTOM = 1.8, 1.4, 0.2, 0.65, 0.42, 0.62  # inches
 _GRID = 256  # distances at which the curves are drawn
 _TICKS = {0.0: "0", 0.5: ".5", 1.0: "1"}
 
@@ -49,24 +49,26 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
     found = {name: (result, result.homology) for name, result in results.items() if result.homology is not None}
     shown, _, columns = figures.first_panels(found, max_columns=figures.MAX_PANELS)
     width = max(_LEFT + columns * (_WIDE + _GAP), 4.5)
-    figure = figures.new_figure(width, 2 * _TALL + _TOP + _MIDDLE + _BOTTOM)
+    titles = ["\n".join(_title(name, result, homology)) for name, (result, homology) in shown]
+    above = 0.12 + 0.125 * max(title.count("\n") + 1 for title in titles)
+    figure = figures.new_figure(width, 2 * _TALL + above + _MIDDLE + _BOTTOM)
     most = max(homology.num_points for _, (_, homology) in shown)
     boxes: list[Array] = []
-    for column, (name, (result, homology)) in enumerate(shown):
+    for column, ((_, (result, homology)), title) in enumerate(zip(shown, titles, strict=True)):
         left = _LEFT + column * (_WIDE + _GAP)
-        above = Panel(left, _BOTTOM + _TALL + _MIDDLE, _WIDE, _TALL, (-0.04, 1.04), (-0.04, 1.04))
-        below = replace(above, bottom=_BOTTOM, y_range=(-0.04, 1.04 * float(np.log10(max(most, 10)))))
-        boxes += [above.outline, below.outline]
-        write(figure, left, above.top + 0.05, "\n".join(_title(name, result, homology)), size=7, va="bottom")
-        x_ticks(figure, above, _TICKS)
-        x_ticks(figure, below, _TICKS)
+        diagram = Panel(left, _BOTTOM + _TALL + _MIDDLE, _WIDE, _TALL, (-0.04, 1.04), (-0.04, 1.04))
+        curves = replace(diagram, bottom=_BOTTOM, y_range=(-0.04, 1.04 * float(np.log10(max(most, 10)))))
+        boxes += [diagram.outline, curves.outline]
+        write(figure, left, diagram.top + 0.05, title, size=7, va="bottom")
+        x_ticks(figure, diagram, _TICKS)
+        x_ticks(figure, curves, _TICKS)
         if why := homology.why_undefined():
-            say(figure, above, wrapped(why, 0.9 * _WIDE))
+            say(figure, diagram, wrapped(why, 0.9 * _WIDE))
         else:
-            _draw_diagram(figure, above, homology, result.null.get("h1_longest_null"))
-            _draw_curves(figure, below, homology)
+            _draw_diagram(figure, diagram, homology, result.null.get("h1_longest_null"))
+            _draw_curves(figure, curves, homology)
         if column == 0:
-            _write_scales(figure, above, below, most)
+            _write_scales(figure, diagram, curves, most)
     draw_lines(figure, boxes)
     entries = [
         ("●", figures.OTHER, "loops"),
@@ -124,7 +126,7 @@ def _write_scales(figure: "Figure", above: Panel, below: Panel, most: int) -> No
 
 def _title(name: str, result: TopologyResult, homology: Persistence) -> list[str]:
     points = f"{homology.num_points:,} samples"
-    lines = [f"{figures.short_name(name)}: {points}" if name else points]
+    lines = [wrapped(f"{figures.short_name(name)}: {points}" if name else points, _WIDE, 7)]
     if 1 in homology.diagrams:
         null = result.null.get("h1_total_null")
         lines.append(f"loops' total {homology.total(1):.2f}" + ("" if null is None else f", Gaussian {null:.2f}"))
