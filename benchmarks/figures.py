@@ -4,7 +4,8 @@
 
 Trains the demo's network for 2 epochs with all callbacks, keeps the last arguments of every function that draws, and
 calls it again with them. Times are process times, so another process on the machine disturbs them little: medians of
-warm runs, with their range; the first call of each function (imports, fonts) is a column of its own.
+warm runs, with their range. Two columns are of single calls in the run: `first`, at its first evaluation (with imports,
+fonts and an empty cache of words), and `new`, at its last evaluation, whose numbers were never drawn before.
 """
 
 import argparse
@@ -37,32 +38,35 @@ from lightning_neuro import (
 from lightning_neuro.demo import DigitsNet, digits_loaders
 
 Calls = dict[str, Callable[[], Any]]
+Times = dict[str, list[float]]
 PARTS = ("draw", "pixels", "png", "free")
 AT_THE_END = "plot_top_samples"  # drawn once a run
 
 
-def watch(module: ModuleType, calls: Calls) -> None:
-    """Keep the last call of every `plot_` function that a module imports, as `method: function` -> call."""
+def watch(module: ModuleType, calls: Calls, single: Times) -> None:
+    """Keep the last call of every `plot_` function that a module imports, as `method: function`, and time all calls."""
     method = module.__name__.split(".")[1]
     for name, function in list(vars(module).items()):
         if name.startswith("plot_"):
-            setattr(module, name, _keeper(f"{method}: {name}", function, calls))
+            setattr(module, name, _keeper(f"{method}: {name}", function, calls, single))
 
 
-def _keeper(name: str, function: Callable[..., Any], calls: Calls) -> Callable[..., Any]:
+def _keeper(name: str, function: Callable[..., Any], calls: Calls, single: Times) -> Callable[..., Any]:
     def keep(*args: Any, **kwargs: Any) -> Any:
         calls[name] = lambda: function(*args, **kwargs)
+        single.setdefault(name, []).append(sum(written(calls[name], name)[0]))
         return function(*args, **kwargs)
 
     return keep
 
 
-def trained(folder: str) -> Calls:
-    """The last calls of all functions that draw, in a run of two epochs."""
+def trained(folder: str) -> tuple[Calls, Times]:
+    """The last calls of all functions that draw, in a run of two epochs, and the seconds of each call in it."""
     calls: Calls = {}
+    single: Times = {}
     for name, module in list(sys.modules.items()):
         if name.startswith("lightning_neuro.") and name.endswith((".callback", ".sample_tracking")):
-            watch(module, calls)
+            watch(module, calls, single)
     pl.seed_everything(0, verbose=False)
     probe = Probe()
     trainer = pl.Trainer(
@@ -82,7 +86,7 @@ def trained(folder: str) -> Calls:
         enable_progress_bar=False,
     )
     trainer.fit(DigitsNet(), *digits_loaders())
-    return calls
+    return calls, single
 
 
 def written(call: Callable[[], Any], name: str, pictures: Path | None = None) -> tuple[list[float], int]:
@@ -119,28 +123,29 @@ def main() -> None:
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        calls = trained(folder)
+        calls, single = trained(folder)
         if options.profile:
             _profile(next(call for name, call in calls.items() if name.endswith(options.profile)))
             return
-        # What was drawn in training is not cold any more; only the pictures are of interest.
         for name, call in calls.items():
             written(call, name, options.pictures)
         runs: dict[str, list[tuple[list[float], int]]] = {name: [] for name in calls}
         for _ in range(options.repeats):
             for name, call in calls.items():
                 runs[name].append(written(call, name))
-    _print(runs)
+    _print(runs, single)
 
 
-def _print(runs: dict[str, list[tuple[list[float], int]]]) -> None:
-    print(f"\nms of process time{'':<17}{''.join(f'{part:>8}' for part in (*PARTS, 'all'))}{'range':>14}{'kB':>7}")
-    totals = [0.0] * (len(PARTS) + 1)
+def _print(runs: dict[str, list[tuple[list[float], int]]], single: Times) -> None:
+    print(
+        f"\nms of process time{'':<17}{''.join(f'{part:>8}' for part in (*PARTS, 'all', 'first', 'new'))}{'range':>14}{'kB':>7}"
+    )
+    totals = [0.0] * (len(PARTS) + 3)
     for name, found in runs.items():
         spent = [[1e3 * seconds for seconds in parts] for parts, _ in found]
         medians = [statistics.median(part) for part in zip(*spent, strict=True)]
         sums = [sum(parts) for parts in spent]
-        row = [*medians, statistics.median(sums)]
+        row = [*medians, statistics.median(sums), 1e3 * single[name][0], 1e3 * single[name][-1]]
         extent = f"{min(sums):.0f} - {max(sums):.0f}"
         print(f"{name:<35}{''.join(f'{value:>8.1f}' for value in row)}{extent:>14}{found[0][1] / 1e3:>7.0f}")
         if not name.endswith(AT_THE_END):

@@ -1,9 +1,10 @@
-"""Words in a figure, put together from the pixels of words drawn before.
+"""Words in a figure, put together from the pixels of words and digits drawn before.
 
 Matplotlib measures and renders every text anew in every figure, which takes about 1 ms each and was most of the time of
-drawing. Almost all words of a figure were in the previous one.
+drawing. The words of a figure were all in the previous one, and its numbers are made of digits.
 """
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CACHED_WORDS = 4096
+CACHED_LINES = 1024
 _LINE = 1.25  # distance of two lines, in heights
 _MARGIN = 0.3  # space for accents and overhanging letters around the pixels of a word, in heights
+_PARTS = re.compile(r"[^ \d.,%#+:-]+|.")
 _TOWARDS = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
 
 Pixels = npt.NDArray[np.uint8]
@@ -170,11 +173,9 @@ class Words(Artist):
 
 def _stamp(renderer: RendererAgg, gc: Any, line: str, x: float, y: float, style: Style) -> None:
     """Put the pixels of a line at a baseline, in pixels from the lower left corner."""
-    space = _space(renderer.dpi, style.size, style.bold)
-    for word in _words(line):
-        image, (before, below), width = _ink(word, style, renderer.dpi)
+    if line.strip():
+        image, before, below = _pixels(line, style, renderer.dpi)
         renderer.draw_image(gc, round(x) - before, round(y) - below, image)
-        x, y = (x, y + width + space) if style.upwards else (x + width + space, y)
 
 
 def _width_of_pixels(renderer: RendererAgg, line: str, style: Style) -> float:
@@ -182,8 +183,7 @@ def _width_of_pixels(renderer: RendererAgg, line: str, style: Style) -> float:
 
 
 def _width(line: str, style: Style, dpi: float) -> float:
-    widths = [_ink(word, style, dpi)[2] for word in _words(line)]
-    return sum(widths) + (len(widths) - 1) * _space(dpi, style.size, style.bold)
+    return sum(_advance(part, style.size, style.bold, dpi) for part in _parts(line))
 
 
 def _typeset(renderer: Any, gc: Any, line: str, x: float, y: float, style: Style) -> None:
@@ -198,33 +198,61 @@ def _width_of_text(renderer: Any, line: str, style: Style) -> float:
     return width
 
 
-def _words(line: str) -> list[str]:
-    """The parts of a line that are rendered in one piece; the order of words differs in scripts other than Latin."""
-    return line.split(" ") if line.isascii() else [line]
+def _parts(line: str) -> list[str]:
+    """The parts of a line that are rendered in one piece: digits, signs, words. Other scripts may join all letters."""
+    return _PARTS.findall(line) if line.isascii() else [line]
 
 
-@lru_cache(maxsize=CACHED_WORDS)
-def _ink(word: str, style: Style, dpi: float) -> tuple[Pixels, tuple[int, int], float]:
-    """The pixels (height, width, RGBA) of a word, where in them its baseline begins (from the left, from below), width.
+@lru_cache(maxsize=CACHED_LINES)
+def _pixels(line: str, style: Style, dpi: float) -> tuple[Pixels, int, int]:
+    """The pixels (height, width, RGBA) of a line, and where in them its baseline begins, from the left and from below.
 
-    The lowest row is the first, as renderers want it. Matplotlib's own renderer draws the word, so that it looks as
-    in any other text.
+    The lowest row is the first, as renderers want it.
     """
-    scratch = RendererAgg(1, 1, dpi)
-    ascent, descent = _height(scratch, style)
-    width = scratch.get_text_width_height_descent(word, style.font(), False)[0] if word else 0.0
-    margin = int(_MARGIN * (ascent + descent)) + 1
-    above, below, wide = int(ascent) + margin, int(descent) + margin, int(width) + 2 * margin + 1
-    scratch = RendererAgg(wide, above + below, dpi)
-    if word:
-        scratch.draw_text(scratch.new_gc(), margin, above, word, style.font(), 0)
-    coverage = np.asarray(scratch.buffer_rgba())[..., 3]
+    parts = [
+        (_ink(part, style.size, style.bold, dpi), _advance(part, style.size, style.bold, dpi)) for part in _parts(line)
+    ]
+    tall, above, margin = parts[0][0].shape[0], *_margins(style, dpi)
+    ends = np.cumsum([0.0, *(advance for _, advance in parts)]).round().astype(int).tolist()
+    coverage = np.zeros((tall, max(at + ink.shape[1] for at, (ink, _) in zip(ends, parts, strict=False))), np.uint8)
+    for at, (ink, _) in zip(ends, parts, strict=False):
+        place = coverage[:, at : at + ink.shape[1]]
+        np.maximum(place, ink, out=place)
     image = np.empty((*coverage.shape, 4), np.uint8)
     image[..., :3] = np.round(np.array(to_rgb(style.color)) * 255)
     image[..., 3] = coverage
     if style.upwards:
-        return np.ascontiguousarray(np.rot90(image)[::-1]), (above, margin), width
-    return np.ascontiguousarray(image[::-1]), (margin, below), width
+        return np.ascontiguousarray(np.rot90(image)[::-1]), above, margin
+    return np.ascontiguousarray(image[::-1]), margin, tall - above
+
+
+@lru_cache(maxsize=CACHED_WORDS)
+def _ink(part: str, size: float, bold: bool, dpi: float) -> Pixels:
+    """How much of each pixel a part of a line covers, (height, width); matplotlib's own renderer draws it."""
+    style = Style(size, INK, bold, upwards=False)
+    above, margin = _margins(style, dpi)
+    _, descent = _agg_height(dpi, size, bold)
+    wide = int(_advance(part, size, bold, dpi)) + 2 * margin + 1
+    scratch = RendererAgg(wide, above + int(descent) + margin, dpi)
+    if part.strip():
+        scratch.draw_text(scratch.new_gc(), margin, above, part, style.font(), 0)
+    return np.array(scratch.buffer_rgba())[..., 3]
+
+
+def _margins(style: Style, dpi: float) -> tuple[int, int]:
+    """Pixels above the baseline, and to the left of it."""
+    ascent, descent = _agg_height(dpi, style.size, style.bold)
+    margin = int(_MARGIN * (ascent + descent)) + 1
+    return int(ascent) + margin, margin
+
+
+@lru_cache(maxsize=CACHED_WORDS)
+def _advance(part: str, size: float, bold: bool, dpi: float) -> float:
+    """How far the next part of a line is from this one: between two bars, because pixels do not include spaces."""
+    renderer, font = RendererAgg(1, 1, dpi), Style(size, INK, bold, upwards=False).font()
+    far, near = (renderer.get_text_width_height_descent(words, font, False)[0] for words in (f"|{part}|", "||"))
+    width: float = far - near
+    return width
 
 
 def _height(renderer: Any, style: Style) -> tuple[float, float]:
@@ -240,12 +268,3 @@ def _agg_height(dpi: float, size: float, bold: bool) -> tuple[float, float]:
     font = Style(size, INK, bold, upwards=False).font()
     _, height, descent = RendererAgg(1, 1, dpi).get_text_width_height_descent("lp", font, False)
     return height - descent, descent
-
-
-@lru_cache(maxsize=64)
-def _space(dpi: float, size: float, bold: bool) -> float:
-    """Width of a space."""
-    font, renderer = Style(size, INK, bold, upwards=False).font(), RendererAgg(1, 1, dpi)
-    apart, together = (renderer.get_text_width_height_descent(word, font, False)[0] for word in ("x x", "xx"))
-    width: float = apart - together
-    return width

@@ -58,7 +58,7 @@ def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequen
     widest = max(map(_widest, labels))
     room, under = 0.3 + widest, 0.5 + (widest if widest > _SIDE / MAX_ROWS else 0.1)
     block, tall = 2 * (room + _SIDE + 0.1), _ABOVE + _SIDE + under
-    width, height = columns * block + 0.05, rows * tall + 0.3
+    width, height = columns * block + 0.15, rows * tall + 0.3
     figure = new_figure(width, height)
     for number, ((layer, result), names) in enumerate(zip(shown, labels, strict=True)):
         row, column = divmod(number, columns)
@@ -102,7 +102,7 @@ def _draw_heat_map(
         largest = float(np.nanmax(np.abs(shown))) or 1.0
         corner, size = (panel.left, panel.bottom), (panel.width, panel.height)
         draw_cells(figure, shown, corner, size, cmap=DIVERGING, vmin=-largest, vmax=largest)
-        title += f"\nred +, blue - {largest:.2g}; white 0"
+        title += f"\nred {largest:.2g}, white 0, blue {-largest:.2g}"
     else:
         draw_lines(figure, [panel.outline])
         title += "\n(undefined: no training step yet,\nor no known sources)"

@@ -37,7 +37,7 @@ def test_heat_maps_of_two_layers():
     np.testing.assert_allclose(right.get_array(), result().phase_shares[:3])
     assert left.get_clim() == pytest.approx((-0.6, 0.6))  # white is 0
     said = texts(figure)
-    assert said.startswith("fc1 share of the refinement, mean over 28 samples red +, blue - 0.6; white 0 | c0 | c1")
+    assert said.startswith("fc1 share of the refinement, mean over 28 samples red 0.6, white 0, blue -0.6 | c0 | c1")
     assert "| 1 | 2 | 3 | 4 | c0 | c1 | c2 | phase of training (1 to 4)" in said
     assert f"shuffled labels: {result().own_class_share_null:.2f}" in said
     assert said.count("class of the explained sample") == 2
