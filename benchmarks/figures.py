@@ -137,9 +137,8 @@ def main() -> None:
 
 
 def _print(runs: dict[str, list[tuple[list[float], int]]], single: Times) -> None:
-    print(
-        f"\nms of process time{'':<17}{''.join(f'{part:>8}' for part in (*PARTS, 'all', 'first', 'new'))}{'range':>14}{'kB':>7}"
-    )
+    columns = "".join(f"{part:>8}" for part in (*PARTS, "all", "first", "new"))
+    print(f"\nms of process time{'':<17}{columns}{'range':>14}{'kB':>7}")
     totals = [0.0] * (len(PARTS) + 3)
     for name, found in runs.items():
         spent = [[1e3 * seconds for seconds in parts] for parts, _ in found]

@@ -128,7 +128,7 @@ def draw_cells(
     vmax: float | None = None,
     framed: bool = True,
 ) -> None:
-    """Draw a table as cells of one colour each, NaN as a grey cell.
+    """Draw a table as cells of one colour each; what is not a number, or an empty table, is grey.
 
     Args:
         figure: The figure.
@@ -141,6 +141,8 @@ def draw_cells(
         framed: Whether to draw a line around them.
     """
     cells = Cells(figure, corner, size, cmap=cmap, framed=framed)
+    if not values.size:
+        values = np.full((1, 1), np.nan)
     cells.set_data(values if values.ndim == 3 else np.ma.masked_invalid(values))
     cells.set_clim(vmin, vmax)
     figure.add_artist(cells)
@@ -159,20 +161,19 @@ class Cells(FigureImage):
         framed: bool,
     ) -> None:
         super().__init__(figure, cmap=cmap)
-        self.corner, self.size, self.framed = corner, size, framed
+        self.inches, self.corner, self.size, self.framed = figure.dpi_scale_trans, corner, size, framed
 
     def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> Any:
         """The pixels, from the lowest row on, their lower left corner, and that they need no further transform."""
-        dpi = self.get_figure(root=True).dpi
-        (x0, y0), (x1, y1) = np.round(dpi * np.array([self.corner, np.add(self.corner, self.size)])).tolist()
+        corners = [self.corner, np.add(self.corner, self.size)]
+        (x0, y0), (x1, y1) = np.round(self.inches.transform(corners)).tolist()
         wide, tall = (max(1, round((high - low) * magnification)) for low, high in ((x0, x1), (y0, y1)))
         values = self.get_array()
+        assert values is not None
         rows, columns = (
             np.arange(pixels) * count // pixels for pixels, count in zip((tall, wide), values.shape, strict=False)
         )
-        if not values.size:
-            image = np.full((tall, wide, 4), _bytes(FAINT), np.uint8)
-        elif values.size > tall * wide:
+        if values.size > tall * wide:
             image = self._colors(values[rows[::-1]][:, columns])
         else:
             # Whole pixels as one number each, because numpy moves these several times faster than four bytes.

@@ -5,7 +5,7 @@ drawing. The words of a figure were all in the previous one, and its numbers are
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CACHED_WORDS = 4096
 CACHED_LINES = 1024
+LEGEND_LINE = 0.17  # inches
 _LINE = 1.25  # distance of two lines, in heights
 _MARGIN = 0.3  # space for accents and overhanging letters around the pixels of a word, in heights
 _PARTS = re.compile(r"[^ \d.,%#+:-]+|.")
@@ -106,30 +107,35 @@ def wrapped(words: str, width: float, size: float = 8) -> str:
     return "\n".join(lines)
 
 
-def write_legend(
-    figure: "Figure", left: float, y: float, entries: Iterable[tuple[str, str, str]], right: float
-) -> float:
+Entry = tuple[str, str, str]
+"""Of a legend: sign, its colour, and what it means."""
+
+
+def legend_places(entries: Iterable[Entry], left: float, right: float) -> list[tuple[float, int]]:
+    """Where the entries of a legend begin, and in which of its lines, if the lines lie between two places."""
+    places, x, line = [], left, 0
+    for *_, words in entries:
+        room = 0.18 + width_of(words)
+        if x > left and x + room > right:
+            x, line = left, line + 1
+        places.append((x, line))
+        x += room + 0.15
+    return places
+
+
+def write_legend(figure: "Figure", left: float, y: float, entries: Sequence[Entry], right: float) -> None:
     """Write coloured signs with their meanings side by side, in a tenth of the time of a matplotlib legend.
 
     Args:
         figure: The figure.
         left: Where a line begins.
         y: Centre of the first line.
-        entries: Sign, its colour, and what it means.
+        entries: What to write.
         right: Where a line ends.
-
-    Returns:
-        Centre of the last line.
     """
-    x = left
-    for sign, color, words in entries:
-        room = 0.18 + width_of(words)
-        if x > left and x + room > right:
-            x, y = left, y - 0.17
-        write(figure, x, y, sign, size=9, color=color)
-        write(figure, x + 0.15, y, words)
-        x += room + 0.15
-    return y
+    for (sign, color, words), (x, line) in zip(entries, legend_places(entries, left, right), strict=True):
+        write(figure, x, y - LEGEND_LINE * line, sign, size=9, color=color)
+        write(figure, x + 0.15, y - LEGEND_LINE * line, words)
 
 
 class Words(Artist):
@@ -168,7 +174,9 @@ class Words(Artist):
 
     def get_window_extent(self, renderer: Any = None) -> Any:
         """The whole figure, so that no word is cut off."""
-        return self.get_figure(root=True).bbox
+        figure = self.get_figure(root=True)
+        assert figure is not None
+        return figure.bbox
 
 
 def _stamp(renderer: RendererAgg, gc: Any, line: str, x: float, y: float, style: Style) -> None:

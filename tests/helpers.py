@@ -32,6 +32,18 @@ def drawn(figure: Any, kind: type) -> list[Any]:
     return [artist for artist in figure.artists if isinstance(artist, kind)]
 
 
+def check_cost(figure: Any, layers: int) -> None:
+    """What a figure is made of stays small, however many units, classes or samples its layers have."""
+    from matplotlib.text import Text
+
+    assert not figure.axes, "an axes, with its ticks, takes longer than all that is drawn in it"
+    assert not figure.findobj(Text), "matplotlib measures and renders each text anew"
+    assert len(figure.artists) <= 8 + 8 * layers
+    assert sum(len(words.texts) for words in drawn(figure, Words)) <= 64 * (1 + layers)
+    width, height = figure.get_size_inches()
+    assert width * height <= 20 + 15 * layers  # each pixel is coloured, encoded and stored
+
+
 def hooks_of(module: nn.Module) -> list[str]:
     """Every hook on a module or below it."""
     kinds = [kind for kind in vars(nn.Module()) if kind.endswith("_hooks") and "state_dict" not in kind]

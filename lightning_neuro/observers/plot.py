@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_ATTRIBUTES = 40
 MAX_WRITTEN = 64
 _CELL, _ROW, _GAP = 0.4, 0.19, 0.2  # inches
-_SCALE = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
+_SCALE: dict[str, Any] = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
 
 
 def plot_attributes(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_neuro import figures
 from lightning_neuro.figure_panels import Array, Panel, draw_areas, draw_lines, say
-from lightning_neuro.figure_words import width_of, wrapped, write, write_legend
+from lightning_neuro.figure_words import LEGEND_LINE, Entry, legend_places, wrapped, write, write_legend
 from lightning_neuro.topology.layout import place_nodes
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.result import TopologyResult
@@ -64,8 +64,8 @@ def plot_graphs(
     foot = wrapped(f"{foot} {figures.layers_left_out(len(graphs))}", width - 2 * _GAP)
     colors = _colors([graph for _, (_, graph) in shown])
     entries = _classes(colors, class_names)
-    lines = int(sum(0.33 + width_of(words) for *_, words in entries) / (width - 0.7)) + 1 if entries else 0
-    bottom = 0.4 + 0.14 * foot.count("\n") + 0.17 * lines
+    lines = 1 + max((line for _, line in legend_places(entries, _GAP, width)), default=-1)
+    bottom = 0.35 + 0.14 * foot.count("\n") + LEGEND_LINE * lines
     height = rows * (_PANEL + _TOP) + bottom
     figure = figures.new_figure(width, height)
     panels = []
@@ -165,9 +165,9 @@ def _title(name: str, result: TopologyResult, graph: MapperGraph) -> list[str]:
     return lines
 
 
-def _classes(colors: Colors, class_names: Sequence[str] | None) -> list[tuple[str, str, str]]:
+def _classes(colors: Colors, class_names: Sequence[str] | None) -> list[Entry]:
     """The legend of the classes: sign, colour and name."""
-    entries = [
+    entries: list[Entry] = [
         ("■", color, figures.short_name(figures.class_name(label, class_names), 16)) for label, color in colors.items()
     ]
     return entries + ([("■", figures.FAINT, "other")] if len(colors) == MAX_CLASSES - 1 else [])

@@ -7,7 +7,7 @@ import torch
 
 from lightning_neuro.communities import NeuronModularity, plot_communities
 from lightning_neuro.figure_panels import Cells
-from tests.helpers import drawn, texts
+from tests.helpers import check_cost, drawn, texts
 
 
 def result_of(x, **options):
@@ -56,6 +56,12 @@ def test_large_layers_are_averaged_down():
     darkest = np.quantile(means, 0.995)
     np.testing.assert_allclose(np.asarray(image) * darkest, means, atol=1e-5)
     assert f"darkest blue: {darkest:.2f}" in texts(figure)
+
+
+def test_the_cost_does_not_grow_with_units(planted):
+    x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)).relu()
+    for result in (planted, result_of(x, num_null_samples=0, num_runs=1)):
+        check_cost(plot_communities({f"layer{number}": result for number in range(8)}), 8)
 
 
 def test_at_most_eight_panels(planted):

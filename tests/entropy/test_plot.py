@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.lines import Line2D
 
 from lightning_neuro.entropy import NeuronEntropy, neuron_entropy, plot_entropy
-from tests.helpers import drawn, texts
+from tests.helpers import check_cost, drawn, texts
 
 
 def results(layers=4):
@@ -64,6 +64,13 @@ def test_layers_with_nothing_to_draw_say_why():
     assert "1 unit, 0 samples" in said
     assert "class information" not in said
     assert "mostafa2021" in said
+
+
+@pytest.mark.parametrize("units", [4, 2048])
+def test_the_cost_does_not_grow_with_units(units):
+    generator = torch.Generator().manual_seed(0)
+    result = neuron_entropy(torch.randn(50, units, generator=generator).relu(), torch.arange(50) % 2)
+    check_cost(plot_entropy({f"layer{number}": result for number in range(8)}), 8)
 
 
 def test_at_most_eight_panels():

@@ -15,7 +15,7 @@ from lightning_neuro.figure_words import Words
 from lightning_neuro.observers import LinearObserver, depth_curve, read_attributes
 from lightning_neuro.observers.plot import plot_attributes, plot_proportion
 from lightning_neuro.observers.plot_units import MAX_UNITS, plot_explanation, plot_maps
-from tests.helpers import drawn, texts
+from tests.helpers import check_cost, drawn, texts
 from tests.observers.planted import classes
 
 
@@ -141,6 +141,17 @@ def test_proportion_over_depth_without_significant_units():
     figure = plot_proportion(none, ["a"])
     assert "undefined" in texts(figure) and "no layer has significant units" in texts(figure)
     assert not drawn(figure, Line2D)
+
+
+@pytest.mark.parametrize(("units", "attributes"), [(4, 2), (300, 2), (4, 60)])
+def test_the_cost_does_not_grow_with_units_and_attributes(units, attributes):
+    found = {f"layer{number}": result(units, attributes) for number in range(8)}
+    before = {layer: one.balanced_accuracy.tolist() for layer, one in found.items()}
+    check_cost(plot_attributes(found, initial=before, from_input={"class_0": 0.5}), 8)
+    for figure in (*plot_maps(found).values(), plot_explanation(found)):
+        check_cost(figure, 8)
+    curve = depth_curve([one.denotation for one in found.values()])
+    check_cost(plot_proportion(curve, list(found)), 1)
 
 
 def test_nothing_to_draw_is_refused():

@@ -20,7 +20,7 @@ from lightning_neuro.paths import (
     plot_stability,
 )
 from lightning_neuro.paths.plot import poisson_binomial
-from tests.helpers import drawn, texts
+from tests.helpers import check_cost, drawn, texts
 from tests.paths.networks import disjoint_paths
 
 
@@ -118,6 +118,16 @@ def test_many_layers_and_concepts_are_legible_and_pyplot_knows_none() -> None:
         assert pixels(figure).std() > 5
     pixels(plot_flow(results))
     assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(("units", "concepts", "evaluations"), [(12, 3, 2), (2048, 3, 2), (12, 300, 1000)])
+def test_the_cost_does_not_grow_with_units_concepts_and_evaluations(units, concepts, evaluations) -> None:  # type: ignore[no-untyped-def]
+    masks = torch.rand(concepts, units, generator=torch.Generator().manual_seed(0)) > 0.5
+    results = {f"layer{number}": result(masks) for number in range(8)}
+    history = [(step, dict.fromkeys(results, 0.5)) for step in range(evaluations)]
+    for figure in (plot_overlap(results), plot_flow(results), plot_reuse(results), plot_stability(history, [*results])):
+        check_cost(figure, 8)
+    assert ("the first 180 concepts" in texts(plot_overlap(results))) == (concepts > 180)
 
 
 def test_the_graph_has_the_concepts_on_its_edges() -> None:

@@ -8,7 +8,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from lightning_neuro.figure_panels import Cells
 from lightning_neuro.refinement.plot import MAX_ROWS, plot_refinement
 from lightning_neuro.refinement.result import RefinementExplanation, RefinementResult
-from tests.helpers import drawn, texts
+from tests.helpers import check_cost, drawn, texts
 
 
 def result(num=3, phases=4):
@@ -59,6 +59,22 @@ def test_before_training_the_figure_says_so():
     figure = plot_refinement({"fc": untrained})
     assert texts(figure).count("undefined") == 1
     assert len(drawn(figure, Cells)) == 1
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_the_cost_does_not_grow_with_classes(classes):
+    check_cost(plot_refinement({f"layer{number}": result(classes) for number in range(8)}), 8)
+
+
+def test_many_sources_are_cut_to_those_with_the_largest_contributions():
+    contributions = torch.zeros(101, 2, 1, 3).double()
+    contributions[10:25, :, :, 0] = 1.0
+    outputs = contributions.sum((0, 1))
+    many = RefinementExplanation(contributions, 0 * outputs, outputs, tuple(f"s{source}" for source in range(101)))
+    figure = many.plot()
+    check_cost(figure, 2)  # panels
+    assert "81 more sources" in texts(figure)
+    assert all(f" s{source} " in f" {texts(figure)} " for source in range(10, 25))
 
 
 def test_ridges():

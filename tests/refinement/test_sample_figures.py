@@ -9,7 +9,7 @@ from lightning_neuro.figure_words import Words
 from lightning_neuro.figures import DPI, INK, OTHER, VALUE
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.plot import PITCH, ROW, TILE, is_image, plot_influence, plot_top_samples
-from tests.helpers import drawn, texts
+from tests.helpers import check_cost, drawn, texts
 from tests.models import images
 
 
@@ -103,6 +103,7 @@ def test_the_input_stands_apart_from_its_samples():
 def test_at_most_six_inputs_and_ten_samples():
     figure = plot_influence(influence(8, 12), torch.rand(8, 1, 8, 8), images(96))
     assert len(words(figure)) == 6 * 11
+    check_cost(figure, 6)
 
 
 def test_what_is_an_image():

@@ -30,7 +30,7 @@ from lightning_neuro.topology import (
 from lightning_neuro.topology.layout import place_nodes, point_positions
 from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.sample_images import SampleImages
-from tests.helpers import drawn, texts
+from tests.helpers import check_cost, drawn, texts
 from tests.models import Module, fit, images, loader, mlp
 
 
@@ -278,8 +278,16 @@ def test_at_most_eight_panels_and_never_none():
     for plot in (plot_graphs, plot_homology, lambda found: plot_members(found, {})):
         assert "2 more layers" in texts(plot(many))
         assert "layer7" in texts(plot(many)) and "layer8" not in texts(plot(many))
+        check_cost(plot(many), 8)
         with pytest.raises(ValueError, match="at least one layer"):
             plot({})
+
+
+def test_the_cost_of_the_figures_does_not_grow_with_samples_and_classes():
+    x = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
+    many = results_of(x, torch.arange(1000) % 100)
+    for figure in (plot_graphs({"fc1": many}), plot_homology({"fc1": many}), plot_members({"fc1": many}, {})):
+        check_cost(figure, 1)
 
 
 def test_the_metric_draws_what_it_has_and_names_the_layer():
