@@ -165,7 +165,7 @@ class Cells(FigureImage):
 
     def make_image(self, renderer: Any, magnification: float = 1.0, unsampled: bool = False) -> Any:
         """The pixels, from the lowest row on, their lower left corner, and that they need no further transform."""
-        corners = [self.corner, np.add(self.corner, self.size)]
+        corners = np.array([self.corner, np.add(self.corner, self.size)])
         (x0, y0), (x1, y1) = np.round(self.inches.transform(corners)).tolist()
         wide, tall = (max(1, round((high - low) * magnification)) for low, high in ((x0, x1), (y0, y1)))
         values = self.get_array()
