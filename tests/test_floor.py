@@ -231,4 +231,22 @@ def test_pixels_of_a_figure_that_pyplot_does_not_know() -> None:
     image = figures.pixels(figure)
     assert image.shape == (20, 40, 3) and (Tensor(image[10, 20].astype(np.float32)) == Tensor([255, 0, 0])).all()
     assert plt.get_fignums() == []
-    figures.free(figure)
+
+
+def test_a_freed_figure_of_a_user_is_gone_too() -> None:
+    import gc
+    import weakref
+
+    figure = figures.new_figure(2, 2)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], label="a")
+    axes.legend()
+    figures.pixels(figure)
+    gone = weakref.ref(axes)
+    gc.disable()
+    try:
+        figures.free(figure)
+        del figure, axes
+        assert gone() is None
+    finally:
+        gc.enable()
