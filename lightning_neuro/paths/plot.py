@@ -38,7 +38,7 @@ MAX_CONCEPTS = 180  # one pixel each
 
 
 def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str] | None = None) -> "Figure":
-    """Draw how similar the paths of each two concepts are, a panel per layer (the first 8).
+    """Draw how similar the paths of each two concepts (the first 180) are, a panel per layer (the first 8).
 
     Red: more units in common than random paths of their size, blue: fewer, white: as many. All panels have the concepts
     in the same order, by clustering of the mean over layers, so that similar concepts are neighbours. The title of each
@@ -123,7 +123,7 @@ def plot_flow(
     *,
     class_names: Sequence[str] | None = None,
 ) -> "Figure":
-    """Draw the path of one concept against that of another: a column of units per layer.
+    """Draw the path of one concept against that of another: a column of units per layer (the first 16).
 
     The heights in each column are the fractions of the units that are in the first path (blue), in both (black), in the
     second (orange) and in neither (light grey); bands join the same part in consecutive layers. The more black, the

@@ -133,6 +133,7 @@ def plot_explanation(
 
     A ridge is the density of the cosine between the contributions of a source (one per phase) and the refinement, each
     weighted by its norm. Contributions to the right drove the output to its value, those to the left worked against it.
+    At most 20 sources are drawn, those with the largest contributions.
 
     Args:
         explanation: How a ledger divides the output on some samples.
