@@ -27,6 +27,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/paths.py
 	$(BIN)/python benchmarks/refinement.py
 	$(BIN)/python benchmarks/refinement_samples.py
+	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/overhead.py --network resnet18
 

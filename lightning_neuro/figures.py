@@ -1,6 +1,6 @@
 """Common parts of all figures: a canvas without pyplot, panels, a palette, short names, small images of samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
+DPI = 100
 MAX_PANELS = 8
 THUMBNAIL_SIDE = 32
 
@@ -45,22 +45,14 @@ _CLASSES = (
 )
 
 
-def new_figure(width: float, height: float, *, dpi: int = 100) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """A figure (Agg) that is not registered with pyplot, so it need not be closed; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=dpi)
+    figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
     return figure
-
-
-def inch_axes(figure: "Figure") -> "Axes":
-    """A single axes for the whole figure, in inches: one axes per panel would take several times as long to draw."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
-    axes.set_axis_off()
-    return axes
 
 
 def first_panels(results: Mapping[str, T], max_columns: int = 4) -> tuple[list[tuple[str, T]], int, int]:
@@ -139,5 +131,14 @@ def free(figure: "Figure") -> None:
     Figures are full of reference cycles, so dozens of them would stay in memory until the next garbage collection.
     """
     # Not `clear`, which creates new axes that refer to each other.
-    for part in figure.findobj():
+    for part in list(_parts(figure)):
         vars(part).clear()
+
+
+def _parts(artist: Any) -> Iterator[Any]:
+    """An artist and all in it except the ticks of an axis, which matplotlib creates only when it is asked for them."""
+    from matplotlib.axis import Axis
+
+    yield artist
+    for child in () if isinstance(artist, Axis) else artist.get_children():
+        yield from _parts(child)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_neuro.figure_words import Words
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,10 +23,25 @@ def planted(n: int = 300, blocks: int = 4, size: int = 6, noise: float = 0.7, se
 
 
 def texts(figure: Any) -> str:
-    """All words in a figure, of its axes' titles, labels and ticks too."""
+    """All words in a figure, in the order in which they were written, without line breaks."""
+    return " | ".join(text.words.replace("\n", " ") for words in drawn(figure, Words) for text in words.texts)
+
+
+def drawn(figure: Any, kind: type) -> list[Any]:
+    """The parts of a figure of one kind, in the order in which they were added: `Cells`, `LineCollection`, ..."""
+    return [artist for artist in figure.artists if isinstance(artist, kind)]
+
+
+def check_cost(figure: Any, layers: int) -> None:
+    """What a figure is made of stays small, however many units, classes or samples its layers have."""
     from matplotlib.text import Text
 
-    return " | ".join(text.get_text() for text in figure.findobj(Text) if text.get_text())
+    assert not figure.axes, "an axes, with its ticks, takes longer than all that is drawn in it"
+    assert not figure.findobj(Text), "matplotlib measures and renders each text anew"
+    assert len(figure.artists) <= 8 + 8 * layers
+    assert sum(len(words.texts) for words in drawn(figure, Words)) <= 64 * (1 + layers)
+    width, height = figure.get_size_inches()
+    assert width * height <= 20 + 15 * layers  # each pixel is coloured, encoded and stored
 
 
 def hooks_of(module: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 
 from lightning_neuro import figures, stats
+from lightning_neuro.figure_panels import Panel, draw_areas
 from lightning_neuro.identity import canonical_order, content_hash, number_in_group, sample_hashes
 from lightning_neuro.keys import Entry, key_of, parse_key
 from lightning_neuro.ranks import stack_padded
@@ -226,9 +227,26 @@ def test_pixels_of_a_figure_that_pyplot_does_not_know() -> None:
     import matplotlib.pyplot as plt
 
     figure = figures.new_figure(0.4, 0.2)
-    axes = figures.inch_axes(figure)
-    axes.fill([0, 0.4, 0.4, 0], [0, 0, 0.2, 0.2], color="red")
+    draw_areas(figure, [Panel(0, 0, 0.4, 0.2).outline], "red")
     image = figures.pixels(figure)
     assert image.shape == (20, 40, 3) and (Tensor(image[10, 20].astype(np.float32)) == Tensor([255, 0, 0])).all()
     assert plt.get_fignums() == []
-    figures.free(figure)
+
+
+def test_a_freed_figure_of_a_user_is_gone_too() -> None:
+    import gc
+    import weakref
+
+    figure = figures.new_figure(2, 2)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], label="a")
+    axes.legend()
+    figures.pixels(figure)
+    gone = weakref.ref(axes)
+    gc.disable()
+    try:
+        figures.free(figure)
+        del figure, axes
+        assert gone() is None
+    finally:
+        gc.enable()

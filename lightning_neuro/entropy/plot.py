@@ -1,19 +1,29 @@
 """Figures of entropies, cheap enough to be drawn at every evaluation."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lightning_neuro.entropy.result import EntropyResult
-from lightning_neuro.figures import INK, NULL, PART, VALUE, first_panels, layers_left_out, new_figure, short_name
+from lightning_neuro.figure_panels import Panel, draw_areas, draw_lines, draw_points, say, x_ticks, y_ticks
+from lightning_neuro.figure_words import wrapped, write, write_legend
+from lightning_neuro.figures import (
+    INK,
+    NULL,
+    PART,
+    VALUE,
+    first_panels,
+    layers_left_out,
+    new_figure,
+    short_name,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_WIDE, _TALL, _GAP, _LEFT = 2.2, 1.5, 0.2, 0.45  # inches
+_TITLE, _TICKS, _TOP, _FOOT = 0.38, 0.2, 0.3, 0.25
 
 
 def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
@@ -41,56 +51,51 @@ def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
         >>> figure.savefig("entropy.png")  # doctest: +SKIP
     """
     shown, rows, columns = first_panels(results)
-    width, height = 3.3 * columns + 0.5, 2.8 * rows + 0.8
+    width = max(_LEFT + columns * (_WIDE + _GAP), 4.0)
+    height = rows * (_TITLE + _TALL + _TICKS) + _FOOT + _TOP
     figure = new_figure(width, height)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(
-        left=0.6 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.85 / height, hspace=0.35, wspace=0.1
-    )
-    highest = max(max([result.max_bits, *result.total.tolist()]) for _, result in shown)
-    for panel, (name, result) in zip(panels.flat, shown, strict=False):
-        _draw(panel, name, result)
-        panel.set_ylim(0, 1.05 * highest)
-    for panel in panels.flat[len(shown) :]:
-        panel.set_axis_off()
-    bits = range(int(highest) + 1)
-    for row in panels:  # ticks take most of the time of drawing: a few, set by hand, in the first column
-        row[0].set_yticks(bits, [str(number) for number in bits], fontsize=7)
-        row[0].set_ylabel("entropy (bits)", fontsize=8)
-        for panel in row[1:]:
-            panel.yaxis.set_visible(False)
-    figure.text(0.5, 0.12 / height, "live units in descending order of entropy", ha="center", fontsize=8)
-    if note := layers_left_out(len(results)):
-        figure.text(0.99, 0.12 / height, note, ha="right", fontsize=8)
-    _legend(figure, columns, [result for _, result in shown])
+    highest = 1.05 * max(max([result.max_bits, *result.total.tolist()]) for _, result in shown)
+    panels = []
+    for number, (_, result) in enumerate(shown):
+        row, column = divmod(number, columns)
+        bottom = height - _TOP - (row + 1) * (_TITLE + _TALL + _TICKS) + _TICKS
+        units = (0, max(1, int(result.live.sum())))
+        panels.append(Panel(_LEFT + column * (_WIDE + _GAP), bottom, _WIDE, _TALL, units, (0, highest)))
+        if column == 0:
+            y_ticks(figure, panels[-1], {bits: str(bits) for bits in range(0, int(highest) + 1, 1 + int(highest) // 8)})
+            write(figure, 0.13, bottom + _TALL / 2, "entropy (bits)", ha="center", upwards=True)
+    draw_lines(figure, [panel.outline for panel in panels])
+    for panel, (name, result) in zip(panels, shown, strict=True):
+        _draw(figure, panel, name, result)
+    foot = f"live units in descending order of entropy. {layers_left_out(len(results))}"
+    write(figure, _LEFT, 0.12, foot.rstrip(". "))
+    _write_legend(figure, width, height, [result for _, result in shown])
     return figure
 
 
-def _draw(panel: "Axes", name: str, result: EntropyResult) -> None:
+def _draw(figure: "Figure", panel: Panel, name: str, result: EntropyResult) -> None:
     """One layer: the live units sorted by entropy, as areas whose upper edge is the total."""
     order = result.total.argsort(descending=True)
     order = order[result.live[order]]
     live = len(order)
-    # `y` is given so that matplotlib need not search for free space.
-    panel.set_title(f"{short_name(name, 36)}\n{_subtitle(result)}", fontsize=8, y=1.01)
+    title = f"{short_name(name)}\n{_subtitle(result)}"
+    write(figure, panel.left, panel.top + 0.05, title, va="bottom")
     if result.num_samples < 2 or not live:
         notes = result.notes()
-        why = textwrap.fill(notes.get("undefined") or notes["dead"], 32)
-        panel.text(0.5, 0.5, why, ha="center", va="center", fontsize=8, transform=panel.transAxes)
-        panel.xaxis.set_visible(False)
+        say(figure, panel, wrapped(notes.get("undefined") or notes["dead"], 0.9 * _WIDE))
         return
-    panel.set_xticks([0, live], ["0", f"{live:,}"], fontsize=7)
-    panel.set_xlim(0, live)
-    edges = torch.arange(live + 1).numpy()
-    top, middle = _steps(result.total[order]), 0 * edges
+    x_ticks(figure, panel, {0: "0", live: f"{live:,}"})
+    edges, top, middle = np.arange(live + 1), result.total[order].numpy(), np.zeros(live)
+    areas, colors = [], []
     if result.on_off is not None:
-        middle = _steps(result.on_off[order])
-        panel.fill_between(edges, middle, step="post", color=VALUE, lw=0)
-    panel.fill_between(edges, middle, top, step="post", color=PART, lw=0)
-    panel.axhline(result.max_bits, color=NULL, ls=":", lw=1)
+        middle = result.on_off[order].numpy()
+        areas, colors = [panel.area(edges, 0, middle)], [VALUE]
+    draw_areas(figure, [*areas, panel.area(edges, middle, top)], [*colors, PART])
+    draw_lines(figure, [panel.points([0, live], result.max_bits)], NULL, 1, linestyles=":")
     if result.class_information is not None:
         values = result.class_information[order].numpy()
-        panel.plot(edges[:-1] + 0.5, values, ".", color=INK, ms=5 if live <= 64 else 1.5)
+        points = panel.points(edges[:-1] + 0.5, values)[values >= 0]
+        draw_points(figure, points, ".", INK, 5 if live <= 64 else 1.5)
 
 
 def _subtitle(result: EntropyResult) -> str:
@@ -101,21 +106,11 @@ def _subtitle(result: EntropyResult) -> str:
     return f"{units}, {samples}" + (f", {result.mode}" if result.mode != "states" else "")
 
 
-def _legend(figure: "Figure", columns: int, results: Sequence[EntropyResult]) -> None:
-    """A legend of coloured words, in a tenth of the time of a matplotlib legend."""
+def _write_legend(figure: "Figure", width: float, height: float, results: Sequence[EntropyResult]) -> None:
     entries = [
-        ("■ on/off entropy", VALUE, any(result.on_off is not None for result in results)),
-        ("■ amplitude entropy", PART, True),
-        ("● class information", INK, any(result.class_information is not None for result in results)),
-        ("┄ maximum", NULL, True),
+        ("■", VALUE, "on/off entropy", any(result.on_off is not None for result in results)),
+        ("■", PART, "amplitude entropy", True),
+        ("●", INK, "class information", any(result.class_information is not None for result in results)),
+        ("┄", NULL, "maximum", True),
     ]
-    width, height = figure.get_size_inches()
-    for number, (text, color, _) in enumerate(entry for entry in entries if entry[-1]):
-        row, column = (number // 2, number % 2) if columns == 1 else (0, number)
-        x, y = (0.6 + 1.7 * column) / width, 1 - (0.2 + 0.17 * row) / height
-        figure.text(x, y, text, color=color, fontsize=8)
-
-
-def _steps(per_unit: Tensor) -> "np.ndarray[Any, Any]":
-    """Heights for a step plot with a full-width last step."""
-    return torch.cat([per_unit, per_unit[-1:]]).numpy()
+    write_legend(figure, 0.1, height - 0.12, [entry[:3] for entry in entries if entry[3]], width)

@@ -1,6 +1,5 @@
 """Figures: which attributes can be predicted from which layers, and what single units denote over depth."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,32 +8,18 @@ import torch
 
 from lightning_neuro import figures
 from lightning_neuro.checks import require
+from lightning_neuro.figure_panels import TICK, Panel, draw_areas, draw_cells, draw_lines, draw_points, y_ticks
+from lightning_neuro.figure_words import width_of, wrapped, write
 from lightning_neuro.observers.depth import DepthCurve
 from lightning_neuro.observers.result import ObserverResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_ATTRIBUTES = 40
 MAX_WRITTEN = 64
-_CELL, _ROW = 0.62, 0.27  # inches
-_SCALE = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
-
-
-def show_cells(
-    axes: "Axes", values: "np.ndarray[Any, Any]", corner: tuple[float, float], size: tuple[float, float], **scale: Any
-) -> None:
-    """Draw numbers as a framed table of colours; all sizes in inches."""
-    from matplotlib.patches import Rectangle
-
-    (left, bottom), (width, height) = corner, size
-    extent = (left, left + width, bottom, bottom + height)
-    axes.add_patch(Rectangle(corner, width, height, facecolor=figures.FAINT, edgecolor=figures.INK, lw=0.8))
-    if values.size:
-        axes.imshow(
-            np.ma.masked_invalid(values), extent=extent, aspect="auto", interpolation="nearest", zorder=2, **scale
-        )
+_CELL, _ROW, _GAP = 0.4, 0.19, 0.2  # inches
+_SCALE: dict[str, Any] = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
 
 
 def plot_attributes(
@@ -73,27 +58,31 @@ def plot_attributes(
     names = result.names[:MAX_ATTRIBUTES]
     blocks = _blocks({layer: results[layer] for layer in layers}, names, initial or {}, from_input or {})
 
-    count = sum(len(columns) for _, columns, _ in blocks)
-    left, bottom, top, tall = 2.6, 1.15, 0.75, max(1, len(names)) * _ROW
-    figure = figures.new_figure(left + _CELL * count + 0.25 * len(blocks) + 0.8, bottom + tall + top)
-    axes, x, room = figures.inch_axes(figure), left, MAX_WRITTEN
-    for row, (name, share) in enumerate(zip(names, result.label_proportion.tolist(), strict=False)):
-        y = bottom + tall - (row + 0.5) * _ROW
-        axes.text(left - 0.07, y, f"{figures.short_name(name)} [{share:.0%}]", fontsize=8, ha="right", va="center")
-    # If there is no space for all numbers, those of the current layers are written.
-    written = {title: (room := room - len(names) * len(columns)) >= 0 for title, columns, _ in reversed(blocks)}
-    for title, columns, values in blocks:
-        _draw_block(axes, (x, bottom), title, columns, values, written=written[title])
-        x += _CELL * len(columns) + 0.25
-    show_cells(axes, np.linspace(1, 0.5, 64)[:, None], (x, bottom), (0.14, tall), **_SCALE)
-    for share, word in ((0.0, "≤ .5"), (0.5, ".75"), (1.0, "1")):
-        axes.text(x + 0.19, bottom + share * tall, word, fontsize=7, va="center")
+    heads = [
+        f"{figures.short_name(name)} [{share:.0%}]"
+        for name, share in zip(names, result.label_proportion.tolist(), strict=False)
+    ]
+    columns = [figures.short_name(column) for _, names_of, _ in blocks for column in names_of]
+    left, bottom = 0.2 + max(map(width_of, heads), default=0.5), 0.2 + max(map(width_of, columns))
+    width = left + _CELL * len(columns) + _GAP * len(blocks) + 0.55
+    tall = max(1, len(names)) * _ROW
     more = len(result.names) - len(names)
-    heading = f"Balanced accuracy of linear observers on held-out samples; {result.num_samples:,} samples; chance is .5"
+    heading = f"Held-out balanced accuracy of linear observers; {result.num_samples:,} samples; chance: .5"
     parts = [heading, f"{more} more attributes not drawn" if more else "", figures.layers_left_out(len(results))]
-    width, height = figure.get_size_inches()
-    text = textwrap.fill("; ".join(filter(None, parts)), int(width * 12))
-    axes.text(0.1, height - 0.08, text, fontsize=9, va="top")
+    text = wrapped("; ".join(filter(None, parts)), width - 0.2)
+    height = bottom + tall + 0.4 + 0.14 * (1 + text.count("\n"))
+    figure, x, room = figures.new_figure(width, height), left, MAX_WRITTEN
+    write(figure, 0.1, height - 0.06, text, va="top")
+    for row, head in enumerate(heads):
+        write(figure, left - 0.07, bottom + tall - (row + 0.5) * _ROW, head, ha="right")
+    # If there is no space for all numbers, those of the current layers are written.
+    written = {title: (room := room - len(names) * len(names_of)) >= 0 for title, names_of, _ in reversed(blocks)}
+    for title, names_of, values in blocks:
+        _draw_block(figure, (x, bottom), title, names_of, values, written=written[title])
+        x += _CELL * len(names_of) + _GAP
+    draw_cells(figure, np.linspace(1, 0.5, 64)[:, None], (x, bottom), (0.14, tall), **_SCALE)
+    for share, word in ((0.0, "≤ .5"), (0.5, ".75"), (1.0, "1")):
+        write(figure, x + 0.19, bottom + share * tall, word, size=7)
     return figure
 
 
@@ -120,7 +109,7 @@ def _blocks(
 
 
 def _draw_block(
-    axes: "Axes",
+    figure: "Figure",
     corner: tuple[float, float],
     title: str,
     columns: Sequence[str],
@@ -130,16 +119,15 @@ def _draw_block(
 ) -> None:
     left, bottom = corner
     wide, tall = _CELL * len(columns), _ROW * max(1, len(values))
-    show_cells(axes, values, corner, (wide, tall), **_SCALE)
-    axes.text(left + wide / 2, bottom + tall + 0.06, title, fontsize=8, ha="center", va="bottom")
+    draw_cells(figure, values, corner, (wide, tall), **_SCALE)
+    write(figure, left + wide / 2, bottom + tall + 0.05, wrapped(title, max(wide, 0.5)), ha="center", va="bottom")
     for column, name in enumerate(columns):
-        x = left + (column + 0.7) * _CELL
-        axes.text(x, bottom - 0.06, figures.short_name(name, 16), fontsize=8, rotation=45, ha="right", va="top")
+        x = left + (column + 0.5) * _CELL
+        write(figure, x, bottom - 0.06, figures.short_name(name), ha="center", va="top", upwards=True)
     for (row, column), value in np.ndenumerate(values) if written else ():
         text = "-" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
         color = "white" if value < 0.75 else "black"
-        x, y = left + (column + 0.5) * _CELL, bottom + tall - (row + 0.5) * _ROW
-        axes.text(x, y, text, fontsize=7, ha="center", va="center", color=color)
+        write(figure, left + (column + 0.5) * _CELL, bottom + tall - (row + 0.5) * _ROW, text, color=color, ha="center")
 
 
 def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
@@ -156,32 +144,38 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
     Returns:
         A matplotlib figure that is not registered with pyplot, so it need not be closed.
     """
-    figure = figures.new_figure(6.4, 3.9)
-    panel = figure.add_axes((0.11, 0.3, 0.86, 0.54))
+    every = -(-len(layers) // figures.MAX_PANELS)
+    names = [figures.short_name(name, 20) for name in layers[::every]]
+    width = max(4.8, 0.7 + len(names) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
+    margin = 0.5 / len(names)
+    figure = figures.new_figure(width, 3.0)
+    panel = Panel(0.55, 0.65, width - 0.65, 1.75, (-margin, 1 + margin), (0, 0.52))
+    draw_lines(figure, [panel.outline])
     depth = curve.depth.numpy()
     drawn = curve.null.isfinite().all(0)
     if drawn.any():
         low, high = (torch.quantile(curve.null[:, drawn], q, dim=0).numpy() for q in (0.05, 0.95))
         at = depth[drawn.numpy()]
-        panel.fill_between(at, low, high, color=figures.FAINT, lw=0)
-        panel.vlines(at, low, high, color=figures.NULL, lw=6, alpha=0.6)
-        panel.plot(depth, curve.proportion.numpy(), "o-", color=figures.VALUE, ms=6)
+        band = np.concatenate([panel.points(at, high), panel.points(at[::-1], low[::-1])])
+        draw_areas(figure, [band], figures.FAINT)
+        draw_lines(
+            figure, list(np.stack([panel.points(at, low), panel.points(at, high)], 1)), figures.NULL, 5, alpha=0.6
+        )
+        means = panel.points(depth, curve.proportion.numpy())
+        draw_lines(figure, [means], figures.VALUE, 1.5)
+        draw_points(figure, means, "o", figures.VALUE, 6)
     else:
-        panel.text(0.5, 0.25, "no layer has significant units", ha="center", fontsize=9)
-    ticks = [
-        f"{figures.short_name(name, 14)}\n{int(count)} units"
-        for name, count in zip(layers, curve.num_significant, strict=True)
-    ]
-    panel.set_xticks(depth, ticks, fontsize=7, rotation=30, ha="right")
-    panel.set_xlim(-0.05, 1.05)
-    panel.set_ylim(0, 0.52)
-    panel.set_yticks([0, 0.25, 0.5], ["0", ".25", ".5"], fontsize=8)
-    panel.set_ylabel("folded label proportion", fontsize=8)
+        write(figure, *panel.middle, "no layer has significant units", ha="center")
+    for place, name, count in zip(depth[::every], names, curve.num_significant[::every].tolist(), strict=True):
+        words = f"{name}\n{count} units"
+        write(figure, panel.x(place), panel.bottom - 0.06, words, size=TICK, ha="center", va="top")
+    y_ticks(figure, panel, {0: "0", 0.25: ".25", 0.5: ".5"})
+    write(figure, 0.12, panel.middle[1], "folded label proportion", ha="center", upwards=True)
     found = curve.scalars()
     text = "Spearman correlation with depth: undefined"
     if found:
         rho, null, p = found.values()
         text = f"Spearman correlation with depth {rho:.2f}; null {null:.2f} (p = {p:.3f})"
-    figure.text(0.02, 0.97, f"Size of the sets that single units denote, over depth\n{text}", fontsize=9, va="top")
-    figure.text(0.02, 0.02, "points: significant units; grey: 90 % of shuffled labels", fontsize=7, color=figures.INK)
+    write(figure, 0.1, 2.92, f"Size of the sets that single units denote, over depth\n{text}", size=9, va="top")
+    write(figure, 0.1, 0.14, "points: mean over significant units; grey: 90 % of shuffled labels")
     return figure

@@ -1,7 +1,8 @@
 """Figures: maps of attributes by units, and contributions of units to the scores of single samples."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from lightning_neuro import figures
 from lightning_neuro.checks import require
-from lightning_neuro.observers.plot import MAX_ATTRIBUTES, show_cells
+from lightning_neuro.figure_panels import Panel, draw_areas, draw_cells, draw_lines, x_ticks
+from lightning_neuro.figure_words import width_of, wrapped, write
+from lightning_neuro.observers.plot import MAX_ATTRIBUTES
 from lightning_neuro.observers.result import ObserverResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_UNITS = 48
@@ -63,27 +65,30 @@ def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) 
     masses = {layer: float(value.abs().sum()) for layer, value in layers.items()}
     total = sum(masses.values()) or 1.0
     images = {layer: _largest_units(value)[: len(names)] for layer, value in layers.items()}
+    heads = [figures.short_name(name, 20) for name in names]
     columns = [max(6, image.shape[1]) for image in images.values()]
-    left, gap, bottom, top, row = 1.9, 0.2, 0.35, 0.85, 0.22
-    cell, tall = min(0.16, max(0.05, 9.6 / sum(columns))), max(3, len(names)) * row
+    left, gap, bottom, row = 0.2 + max(map(width_of, heads), default=0.5), 0.15, 0.25, 0.17
+    cell, tall = min(0.12, max(0.03, 6.0 / sum(columns))), max(3, len(names)) * row
     rooms = [max(0.85, cell * count) for count in columns]
-    figure = figures.new_figure(left + sum(rooms) + gap * len(rooms) + 0.75, bottom + tall + top)
-    axes, x, step = figures.inch_axes(figure), left, tall / max(1, len(names))
-    for number, name in enumerate(names):
-        y = bottom + tall - (number + 0.5) * step
-        axes.text(left - 0.07, y, figures.short_name(name, 20), fontsize=8, ha="right", va="center")
-    scale = {"cmap": figures.DIVERGING, "vmin": -largest, "vmax": largest}
+    width = max(left + sum(rooms) + gap * len(rooms) + 0.6, 4.5)
+    title = wrapped(title, width - 0.2)
+    height = bottom + tall + 0.5 + 0.14 * (1 + title.count("\n"))
+    figure = figures.new_figure(width, height)
+    x, step = left, tall / max(1, len(names))
+    write(figure, 0.1, height - 0.06, title, va="top")
+    for number, head in enumerate(heads):
+        write(figure, left - 0.07, bottom + tall - (number + 0.5) * step, head, ha="right")
+    scale: dict[str, Any] = {"cmap": figures.DIVERGING, "vmin": -largest, "vmax": largest}
     for (layer, image), room in zip(images.items(), rooms, strict=True):
-        show_cells(axes, image.numpy(), (x, bottom), (room, tall), **scale)
-        head = f"{figures.short_name(layer, 14)}\n{masses[layer] / total:.0%} of mass"
-        axes.text(x + room / 2, bottom + tall + 0.05, head, fontsize=7, ha="center", va="bottom")
-        units = f"{image.shape[1]} of {layers[layer].shape[1]} units"
-        axes.text(x + room / 2, bottom - 0.05, units, fontsize=7, ha="center", va="top")
+        draw_cells(figure, image.numpy(), (x, bottom), (room, tall), **scale)
+        head = f"{figures.short_name(layer, max(12, int(14 * room)))}\n{masses[layer] / total:.0%} of mass"
+        write(figure, x + room / 2, bottom + tall + 0.05, head, ha="center", va="bottom")
+        units = f"{image.shape[1]} of {layers[layer].shape[1]:,} units"
+        write(figure, x + room / 2, bottom - 0.05, units, size=7, ha="center", va="top")
         x += room + gap
-    show_cells(axes, np.linspace(largest, -largest, 65)[:, None], (x, bottom), (0.12, tall), **scale)
+    draw_cells(figure, np.linspace(largest, -largest, 65)[:, None], (x, bottom), (0.12, tall), **scale)
     for share, value in ((0.0, -largest), (0.5, 0.0), (1.0, largest)):
-        axes.text(x + 0.17, bottom + share * tall, f"{value:.2g}", fontsize=7, va="center")
-    axes.text(0.1, bottom + tall + top - 0.08, title, fontsize=8, va="top")
+        write(figure, x + 0.16, bottom + share * tall, f"{value:.2g}", size=7)
     return figure
 
 
@@ -116,40 +121,44 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
     require(len(results) > 0, "results", "hold at least one layer", "none")
     layer, result = max(results.items(), key=lambda item: item[1].scalars().get("balanced_accuracy", 0.0))
     count = min(len(result.examples), 2)
-    figure = figures.new_figure(3.1 * max(1, count) + 0.3, 3.1)
-    figure.text(
-        0.02,
-        0.97,
-        f"Contributions of units of {figures.short_name(layer)} to scores of single samples",
-        fontsize=9,
-        va="top",
-    )
+    wide, tall, left = 1.6, 0.16 * (units + 1), 0.8
+    figure = figures.new_figure(max(count * (left + wide + 0.15), 4.9), tall + 1.0)
+    width, height = figure.get_size_inches()
+    title = f"Contributions of units of {figures.short_name(layer)} to scores of single samples"
+    write(figure, 0.1, height - 0.14, title, size=9)
     if not count:
-        figure.text(0.5, 0.5, "no sample has one of the first attributes", ha="center", fontsize=9)
+        write(figure, width / 2, height / 2, "no sample has one of the first attributes", ha="center")
         return figure
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    figure.subplots_adjust(left=0.85 / (3.1 * count), right=0.98, bottom=0.13, top=0.74, wspace=0.55)
     taken: set[int] = set()
-    for panel, state, known in zip(panels, result.examples, result.example_attributes, strict=False):
+    for number, (state, known) in enumerate(zip(result.examples, result.example_attributes, strict=False)):
+        if number == count:
+            break
         has = [a for a in torch.nonzero(known == 1).flatten().tolist() if a not in taken]
         attribute = has[0] if has else int(known.nan_to_num(nan=0.0).argmax())
         taken.add(attribute)
-        _draw_parts(panel, result, state, attribute, units)
+        panel = Panel(left + number * (left + wide + 0.15), 0.3, wide, tall)
+        _draw_parts(figure, panel, result, state, attribute, units)
     return figure
 
 
-def _draw_parts(panel: "Axes", result: ObserverResult, state: Tensor, attribute: int, units: int) -> None:
+def _draw_parts(
+    figure: "Figure", panel: Panel, result: ObserverResult, state: Tensor, attribute: int, units: int
+) -> None:
     parts = result.explain(state, attribute)
     largest = parts.abs().argsort(descending=True)[:units]
     rest = float(parts.sum() - parts[largest].sum())
     values = [*parts[largest].tolist(), rest]
     labels = [*(f"unit {int(unit)}" for unit in largest), "all others"]
     colors = [figures.OTHER if value > 0 else figures.VALUE for value in values]
-    places = list(range(len(values)))[::-1]
-    panel.barh(places, values, color=colors, height=0.8)
-    panel.axvline(0, color=figures.INK, lw=0.8)
-    panel.set_yticks(places, labels, fontsize=7)
-    panel.tick_params(length=0, labelsize=7)
-    panel.set_title(
-        f"a sample with {figures.short_name(result.names[attribute], 20)}\nscore {float(parts.sum()):.2f}", fontsize=8
-    )
+    low, high = min(0.0, *values), max(0.0, *values)
+    spare = 0.08 * (high - low) or 1.0
+    panel = replace(panel, x_range=(low - spare, high + spare), y_range=(len(values), 0))
+    bars = [panel.area([min(0.0, value), max(0.0, value)], row + 0.1, row + 0.9) for row, value in enumerate(values)]
+    draw_areas(figure, bars, colors)
+    draw_lines(figure, [panel.outline, panel.points([0, 0], [0, len(values)])])
+    for row, label in enumerate(labels):
+        write(figure, panel.left - 0.06, panel.y(row + 0.5), label, ha="right")
+    ticks = [0.0, *(end for end in (low, high) if abs(end) > 0.25 * (high - low))]  # far enough apart
+    x_ticks(figure, panel, {value: f"{value:.2g}" for value in ticks})
+    name = figures.short_name(result.names[attribute], 20)
+    write(figure, panel.left, panel.top + 0.05, f"a sample with {name}\nscore {float(parts.sum()):.2f}", va="bottom")

@@ -1,28 +1,44 @@
 """Figures of paths, cheap enough to be drawn at every evaluation."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from torch import Tensor
 
 from lightning_neuro import figures
+from lightning_neuro.figure_panels import (
+    TICK,
+    Panel,
+    draw_areas,
+    draw_cells,
+    draw_lines,
+    draw_points,
+    say,
+    x_ticks,
+    y_ticks,
+)
+from lightning_neuro.figure_words import width_of, write, write_legend
 from lightning_neuro.figures import class_name, first_panels, layers_left_out, new_figure, short_name
 from lightning_neuro.paths.result import PathResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_TICKS = 20
 MAX_LINES = 128
-_CENTRED: dict[str, Any] = {"ha": "center", "fontsize": 8}
+MAX_COLUMNS = 16
+MAX_CONCEPTS = 180  # one pixel each
 
 
 def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str] | None = None) -> "Figure":
-    """Draw how similar the paths of each two concepts are, a panel per layer (the first 8).
+    """Draw how similar the paths of each two concepts (the first 180) are, a panel per layer (the first 8).
 
     Red: more units in common than random paths of their size, blue: fewer, white: as many. All panels have the concepts
     in the same order, by clustering of the mean over layers, so that similar concepts are neighbours. The title of each
@@ -41,35 +57,53 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     """
     order = _common_order(results) if results else torch.zeros(0).long()
     labels = [short_name(class_name(int(concept), class_names), 12) for concept in order]
-    drawn: list[str] = []
-
-    def draw(panel: "Axes", name: str, result: PathResult) -> Any:
+    names = labels if len(labels) <= MAX_TICKS else []
+    panels = _Panels(results, left=0.2 + max(map(width_of, names), default=0.0), right=0.45, side=1.8)
+    figure = panels.figure
+    for panel, name, result in panels.drawn:
         noise = result.self_overlap
-        floor = "" if math.isnan(noise) else f", noise floor {noise:.2f}"
-        panel.set_title(f"{name}, {result.num_units:,} units\noverlap {result.overlap:.2f}{floor}", fontsize=8, y=1.01)
-        # Ticks take most of the time of drawing, and the order is the same in all panels.
-        ticks = labels if not drawn and len(labels) <= MAX_TICKS else []
-        drawn.append(name)
-        panel.set_yticks(range(len(ticks)), ticks, fontsize=7)
-        panel.set_xticks([])
+        floor = "" if math.isnan(noise) else f"noise floor {noise:.2f}"
+        title = f"{name}\n{result.num_units:,} units; overlap {result.overlap:.2f}\n{floor}"
+        write(figure, panel.left, panel.top + 0.05, title.rstrip(), va="bottom")
         similarity = result.similarity[order][:, order].numpy()
-        return panel.imshow(similarity, cmap=figures.DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
-
-    figure, images = _panels(results, draw, left=0.8, right=0.9, side=3.0)
-    width, height = figure.get_size_inches()
-    bar = figure.add_axes((1 - 0.65 / width, 0.6 / height, 0.12 / width, 1 - 1.3 / height))
-    if images:
-        figure.colorbar(images[0], cax=bar, ticks=[-1, 0, 1]).ax.set_yticklabels(["-1", "0", "1"], fontsize=7)
-    bar.set_title("beyond\nchance", fontsize=7)
-    figure.text(0.5, 0.1 / height, "concepts, similar ones together; 0: as random paths, 1: same path", **_CENTRED)
+        corner, size = (panel.left, panel.bottom), (panel.width, panel.height)
+        draw_cells(figure, similarity, corner, size, cmap=figures.DIVERGING, vmin=-1, vmax=1)
+    for panel in panels.first_column:  # the order is the same in all panels
+        for place, label in enumerate(names):
+            write(
+                figure,
+                panel.left - 0.06,
+                panel.top - (place + 0.5) * panel.height / len(names),
+                label,
+                size=7,
+                ha="right",
+            )
+    left, bottom, tall = panels.width - 0.38, panels.first_column[-1].bottom, 1.8
+    draw_cells(
+        figure, np.linspace(1, -1, 65)[:, None], (left, bottom), (0.12, tall), cmap=figures.DIVERGING, vmin=-1, vmax=1
+    )
+    for value in (-1, 0, 1):
+        write(figure, left + 0.16, bottom + (value + 1) / 2 * tall, str(value), size=7)
+    cut = f"the first {MAX_CONCEPTS} " if len(order) == MAX_CONCEPTS else ""
+    panels.write_foot(f"{cut}concepts, similar ones together; beyond chance: 0 as random paths, 1 same path")
     return figure
 
 
 def _common_order(results: Mapping[str, PathResult]) -> Tensor:
     """The concepts that have a path in any layer, in an order in which similar ones are neighbours."""
     concepts = torch.stack([result.defined for result in results.values()]).any(0).nonzero().flatten()
-    mean = torch.stack([result.similarity for result in results.values()]).nanmean(0)
-    return concepts[_clustered(mean[concepts][:, concepts])] if len(concepts) else concepts
+    concepts = concepts[:MAX_CONCEPTS]
+    mean = _mean([result.similarity[concepts][:, concepts] for result in results.values()])
+    return concepts[_clustered(mean)] if len(concepts) else concepts
+
+
+def _mean(similarities: Sequence[Tensor]) -> Tensor:
+    """The mean over layers of what is defined, without a copy of all layers."""
+    total, count = torch.zeros_like(similarities[0]), torch.zeros_like(similarities[0])
+    for similarity in similarities:
+        total += similarity.nan_to_num(nan=0.0)
+        count += ~similarity.isnan()
+    return total / count
 
 
 def _clustered(similarity: Tensor) -> Tensor:
@@ -89,7 +123,7 @@ def plot_flow(
     *,
     class_names: Sequence[str] | None = None,
 ) -> "Figure":
-    """Draw the path of one concept against that of another: a column of units per layer.
+    """Draw the path of one concept against that of another: a column of units per layer (the first 16).
 
     The heights in each column are the fractions of the units that are in the first path (blue), in both (black), in the
     second (orange) and in neither (light grey); bands join the same part in consecutive layers. The more black, the
@@ -104,60 +138,77 @@ def plot_flow(
     Returns:
         A matplotlib figure that is not registered with pyplot.
     """
-    shown = list(results.items())
-    figure = new_figure(max(5.0, 1.5 + 1.15 * len(shown)), 3.6)
-    panel = figure.add_axes((0.09, 0.2, 0.89, 0.66))
+    shown, left_out = list(results.items())[:MAX_COLUMNS], len(results) - MAX_COLUMNS
+    names = [short_name(name, 20) for name, _ in shown]
+    width = max(4.5, 0.7 + len(shown) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
+    figure = new_figure(width, 2.9)
+    panel = Panel(0.5, 0.6, width - 0.6, 1.95, (-0.4, max(len(shown), 1) - 0.6), (1, 0))
+    draw_lines(figure, [panel.outline])
     two = _most_similar(results) if pair is None else tuple(pair)
     if two is None or not shown or max(two) >= len(shown[0][1].masks):
-        _say(panel, "two concepts with a path are needed")
+        say(figure, panel, "two concepts with a path are needed")
         return figure
     colors = (figures.VALUE, figures.INK, figures.OTHER, figures.FAINT)
-    edges = [_column(panel, number, result, two, colors) for number, (_, result) in enumerate(shown)]
-    for number, (left, right) in enumerate(pairwise(edges)):
-        for part, color in enumerate(colors[:3]):
-            span = [number + 0.18, number + 0.82]
-            low, high = [left[part], right[part]], [left[part + 1], right[part + 1]]
-            panel.fill_between(span, low, high, color=color, alpha=0.25, lw=0)
-    names = [f"{short_name(name, 14)}\n{result.num_units:,}" for name, result in shown]
-    panel.set_xticks(range(len(shown)), names, fontsize=7)
-    panel.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
-    panel.set_xlim(-0.4, len(shown) - 0.6)
-    panel.set_ylim(1, 0)
-    panel.set_ylabel("fraction of the layer's units", fontsize=8)
-    figure.text(0.5, 0.02, "layers and their numbers of units", **_CENTRED)
+    edges = [_shares(result, two) for _, result in shown]
+    bars = [
+        panel.area([number - 0.18, number + 0.18], low, high)
+        for number, column in enumerate(edges)
+        for low, high in pairwise(column)
+    ]
+    bands = [
+        panel.points(
+            [x + 0.18, x + 0.82, x + 0.82, x + 0.18], [left[part], right[part], right[part + 1], left[part + 1]]
+        )
+        for x, (left, right) in enumerate(pairwise(edges))
+        for part in range(3)
+    ]
+    draw_areas(figure, bars, colors * len(edges))
+    draw_areas(figure, bands, colors[:3] * (len(edges) - 1), alpha=0.25)
+    _draw_marks(figure, panel, [result for _, result in shown], edges, two)
+    for number, (name, (_, result)) in enumerate(zip(names, shown, strict=True)):
+        words = f"{name}\n{result.num_units:,} units"
+        write(figure, panel.x(number), panel.bottom - 0.05, words, size=TICK, ha="center", va="top")
+    y_ticks(figure, panel, {0: "0", 0.5: ".5", 1: "1"})
+    write(figure, 0.12, panel.middle[1], "fraction of the layer's units", ha="center", upwards=True)
+    if left_out > 0:
+        write(figure, width - 0.05, 0.1, f"{left_out} more layers not drawn", ha="right")
     first, second = (short_name(class_name(concept, class_names), 14) for concept in two)
-    legend = (
-        (f"■ only {first}", figures.VALUE),
-        ("■ both (grey line: by chance)", figures.INK),
-        (f"■ only {second}", figures.OTHER),
-    )
-    for place, (text, color) in zip((0.09, 0.33, 0.75), legend, strict=True):
-        figure.text(place, 0.91, text, color=color, fontsize=8)
+    legend = [
+        ("■", figures.VALUE, f"only {first}"),
+        ("■", figures.INK, "both (grey line: by chance)"),
+        ("■", figures.OTHER, f"only {second}"),
+    ]
+    write_legend(figure, 0.1, 2.75, legend, width)
     return figure
 
 
-def _column(
-    panel: "Axes", number: int, result: PathResult, pair: tuple[int, ...], colors: Sequence[str]
-) -> list[float]:
-    """Draw the units of one layer; returns the edges of the four parts, from 0 to 1."""
+def _shares(result: PathResult, pair: tuple[int, ...]) -> list[float]:
+    """The edges of the four parts of a layer's units, from 0 to 1."""
     a, b = result.masks[pair[0]], result.masks[pair[1]]
     sizes = [float(part.double().mean()) for part in (a & ~b, a & b, ~a & b, ~a & ~b)]
     edges: list[float] = torch.tensor([0.0, *sizes]).cumsum(0).tolist()
-    sides = [number - 0.18, number + 0.18]
-    for low, high, color in zip(edges[:-1], edges[1:], colors, strict=True):
-        panel.fill_between(sides, low, high, color=color, lw=0)
-    chance = float(a.double().mean() * b.double().mean())
-    if result.num_units <= MAX_LINES:  # so that each unit can be seen
-        lines = torch.arange(1, result.num_units).numpy() / result.num_units
-        panel.hlines(lines, *sides, color="white", lw=0.5)
-    panel.plot(sides, [edges[1] + chance] * 2, color=figures.NULL, lw=2)
     return edges
+
+
+def _draw_marks(
+    figure: "Figure", panel: Panel, shown: Sequence[PathResult], edges: Sequence[list[float]], pair: tuple[int, ...]
+) -> None:
+    """Draw the borders of units, where each of them can be seen, and how far the common part would reach by chance."""
+    borders, by_chance = [], []
+    for number, (result, column) in enumerate(zip(shown, edges, strict=True)):
+        a, b = (result.masks[concept].double().mean() for concept in pair)
+        sides = [number - 0.18, number + 0.18]
+        by_chance.append(panel.points(sides, column[1] + float(a * b)))
+        if result.num_units <= MAX_LINES:
+            borders += [panel.points(sides, unit / result.num_units) for unit in range(1, result.num_units)]
+    draw_lines(figure, borders, "white", 0.5)
+    draw_lines(figure, by_chance, figures.NULL, 2)
 
 
 def _most_similar(results: Mapping[str, PathResult]) -> tuple[int, int] | None:
     if not results:
         return None
-    mean = torch.stack([result.similarity for result in results.values()]).nanmean(0)
+    mean = _mean([result.similarity for result in results.values()])
     mean = mean.nan_to_num(nan=-2.0).triu(1) - 3 * torch.ones_like(mean).tril()
     if len(mean) < 2 or float(mean.max()) <= -2:
         return None
@@ -180,36 +231,41 @@ def plot_reuse(results: Mapping[str, PathResult]) -> "Figure":
     Raises:
         ValueError: If there is no result.
     """
-
-    def draw(panel: "Axes", name: str, result: PathResult) -> None:
+    panels = _Panels(results, left=0.5, right=0.05, side=1.5, gap=0.45)
+    figure, lines, bars = panels.figure, [], []
+    for place, name, result in panels.drawn:
         paths = result.masks[result.defined]
-        panel.set_title(f"{name}\n{result.num_units:,} units, {len(paths)} paths", fontsize=8, y=1.01)
+        title = f"{name}\n{result.num_units:,} units, {len(paths)} paths"
+        write(figure, place.left, place.top + 0.05, title, va="bottom")
         counts = torch.bincount(paths.sum(0), minlength=len(paths) + 1).double()
         expected = poisson_binomial(paths.double().mean(1)) * result.num_units
-        places = torch.arange(len(counts)).numpy()
-        panel.fill_between(places - 0.5, 0, counts.numpy(), step="post", color=figures.VALUE, lw=0)
-        panel.fill_between([len(counts) - 1.5, len(counts) - 0.5], 0, float(counts[-1]), color=figures.VALUE, lw=0)
-        panel.plot(places, expected.numpy(), color=figures.NULL, lw=1.2, marker="." if len(counts) < 30 else None, ms=4)
         highest = float(torch.cat([counts, expected]).max())
-        panel.set_xlim(-0.5, len(counts) - 0.5)
-        panel.set_ylim(0, 1.08 * max(highest, 1))
-        panel.set_xticks([0, len(paths)], ["0", str(len(paths))], fontsize=7)
-        panel.set_yticks([0, round(highest)], ["0", f"{round(highest):,}"], fontsize=7)
-
-    figure, _ = _panels(results, draw, left=0.5, right=0.15, side=2.4)
-    height = figure.get_size_inches()[1]
-    figure.text(0.5, 0.1 / height, "paths that contain a unit  (■ units,  — if paths were random)", **_CENTRED)
-    figure.text(0.005, 0.5, "units", rotation=90, va="center", fontsize=8)
+        panel = replace(place, x_range=(-0.5, len(counts) - 0.5), y_range=(0, 1.08 * max(highest, 1)))
+        places = np.arange(len(counts) + 1) - 0.5
+        bars.append(panel.area(places, 0, counts.numpy()))
+        lines.append(panel.points(places[:-1] + 0.5, expected.numpy()))
+        x_ticks(figure, panel, {0: "0", len(paths): str(len(paths))})
+        y_ticks(figure, panel, {0: "0", round(highest): f"{round(highest):,}"})
+    draw_areas(figure, bars, figures.VALUE)
+    draw_lines(figure, lines, figures.NULL, 1.2)
+    points = [line for line in lines if len(line) < 30]
+    draw_points(figure, np.concatenate([np.zeros((0, 2)), *points]), ".", figures.NULL, 4)
+    draw_lines(figure, [place.outline for place, _, _ in panels.drawn])
+    for place in panels.first_column:
+        write(figure, 0.12, place.middle[1], "units", ha="center", upwards=True)
+    panels.write_foot("paths that contain a unit (■ units,  — if paths were random)")
     return figure
 
 
 def poisson_binomial(probabilities: Tensor) -> Tensor:
     """The probabilities that 0, 1, ..., K of independent events happen, (K,) -> float64 (K + 1,)."""
-    found = torch.ones(1, dtype=torch.float64)
-    for probability in probabilities:
-        stays, rises = found * (1 - probability), found * probability
-        found = torch.cat([stays, stays.new_zeros(1)]) + torch.cat([rises.new_zeros(1), rises])
-    return found
+    found = np.zeros(len(probabilities) + 1)
+    found[0] = 1
+    for events, probability in enumerate(probabilities.tolist(), start=1):
+        rises = found[:events] * probability
+        found[:events] -= rises
+        found[1 : events + 1] += rises
+    return torch.from_numpy(found)
 
 
 def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: Sequence[str]) -> "Figure":
@@ -225,64 +281,66 @@ def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: S
     Returns:
         A matplotlib figure that is not registered with pyplot.
     """
-    from matplotlib import colormaps
-
-    figure = new_figure(6.0, 3.2)
-    panel = figure.add_axes((0.1, 0.16, 0.66, 0.74))
-    panel.set_title("stability of the paths since the previous evaluation", fontsize=9, y=1.01)
+    figure = new_figure(4.8, 2.4)
+    write(figure, 0.1, 2.27, "stability of the paths since the previous evaluation", size=9)
+    first, last = (history[0][0], history[-1][0]) if history else (0, 0)
+    panel = Panel(0.35, 0.4, 2.7, 1.65, (first - 0.5, max(last, first + 1) + 0.5), (-0.02, 1.02))
+    draw_lines(figure, [panel.outline])
     if not history:
-        _say(panel, "available from the second evaluation on")
+        say(figure, panel, "available from the second\nevaluation on")
         return figure
     shown = list(layers)[: figures.MAX_PANELS]
+    lines, colors = [], []
     for number, layer in enumerate(shown):
-        points = [(step, values[layer]) for step, values in history if layer in values]
-        color = colormaps[figures.SCORE](number / len(shown))  # from dark to light with depth
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        panel.plot(steps, values, color=color, lw=1.3, marker="o" if len(points) < 30 else None, ms=3)
-        figure.text(0.78, 0.84 - 0.085 * number, f"— {short_name(layer, 22)}", color=color, fontsize=8)
-    if note := layers_left_out(len(layers)):
-        figure.text(0.99, 0.02, note, ha="right", fontsize=7)
-    first, last = history[0][0], history[-1][0]
-    panel.set_xlim(first - 0.5, max(last, first + 1) + 0.5)
-    ticks = sorted({first, last})
-    panel.set_xticks(ticks, [f"{step:,}" for step in ticks], fontsize=7)
-    panel.set_ylim(-0.02, 1.02)
-    panel.set_yticks([0, 0.5, 1], ["0", ".5", "1"], fontsize=7)
-    figure.text(0.78, 0.2, "1: noise floor\n0: another class's path", fontsize=7, color=figures.INK)
-    panel.set_xlabel("training step", fontsize=8)
+        colors.append(to_hex(colormaps[figures.SCORE](number / len(shown))))  # from dark to light with depth
+        found = np.array([(step, of[layer]) for step, of in history if layer in of]).reshape(-1, 2)
+        lines.append(panel.points(*found.T))
+        if len(found) < 30:
+            draw_points(figure, lines[-1], "o", colors[-1], 3)
+        write(figure, 3.12, 1.98 - 0.16 * number, "━", color=colors[-1])
+        write(figure, 3.3, 1.98 - 0.16 * number, short_name(layer, 22))
+    draw_lines(figure, lines, colors, 1.3)
+    x_ticks(figure, panel, {step: f"{step:,}" for step in (first, last)})
+    y_ticks(figure, panel, {0: "0", 0.5: ".5", 1: "1"})
+    write(figure, 3.12, 0.6, f"1: noise floor\n0: another class's path\n{layers_left_out(len(layers))}", va="top")
+    write(figure, panel.middle[0], 0.12, "training step", ha="center")
     return figure
 
 
-def _panels(
-    results: Mapping[str, PathResult],
-    draw: Callable[["Axes", str, PathResult], Any],
-    *,
-    left: float,
-    right: float,
-    side: float,
-) -> tuple["Figure", list[Any]]:
-    """A figure with a panel per layer, and what `draw` returned for each layer that has a path."""
-    shown, rows, columns = first_panels(results)
-    width, height = side * columns + left + right, (side + 0.4) * rows + 0.6
-    figure = new_figure(width, height)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    sides = {"left": left / width, "right": 1 - right / width, "bottom": 0.5 / height, "top": 1 - 0.5 / height}
-    figure.subplots_adjust(**sides, hspace=0.4, wspace=0.25)
-    drawn = []
-    for panel, (name, result) in zip(panels.flat, shown, strict=False):
-        if result.defined.any():
-            drawn.append(draw(panel, short_name(name, 30), result))
-        else:
-            panel.set_title(short_name(name, 30), fontsize=8)
-            _say(panel, "no concept has a path")
-    for panel in panels.flat[len(shown) :]:
-        panel.set_axis_off()
-    if note := layers_left_out(len(results)):
-        figure.text(0.99, 0.1 / height, note, ha="right", fontsize=8)
-    return figure, drawn
+class _Panels:
+    """A figure with a panel per layer, which says where there is no path.
 
+    Args:
+        results: Layer -> result.
+        left: Space to the left of the panels, in inches.
+        right: Space to the right.
+        side: Side of a panel.
+        gap: Space between panels.
+    """
 
-def _say(panel: "Axes", text: str) -> None:
-    panel.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, transform=panel.transAxes)
-    panel.set_xticks([])
-    panel.set_yticks([])
+    def __init__(
+        self, results: Mapping[str, PathResult], *, left: float, right: float, side: float, gap: float = 0.2
+    ) -> None:
+        shown, rows, columns = first_panels(results)
+        above, below = 0.6, 0.2
+        self.left_out = layers_left_out(len(results))
+        self.width = max(left + columns * side + (columns - 1) * gap + right + 0.1, 4.0)
+        height = rows * (above + side + below) + 0.25
+        self.figure = new_figure(self.width, height)
+        self.drawn: list[tuple[Panel, str, PathResult]] = []
+        self.first_column: list[Panel] = []
+        for number, (name, result) in enumerate(shown):
+            row, column = divmod(number, columns)
+            bottom = height - row * (above + side + below) - above - side
+            panel = Panel(left + column * (side + gap), bottom, side, side)
+            self.first_column += [panel] if column == 0 else []
+            if result.defined.any():
+                self.drawn.append((panel, short_name(name, 24), result))
+            else:
+                draw_lines(self.figure, [panel.outline])
+                write(self.figure, panel.left, panel.top + 0.05, short_name(name, 24), va="bottom")
+                say(self.figure, panel, "no concept has a path")
+
+    def write_foot(self, words: str) -> None:
+        """Write what the panels show, and how many layers are left out."""
+        write(self.figure, 0.1, 0.12, "; ".join(filter(None, [words, self.left_out])))

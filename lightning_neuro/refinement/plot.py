@@ -1,6 +1,7 @@
 """Figures: which sources shaped the output of a layer, and which training samples refined a layer or moved an input."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from lightning_neuro.batches import default_input
 from lightning_neuro.checks import ArgumentError, require
+from lightning_neuro.figure_panels import TICK, Panel, draw_areas, draw_cells, draw_lines
+from lightning_neuro.figure_words import width_of, write, write_legend
 from lightning_neuro.figures import (
     DIVERGING,
+    DPI,
     FAINT,
     INK,
     NULL,
@@ -34,7 +38,8 @@ MAX_ROWS = 20
 BANDWIDTH = 0.1  # of the density over cosines, as in the paper
 MAX_INPUTS = 6
 MAX_TOP = 10
-PITCH, TILE = 104, 96  # pixels: from tile to tile, and side of a tile
+PITCH, ROW, TILE = 84, 104, 72  # pixels: from tile to tile, from row to row, and side of a tile
+_SIDE, _ABOVE = 1.8, 0.68  # inches: side of a heat map, space above it
 Tile = tuple[Any, str, str]
 
 
@@ -48,45 +53,73 @@ def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequen
     Returns:
         A matplotlib figure that is not registered with pyplot.
     """
-    panels, rows, _ = first_panels(results, max_columns=1)
-    height = 3.7 * rows
-    figure = new_figure(11, height)
-    # Margins in inches, because a layout engine would draw everything twice.
-    margins = {"left": 0.05, "right": 0.97, "top": 1 - 0.5 / height, "bottom": 0.5 / height}
-    axes = figure.subplots(rows, 2, squeeze=False, gridspec_kw=margins | {"hspace": 0.36, "wspace": 0.12})
-    for (left, right), (layer, result) in zip(axes, panels, strict=True):
-        names = result.names[:-1][:MAX_ROWS]
-        if result.own and class_names is not None:
-            names = tuple(class_name(label, class_names) for label in range(len(names)))
-        names = tuple(short_name(name, 14) for name in names)
-        shown = slice(None, len(names))
+    shown, rows, columns = first_panels(results, max_columns=1 if len(results) < 3 else 2)
+    labels = [_names(result, class_names) for _, result in shown]
+    widest = max(map(_widest, labels))
+    room, under = 0.3 + widest, 0.5 + (widest if widest > _SIDE / MAX_ROWS else 0.1)
+    block, tall = 2 * (room + _SIDE + 0.1), _ABOVE + _SIDE + under
+    width, height = columns * block + 0.15, rows * tall + 0.3
+    figure = new_figure(width, height)
+    for number, ((layer, result), names) in enumerate(zip(shown, labels, strict=True)):
+        row, column = divmod(number, columns)
+        left = Panel(column * block + room, height - row * tall - _ABOVE - _SIDE, _SIDE, _SIDE)
+        right = replace(left, left=left.right + 0.1 + room)
+        own = slice(None, len(names))
         phases = [str(phase + 1) for phase in range(result.phase_shares.shape[1])]
-        where = f"{layer}: " if layer else ""
-        title = f"{where}share of the refinement, mean over {int(result.counts.sum())} samples"
-        _heat_map(left, result.shares[:-1][shown, shown], title, names, names)
-        left.set_xlabel(f"class of the training samples (null, shuffled labels: {result.own_class_share_null:.2f})")
-        left.set_ylabel("class of the explained sample")
-        _heat_map(right, result.phase_shares[shown], f"{where}share by phase of training", names, phases)
-        right.set_xlabel(f"phase of training (1 to {len(phases)})")
-        right.set_ylabel("class of the training samples")
-    figure.text(0.97, 0.005, layers_left_out(len(results)), ha="right", fontsize=8, color=INK)
+        title = f"{layer}\nshare of the refinement,\nmean over {int(result.counts.sum()):,} samples".lstrip()
+        null = f"class of the training samples\n(null, shuffled labels: {result.own_class_share_null:.2f})"
+        _draw_heat_map(figure, left, result.shares[:-1][own, own], title, names, names, null)
+        after = f"phase of training (1 to {len(phases)})"
+        _draw_heat_map(figure, right, result.phase_shares[own], "share by phase of training", names, phases, after)
+        for panel, words in ((left, "class of the explained sample"), (right, "class of the training samples")):
+            write(figure, panel.left - room + 0.1, panel.middle[1], words, ha="center", upwards=True)
+    cut = f"the first {MAX_ROWS} classes" if any(len(result.names) > MAX_ROWS + 1 for _, result in shown) else ""
+    foot = "; ".join(filter(None, ["The shares of all sources sum to 1", cut, layers_left_out(len(results))]))
+    write(figure, 0.1, 0.12, foot)
     return figure
 
 
-def _heat_map(axes: Any, values: Tensor, title: str, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Shares as colours. The scale is in the title, because a colour bar would double the time to draw."""
-    # Ticks take most of the time of drawing a figure, so there are few, set by hand.
-    for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        every = -(-len(names) // 10)
-        axis.set_ticks(range(0, len(names), every), names[::every], fontsize=8)
+def _names(result: RefinementResult, class_names: Sequence[str] | None) -> list[str]:
+    """The names of the first sources."""
+    names = result.names[:-1][:MAX_ROWS]
+    if result.own and class_names is not None:
+        names = tuple(class_name(label, class_names) for label in range(len(names)))
+    return [short_name(name, 14) for name in names]
+
+
+def _draw_heat_map(
+    figure: "Figure",
+    panel: Panel,
+    values: Tensor,
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    below: str,
+) -> None:
+    """Draw shares as colours, with their scale in the title, because it differs between panels."""
     shown = values.double().numpy()
-    if not np.isfinite(shown).any():
-        axes.set_title(f"{title}\n(undefined: no training step yet, or no known sources)", fontsize=9)
-        return
-    largest = np.nanmax(np.abs(shown)) or 1.0
-    axes.imshow(shown, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
-    scale = f"dark blue {-largest:.2g}, white 0, dark red {largest:+.2g}; the shares of all sources sum to 1"
-    axes.set_title(f"{title}\n{scale}", fontsize=9)
+    if np.isfinite(shown).any():
+        largest = float(np.nanmax(np.abs(shown))) or 1.0
+        corner, size = (panel.left, panel.bottom), (panel.width, panel.height)
+        draw_cells(figure, shown, corner, size, cmap=DIVERGING, vmin=-largest, vmax=largest)
+        title += f"\nred {largest:.2g}, white 0, blue {-largest:.2g}"
+    else:
+        draw_lines(figure, [panel.outline])
+        title += "\n(undefined: no training step yet,\nor no known sources)"
+    write(figure, panel.left, panel.top + 0.05, title, va="bottom")
+    cell, wide = panel.width / max(1, len(columns)), _widest(columns)
+    for number in range(0, len(columns), 1 + int(0.13 / cell)):
+        x = panel.left + (number + 0.5) * cell
+        write(figure, x, panel.bottom - 0.04, columns[number], size=TICK, ha="center", va="top", upwards=wide > cell)
+    cell = panel.height / max(1, len(rows))
+    for number in range(0, len(rows), 1 + int(0.11 / cell)):
+        write(figure, panel.left - 0.05, panel.top - (number + 0.5) * cell, rows[number], size=TICK, ha="right")
+    depth = wide if wide > panel.width / max(1, len(columns)) else 0.12
+    write(figure, panel.middle[0], panel.bottom - depth - 0.08, below, ha="center", va="top")
+
+
+def _widest(names: Sequence[str]) -> float:
+    return max((width_of(name, TICK) for name in names), default=0.0)
 
 
 def plot_explanation(
@@ -100,6 +133,7 @@ def plot_explanation(
 
     A ridge is the density of the cosine between the contributions of a source (one per phase) and the refinement, each
     weighted by its norm. Contributions to the right drove the output to its value, those to the left worked against it.
+    At most 20 sources are drawn, those with the largest contributions.
 
     Args:
         explanation: How a ledger divides the output on some samples.
@@ -119,26 +153,46 @@ def plot_explanation(
         names = (*(class_name(label, class_names) for label in range(len(names) - 1)), names[-1])
     if predicted is None and outputs.shape == (len(names) - 1,):
         predicted = int(outputs.argmax())
-    figure = new_figure(11, 1.5 + 0.38 * len(cosines))
-    figure.set_layout_engine("constrained")
-    left, right = figure.subplots(1, 2)
+    largest = np.sort(np.argsort(-norms.sum(1), kind="stable")[:MAX_ROWS])
+    labels, row = [short_name(names[source], 14) for source in largest], 0.3
+    room, width, tall = 0.3 + _widest(labels), 2.6, row * len(largest)
+    figure = new_figure(2 * room + width + 0.6 + _SIDE + 0.1, tall + 1.3)
+    ridges = Panel(room, 0.65, width, tall, (-1, 1), (len(largest), 0))
+    colors = [OTHER if source == predicted else VALUE for source in largest]
     grid = np.linspace(-1, 1, 201)
     density = (norms[..., None] * np.exp(-(((grid - cosines[..., None]) / BANDWIDTH) ** 2) / 2)).sum(1)
-    density = density / (density.max() or 1.0)
-    for row, ridge in enumerate(density):
-        color = OTHER if row == predicted else VALUE
-        left.fill_between(grid, row, row - 0.9 * ridge, color=color, alpha=0.75, linewidth=0)
-        left.axhline(row, color=FAINT, linewidth=0.5, zorder=0)
-        left.text(1.02, row, f"{float(shares[row].sum()):+.2f}", va="bottom", fontsize=8, color=color)
-    left.axvline(0, color=NULL, linewidth=0.8)
-    left.set(xlim=(-1, 1.3), ylim=(len(cosines) - 0.5, -1), xlabel="cosine with the refinement p")
-    left.set_yticks(range(len(cosines)), names)
-    left.set_ylabel("source of the training samples")
-    highlighted = "" if predicted is None else f" (orange: predicted, {names[predicted]})"
-    left.set_title(f"contributions weighted by norm, and their shares{highlighted}", fontsize=10)
+    density = density[largest] / (density.max() or 1.0)
+    base = np.arange(1, len(largest) + 1)
+    draw_lines(figure, [ridges.points([-1, 1], float(number)) for number in base], FAINT, 0.5, zorder=0)
+    draw_lines(figure, [ridges.outline])
+    draw_lines(figure, [ridges.points(0.0, [0, len(largest)])], NULL)
+    outlines = [
+        np.concatenate([ridges.points(grid, end - 0.9 * ridge), ridges.points([1, -1], float(end))])
+        for end, ridge in zip(base, density, strict=True)
+    ]
+    draw_areas(figure, outlines, colors, alpha=0.75)
+    for end, source, label, color in zip(base, largest, labels, colors, strict=True):
+        write(figure, room - 0.05, ridges.y(end - 0.5), label, size=TICK, ha="right")
+        write(figure, ridges.right + 0.05, ridges.y(end - 0.5), f"{float(shares[source].sum()):+.2f}", color=color)
+    write(
+        figure,
+        ridges.middle[0],
+        0.45,
+        "-1: against        cosine with the refinement p        1: for it",
+        size=TICK,
+        ha="center",
+        va="top",
+    )
+    write(figure, 0.1, ridges.middle[1], "source", ha="center", upwards=True)
+    highlighted = "" if predicted is None else f"\n(orange: predicted, {names[predicted]})"
+    title = f"contributions weighted by norm,\nand their shares{highlighted}"
+    write(figure, room, ridges.top + 0.05, title, va="bottom")
+    heat = Panel(ridges.right + 0.55 + room, 0.65, _SIDE, tall)
     phases = [str(phase + 1) for phase in range(shares.shape[1])]
-    _heat_map(right, shares, "share by phase of training", names, phases)
-    right.set_xlabel(f"phase of training; residual of the sum {explanation.residual:.0e}")
+    below = f"phase of training\n(residual of the sum {explanation.residual:.0e})"
+    _draw_heat_map(figure, heat, shares[largest], "share by phase of training", labels, phases, below)
+    more = len(cosines) - len(largest)
+    write(figure, 0.1, 0.1, f"{more} more sources not drawn" if more else "")
     return figure
 
 
@@ -239,8 +293,8 @@ def plot_influence(
     figure = _tiled(rows, f"{title} (class, id, score; direction: {influence.direction})", gap=0.25)
     if targets is not None:
         width, height = figure.get_size_inches()
-        figure.text(1 - 1.9 / width, 1 - 0.2 / height, "■ same class", color=VALUE, fontsize=8, va="center")
-        figure.text(1 - 0.95 / width, 1 - 0.2 / height, "■ other class", color=OTHER, fontsize=8, va="center")
+        legend = [("■", VALUE, "same class"), ("■", OTHER, "other class")]
+        write_legend(figure, width - 2.1, height - 0.14, legend, width + 1)
     return figure
 
 
@@ -252,25 +306,22 @@ def is_image(sample: Any) -> bool:
     return min(image.shape[-2:]) > 1 and (image.ndim == 2 or image.shape[0] in (1, 3))
 
 
-def _tiled(rows: Sequence[Sequence[Tile]], title: str, gap: float = 0.0) -> "Figure":
+def _tiled(rows: Sequence[Sequence[Tile]], title: str, *, gap: float = 0.0) -> "Figure":
     """Tiles with captions below them; `gap` sets the first column apart, in tiles."""
     columns = max(map(len, rows)) + gap
-    width, height = max(0.95 * columns, 6.0), 1.33 * len(rows) + 0.4
-    figure = new_figure(width, height, dpi=110)
-    axes = figure.add_axes((0.06 / width, 0, 1 - 0.06 / width, 1 - 0.4 / height))
-    axes.set_axis_off()
+    sheet = np.full((len(rows) * ROW, round(columns * PITCH), 3), 255, np.uint8)
+    tall, wide = sheet.shape[0] / DPI, sheet.shape[1] / DPI
+    width = max(wide + 0.1, 5.0, width_of(title, 9) + (2.5 if gap else 0.2))
+    figure = new_figure(width, tall + 0.3)
     # One image for all tiles, because one image each would take ten times as long to draw.
-    canvas = np.full((round(len(rows) * 1.4 * PITCH), round(columns * PITCH), 3), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, (picture, caption, color) in enumerate(row):
-            x, y = j + (gap if j else 0), 1.4 * i
-            top, left = round(y * PITCH), round(x * PITCH)
-            canvas[top : top + TILE, left : left + TILE] = _enlarged(picture)
-            place = (x + 0.5 * TILE / PITCH) * PITCH, top + TILE + 0.03 * PITCH
-            axes.text(*place, caption, ha="center", va="top", fontsize=7, color=color, linespacing=1.0)
-    axes.imshow(canvas, aspect="auto", interpolation="nearest", extent=(0, canvas.shape[1], canvas.shape[0], 0))
-    axes.set_xlim(0, width / 0.95 * PITCH)
-    figure.text(0.06 / width, 1 - 0.2 / height, title, fontsize=9, va="center")
+            top, left = i * ROW, round((j + (gap if j else 0)) * PITCH)
+            sheet[top : top + TILE, left : left + TILE] = _enlarged(picture)
+            x, y = 0.06 + (left + TILE / 2) / DPI, tall - (top + TILE + 2) / DPI
+            write(figure, x, y, caption, size=7, color=color, ha="center", va="top")
+    draw_cells(figure, sheet, (0.06, 0), (wide, tall), framed=False)
+    write(figure, 0.06, tall + 0.16, title, size=9)
     return figure
 
 

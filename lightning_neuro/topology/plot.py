@@ -1,7 +1,6 @@
 """The Mapper graph of each layer in one figure: nodes are pies of classes, joined where they share samples."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_neuro import figures
+from lightning_neuro.figure_panels import Array, Panel, draw_areas, draw_lines, say
+from lightning_neuro.figure_words import LEGEND_LINE, Entry, legend_places, wrapped, write, write_legend
 from lightning_neuro.topology.layout import place_nodes
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.result import TopologyResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LETTERS = "ABCDEF"
 MAX_CLASSES = 10
-_PANEL, _TOP, _GAP, _BOTTOM = 3.6, 0.85, 0.3, 0.75  # inches
+_PANEL, _TOP, _GAP = 2.3, 0.95, 0.2  # inches
 
 Colors = dict[int, str]
 
@@ -59,19 +59,27 @@ def plot_graphs(
     """
     graphs = {name: (result, result.graph) for name, result in results.items() if result.graph is not None}
     shown, rows, columns = figures.first_panels(graphs)
-    figure = figures.new_figure(columns * (_PANEL + _GAP) + _GAP, rows * (_PANEL + _TOP) + _BOTTOM)
-    axes = figures.inch_axes(figure)
-    width, height = figure.get_size_inches()
+    width = max(columns * (_PANEL + _GAP) + _GAP, 4.5)
+    foot = "Area: samples in the cluster; line: shared samples (Jaccard index); A to F: largest clusters."
+    foot = wrapped(f"{foot} {figures.layers_left_out(len(graphs))}", width - 2 * _GAP)
     colors = _colors([graph for _, (_, graph) in shown])
-    for panel, (name, (result, graph)) in enumerate(shown):
-        row, column = divmod(panel, columns)
-        corner = (_GAP + column * (_PANEL + _GAP), height - (row + 1) * (_PANEL + _TOP))
-        left, bottom = corner
+    entries = _classes(colors, class_names)
+    lines = 1 + max((line for _, line in legend_places(entries, _GAP, width)), default=-1)
+    bottom = 0.35 + 0.14 * foot.count("\n") + LEGEND_LINE * lines
+    height = rows * (_PANEL + _TOP) + bottom
+    figure = figures.new_figure(width, height)
+    panels = []
+    for number, (name, (result, graph)) in enumerate(shown):
+        row, column = divmod(number, columns)
+        left, low = _GAP + column * (_PANEL + _GAP), height - (row + 1) * (_PANEL + _TOP)
+        panels.append(Panel(left, low, _PANEL, _PANEL))
         title = "\n".join(_title(name, result, graph))
-        axes.text(left, bottom + _PANEL + 0.06, title, fontsize=8, va="bottom", linespacing=1.3)
+        write(figure, left, low + _PANEL + 0.05, title, va="bottom")
         place = (positions or {}).get(name)
-        _draw_panel(axes, corner, graph, colors, place_nodes(graph) if place is None else place)
-    _legend(axes, width, colors, class_names, figures.layers_left_out(len(graphs)))
+        _draw_panel(figure, panels[-1], graph, colors, place_nodes(graph) if place is None else place)
+    draw_lines(figure, [panel.outline for panel in panels], figures.FAINT)
+    write_legend(figure, _GAP, bottom - 0.14, entries, width)
+    write(figure, _GAP, 0.08, foot, va="bottom")
     return figure
 
 
@@ -95,38 +103,29 @@ def _colors(graphs: Sequence[MapperGraph]) -> Colors:
     )
 
 
-def _draw_panel(
-    axes: "Axes", corner: tuple[float, float], graph: MapperGraph, colors: Colors, positions: Tensor
-) -> None:
-    from matplotlib.collections import LineCollection, PolyCollection
-
-    left, bottom = corner
-    box = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) * _PANEL + corner
-    axes.add_collection(LineCollection([box], colors=figures.FAINT, linewidths=0.8), autolim=False)
+def _draw_panel(figure: "Figure", panel: Panel, graph: MapperGraph, colors: Colors, positions: Tensor) -> None:
     if graph.num_nodes == 0:
-        why = textwrap.fill(graph.why_empty(), 40)
-        axes.text(left + _PANEL / 2, bottom + _PANEL / 2, why, fontsize=9, ha="center", va="center")
+        say(figure, panel, wrapped(graph.why_empty(), 0.9 * _PANEL))
         return
-    largest = min(0.28, 0.6 * _PANEL / math.sqrt(graph.num_nodes) / 2)
+    largest = min(0.2, 0.6 * _PANEL / math.sqrt(graph.num_nodes) / 2)
     radii = largest * np.sqrt(graph.sizes.numpy() / int(graph.sizes.max())).clip(0.2)
-    centres = _inside(positions, corner, largest)
-    lines = centres[graph.edges.numpy()]
-    widths = 0.6 + 5 * graph.weights.numpy()
-    axes.add_collection(LineCollection(list(lines), colors=figures.NULL, linewidths=widths, zorder=1), autolim=False)
+    centres = _inside(positions, panel, largest)
+    lines = list(centres[graph.edges.numpy()])
+    draw_lines(figure, lines, figures.NULL, 0.6 + 4 * graph.weights.numpy(), zorder=1)
     wedges, colours = _pies(graph, centres, radii, colors)
-    pies = PolyCollection(wedges, facecolors=colours, edgecolors="white", linewidths=0.3, zorder=2)
-    axes.add_collection(pies, autolim=False)
+    draw_areas(figure, wedges, colours, edgecolors="white", linewidths=0.3, zorder=2)
     for letter, node in zip(LETTERS, lettered(graph), strict=False):
-        x, y = centres[node]
-        axes.text(x + radii[node], y + radii[node], letter, fontsize=7, ha="center", va="center", weight="bold")
+        x, y = centres[node] + 0.75 * radii[node] + 0.06
+        write(figure, x, y, letter, ha="center", bold=True)
 
 
-def _inside(positions: Tensor, corner: tuple[float, float], margin: float) -> Any:
+def _inside(positions: Tensor, panel: Panel, margin: float) -> Array:
     """Positions shifted and scaled, equally in both directions, to fill the panel."""
     places = positions.double().numpy()
     low, high = places.min(axis=0), places.max(axis=0)
     scale = (_PANEL - 2.6 * margin) / max(float((high - low).max()), 1e-9)
-    return (places - (low + high) / 2) * scale + np.array(corner) + _PANEL / 2
+    moved: Array = (places - (low + high) / 2) * scale + np.array(panel.middle)
+    return moved
 
 
 def _pies(graph: MapperGraph, centres: Any, radii: Any, colors: Colors) -> tuple[list[Any], list[str]]:
@@ -157,28 +156,18 @@ def _title(name: str, result: TopologyResult, graph: MapperGraph) -> list[str]:
     if graph.num_nodes:
         nodes = f"{graph.num_nodes} node" + "s" * (graph.num_nodes != 1)
         components = f"{graph.num_components} component" + "s" * (graph.num_components != 1)
-        lines[0] += f", {graph.coverage:.0%} in {nodes}, {components}"
+        lines.append(f"{graph.coverage:.0%} in {nodes}, {components}")
         if graph.purity is not None:
-            lines.append(f"purity {graph.purity.node_wise:.2f}, with permuted labels {graph.purity.node_wise_null:.2f}")
+            lines.append(f"purity {graph.purity.node_wise:.2f}, permuted labels {graph.purity.node_wise_null:.2f}")
         if null := result.null:
-            loops = f"loops {graph.num_loops()} (Gaussian {null['num_loops_null']:.1f})"
-            lines.append(f"{loops}, branches {len(graph.branches())} (Gaussian {null['num_branches_null']:.1f})")
+            lines.append(f"loops {graph.num_loops()} (Gaussian {null['num_loops_null']:.1f})")
+            lines.append(f"branches {len(graph.branches())} (Gaussian {null['num_branches_null']:.1f})")
     return lines
 
 
-def _legend(axes: "Axes", width: float, colors: Colors, class_names: Sequence[str] | None, left_out: str) -> None:
-    """A legend of coloured words, in a tenth of the time of a matplotlib legend."""
-    entries = [
-        (figures.short_name(figures.class_name(label, class_names), 16), color) for label, color in colors.items()
+def _classes(colors: Colors, class_names: Sequence[str] | None) -> list[Entry]:
+    """The legend of the classes: sign, colour and name."""
+    entries: list[Entry] = [
+        ("■", color, figures.short_name(figures.class_name(label, class_names), 16)) for label, color in colors.items()
     ]
-    entries += [("other", figures.FAINT)] if len(colors) == MAX_CLASSES - 1 else []
-    x, y = _GAP, 0.52
-    for text, colour in entries:
-        if x > _GAP and x + 0.16 + 0.075 * len(text) > width:
-            x, y = _GAP, y - 0.18
-        axes.text(x, y, "■", fontsize=12, color=colour, va="center")
-        axes.text(x + 0.16, y, text, fontsize=8, va="center")
-        x += 0.07 * len(text) + 0.3
-    foot = "Area: samples in the cluster; line: shared samples (Jaccard index); A to F: largest clusters."
-    foot = f"{foot} {left_out}".strip()
-    axes.text(_GAP, 0.06, textwrap.fill(foot, int(15 * width)), fontsize=7, color=figures.INK, va="bottom")
+    return entries + ([("■", figures.FAINT, "other")] if len(colors) == MAX_CLASSES - 1 else [])

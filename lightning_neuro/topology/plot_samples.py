@@ -8,6 +8,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from lightning_neuro import figures
+from lightning_neuro.figure_panels import draw_cells
+from lightning_neuro.figure_words import write
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.plot import LETTERS, lettered
 from lightning_neuro.topology.result import TopologyResult
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 MEMBERS = 8
 _CELL = figures.THUMBNAIL_SIDE + 2
-_PANEL, _LABEL, _TITLE = (2.8, 2.1), 1.2, 0.35  # inches
+_PANEL = MEMBERS * _CELL / figures.DPI, len(LETTERS) * _CELL / figures.DPI  # inches: one pixel of an image is one here
+_LABEL, _TITLE = 1.25, 0.3
 
 
 def plot_members(
@@ -49,22 +52,21 @@ def plot_members(
     more = figures.layers_left_out(len(graphs))
     foot = 0.2 * bool(more)
     figure = figures.new_figure(columns * (wide + _LABEL + 0.1) + 0.1, rows * (tall + _TITLE) + 0.1 + foot)
-    axes = figures.inch_axes(figure)
     height = figure.get_size_inches()[1]
-    axes.text(0.1, 0.12, more, fontsize=7, va="center")
+    write(figure, 0.1, 0.12, more)
     for number, (name, graph) in enumerate(shown):
         row, column = divmod(number, columns)
         left, bottom = 0.1 + column * (wide + _LABEL + 0.1) + _LABEL, height - (row + 1) * (tall + _TITLE)
-        axes.text(left - _LABEL, bottom + tall + 0.08, figures.short_name(name), fontsize=9, weight="bold")
+        write(figure, left - _LABEL, bottom + tall + 0.15, figures.short_name(name), size=9, bold=True)
         nodes = lettered(graph)
         if not nodes:
-            axes.text(left, bottom + tall / 2, "no node", fontsize=8)
+            write(figure, left, bottom + tall / 2, "no node")
             continue
-        extent = (left, left + wide, bottom + tall - step * len(nodes), bottom + tall)
-        axes.imshow(_montage(graph, nodes, images.get(name, {})), extent=extent, aspect="auto", interpolation="nearest")
+        montage, used = _montage(graph, nodes, images.get(name, {})), step * len(nodes)
+        draw_cells(figure, montage, (left, bottom + tall - used), (wide, used), framed=False)
         for place, (letter, node) in enumerate(zip(LETTERS, nodes, strict=False)):
             words = f"{letter}  {_describe_node(graph, node, class_names)}"
-            axes.text(left - _LABEL, bottom + tall - step * (place + 0.5), words, fontsize=7, va="center")
+            write(figure, left - _LABEL, bottom + tall - step * (place + 0.5), words)
     return figure
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_neuro.communities import NeuronModularity, plot_communities
-from tests.helpers import texts
+from lightning_neuro.figure_panels import Cells
+from tests.helpers import check_cost, drawn, texts
 
 
 def result_of(x, **options):
@@ -23,7 +24,7 @@ def planted():
 
 
 def test_units_are_sorted_by_community(planted):
-    image = plot_communities({"fc1": planted}).axes[0].images[0].get_array()
+    image = drawn(plot_communities({"fc1": planted}), Cells)[0].get_array()
     inside = np.kron(np.eye(4), np.ones((5, 5))).astype(bool) & ~np.eye(20, dtype=bool)
     assert image[inside].min() > image[~inside].max()
     strengths = image.sum(axis=1)[:5]
@@ -45,7 +46,7 @@ def test_large_layers_are_averaged_down():
     x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)).relu()
     result = result_of(x, num_null_samples=0, num_runs=1)
     figure = plot_communities({"": result})
-    image = figure.axes[0].images[0].get_array()
+    image = drawn(figure, Cells)[0].get_array()
     order = np.lexsort((-result.adjacency.float().numpy().sum(axis=1), result.labels.numpy()))
     adjacency = result.adjacency.numpy()[np.ix_(order, order)]
     k = len(order)
@@ -55,6 +56,12 @@ def test_large_layers_are_averaged_down():
     darkest = np.quantile(means, 0.995)
     np.testing.assert_allclose(np.asarray(image) * darkest, means, atol=1e-5)
     assert f"darkest blue: {darkest:.2f}" in texts(figure)
+
+
+def test_the_cost_does_not_grow_with_units(planted):
+    x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)).relu()
+    for result in (planted, result_of(x, num_null_samples=0, num_runs=1)):
+        check_cost(plot_communities({f"layer{number}": result for number in range(8)}), 8)
 
 
 def test_at_most_eight_panels(planted):

@@ -7,11 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.lines import Line2D
 
+from lightning_neuro.figure_panels import Cells
+from lightning_neuro.figure_words import Words
 from lightning_neuro.observers import LinearObserver, depth_curve, read_attributes
 from lightning_neuro.observers.plot import plot_attributes, plot_proportion
 from lightning_neuro.observers.plot_units import MAX_UNITS, plot_explanation, plot_maps
-from tests.helpers import texts
+from tests.helpers import check_cost, drawn, texts
 from tests.observers.planted import classes
 
 
@@ -21,7 +25,7 @@ def result(units=8, attributes=5, seed=0):
 
 
 def images_of(figure):
-    return [np.ma.asarray(image.get_array()) for image in figure.axes[0].images]
+    return [np.ma.asarray(cells.get_array()) for cells in drawn(figure, Cells)]
 
 
 def test_the_matrix_holds_input_start_and_now():
@@ -65,7 +69,7 @@ def test_maps_have_one_scale_and_only_stable_weights():
     figure = plot_maps({"a": one, "b": two})["weights"]
     first, second, _ = images_of(figure)
     assert first.tolist() == [[1, -1], [0, 2]] and second.tolist() == [[4], [0]]
-    assert {image.get_clim() for image in figure.axes[0].images} == {(-4, 4)}
+    assert {cells.get_clim() for cells in drawn(figure, Cells)} == {(-4, 4)}
     assert re.findall(r"(\d+)% of mass", texts(figure)) == ["50", "50"]
 
 
@@ -73,7 +77,7 @@ def test_maps_show_the_largest_units_of_each_layer_on_one_scale():
     figures = plot_maps({"a": result(), "b": result(60, seed=1)})
     assert set(figures) == {"weights", "patterns", "effects"}
     for figure in figures.values():
-        ((low, high),) = {image.get_clim() for panel in figure.axes for image in panel.images}
+        ((low, high),) = {cells.get_clim() for cells in drawn(figure, Cells)}
         assert low == -high
         first, second, _ = images_of(figure)
         assert first.shape[0] == second.shape[0] == 5 and first.shape[1] <= 8 and second.shape[1] <= MAX_UNITS
@@ -100,9 +104,9 @@ def test_an_undefined_attribute_leaves_the_others_their_scale():
     plain = read_attributes(x, labels, names=[f"class_{k}" for k in range(5)])
     more = read_attributes(x, labels, names=[f"class_{k}" for k in range(6)])
     for name, figure in plot_maps({"a": more}).items():
-        image, _ = figure.axes[0].images
+        image, _ = drawn(figure, Cells)
         assert np.isfinite(image.get_clim()).all(), name
-        assert image.get_clim() == pytest.approx(plot_maps({"a": plain})[name].axes[0].images[0].get_clim())
+        assert image.get_clim() == pytest.approx(drawn(plot_maps({"a": plain})[name], Cells)[0].get_clim())
         assert (np.asarray(image.get_array())[5] == 0).all()
         assert "nan" not in texts(figure)
 
@@ -110,19 +114,23 @@ def test_an_undefined_attribute_leaves_the_others_their_scale():
 def test_explanations_are_the_parts_of_the_score():
     found = result(30)
     figure = plot_explanation({"a": found}, units=5)
-    panel = figure.axes[0]
-    widths = [bar.get_width() for bar in panel.patches]
-    score = found.explain(found.examples[0], 0).sum().item()
-    assert len(widths) == 6
-    assert sum(widths) == pytest.approx(score)
-    assert f"score {score:.2f}" in panel.get_title()
-    assert panel.get_title().startswith("a sample with class_0")
+    bars, zero = drawn(figure, PolyCollection)[0], drawn(figure, LineCollection)[0].get_segments()[1][0, 0]
+    ends = [path.get_extents() for path in bars.get_paths()]
+    lengths = np.array([box.x1 - box.x0 if box.x1 > zero + 1e-6 else box.x0 - box.x1 for box in ends])
+    parts = found.explain(found.examples[0], 0)
+    score, largest = parts.sum().item(), parts[parts.abs().argmax()].item()
+    assert len(lengths) == 6
+    np.testing.assert_allclose(lengths.sum() / lengths[0], score / largest, rtol=1e-5)
+    assert texts(figure).count(f"a sample with class_0 score {score:.2f}") == 1
 
 
 def test_proportion_over_depth_with_its_null():
     curve = depth_curve([result().denotation, result(12, seed=2).denotation])
     figure = plot_proportion(curve, ["a", "b"])
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), curve.proportion)
+    (points,) = drawn(figure, Line2D)
+    ticks = {text.words: text.y for text in drawn(figure, Words)[0].texts}
+    shares = (points.get_ydata() - ticks["0"]) / (ticks[".5"] - ticks["0"]) / 2
+    np.testing.assert_allclose(shares, curve.proportion, rtol=1e-5)
     rho, null, p = curve.scalars().values()
     assert f"depth {rho:.2f}; null {null:.2f} (p = {p:.3f})" in texts(figure)
 
@@ -132,7 +140,18 @@ def test_proportion_over_depth_without_significant_units():
     none = depth_curve([read_attributes(x, torch.arange(100) % 4).denotation])
     figure = plot_proportion(none, ["a"])
     assert "undefined" in texts(figure) and "no layer has significant units" in texts(figure)
-    assert not figure.axes[0].lines
+    assert not drawn(figure, Line2D)
+
+
+@pytest.mark.parametrize(("units", "attributes"), [(4, 2), (300, 2), (4, 60)])
+def test_the_cost_does_not_grow_with_units_and_attributes(units, attributes):
+    found = {f"layer{number}": result(units, attributes) for number in range(8)}
+    before = {layer: one.balanced_accuracy.tolist() for layer, one in found.items()}
+    check_cost(plot_attributes(found, initial=before, from_input={"class_0": 0.5}), 8)
+    for figure in (*plot_maps(found).values(), plot_explanation(found)):
+        check_cost(figure, 8)
+    curve = depth_curve([one.denotation for one in found.values()])
+    check_cost(plot_proportion(curve, list(found)), 1)
 
 
 def test_nothing_to_draw_is_refused():

@@ -3,8 +3,12 @@
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.lines import Line2D
 from torch import Tensor
 
+from lightning_neuro.figure_panels import Cells
+from lightning_neuro.figure_words import Words
 from lightning_neuro.figures import pixels
 from lightning_neuro.paths import (
     LayerPaths,
@@ -16,7 +20,7 @@ from lightning_neuro.paths import (
     plot_stability,
 )
 from lightning_neuro.paths.plot import poisson_binomial
-from tests.helpers import texts
+from tests.helpers import check_cost, drawn, texts
 from tests.paths.networks import disjoint_paths
 
 
@@ -31,8 +35,8 @@ def result(masks: Tensor) -> PathResult:
 def test_overlap_puts_like_beside_like() -> None:
     masks = disjoint_paths()[torch.tensor([0, 1, 0, 1, 2])].clone()
     figure = plot_overlap({"fc": result(masks), "fc2": result(masks)})
-    image = figure.axes[0].images[0].get_array()
-    order = [int(label.get_text().split()[1]) for label in figure.axes[0].get_yticklabels()]
+    image = drawn(figure, Cells)[0].get_array()
+    order = [int(word.split()[1]) for word in texts(figure).split(" | ") if word.startswith("class ")]
     assert sorted(order) == [0, 1, 2, 3, 4]
     assert abs(order.index(0) - order.index(2)) == 1 and abs(order.index(1) - order.index(3)) == 1
     for row, one in enumerate(order):
@@ -49,10 +53,12 @@ def test_flow_shows_the_shares_and_chance() -> None:
     masks = torch.zeros(3, 10, dtype=torch.bool)
     masks[0, :5], masks[1, 3:7], masks[2, 9] = True, True, True
     figure = plot_flow({"fc": result(masks)})
-    heights = [collection.get_paths()[0].get_extents() for collection in figure.axes[0].collections[:4]]
-    edges = [(box.y0, box.y1) for box in heights]
-    assert [x for edge in edges for x in edge] == pytest.approx([0, 0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 1.0])
-    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.3 + 0.5 * 0.4] * 2)
+    bars = [path.get_extents() for path in drawn(figure, PolyCollection)[0].get_paths()]
+    by_chance = drawn(figure, LineCollection)[-1].get_segments()[0][:, 1]
+    top, bottom = bars[0].y1, bars[-1].y0
+    edges = [(top - y) / (top - bottom) for bar in bars for y in (bar.y1, bar.y0)]
+    assert edges == pytest.approx([0, 0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 1.0])
+    assert (top - by_chance) / (top - bottom) == pytest.approx([0.3 + 0.5 * 0.4] * 2)
     assert "only class 0" in texts(figure) and "only class 1" in texts(figure)  # those most alike
     assert "only class 2" in texts(plot_flow({"fc": result(masks)}, (2, 0)))
     assert "only cat" in texts(plot_flow({"fc": result(masks)}, class_names=["cat", "dog", "cow"]))
@@ -63,7 +69,10 @@ def test_reuse_counts_units_beside_chance() -> None:
     masks[:, 0], masks[0, :3] = True, True
     figure = plot_reuse({"fc": result(masks)})
     assert "6 units, 4 paths" in texts(figure)
-    expected = figure.axes[0].lines[0].get_ydata()
+    (bars,), base = drawn(figure, PolyCollection)[0].get_paths(), drawn(figure, Words)[0].texts
+    zero, most = (next(text.y for text in base if text.words == word and text.ha == "right") for word in ("0", "3"))
+    expected = (drawn(figure, LineCollection)[0].get_segments()[0][:, 1] - zero) / (most - zero) * 3
+    assert bars.get_extents().y1 == pytest.approx(most)  # three units are in one path
     assert sum(expected) == pytest.approx(6)
     shares = torch.tensor([0.5, 1 / 6, 1 / 6, 1 / 6])
     assert expected[0] == pytest.approx(6 * 0.5 * (5 / 6) ** 3)
@@ -73,14 +82,14 @@ def test_reuse_counts_units_beside_chance() -> None:
 def test_stability_has_a_line_a_layer() -> None:
     history = [(4, {"a": 0.5}), (8, {"a": 0.7, "b": 0.1})]
     figure = plot_stability(history, ["a", "b"])
-    lines = [
-        (
-            line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else list(line.get_xdata()),
-            list(line.get_ydata()),
-        )
-        for line in figure.axes[0].lines
-    ]
-    assert lines == [([4, 8], [0.5, 0.7]), ([8], [0.1])]
+    words = {text.words: text for text in drawn(figure, Words)[0].texts}
+    lines = []
+    for points in (dots.get_xydata() for dots in drawn(figure, Line2D)):
+        steps = 4 + 4 * (points[:, 0] - words["4"].x) / (words["8"].x - words["4"].x)
+        values = (points[:, 1] - words["0"].y) / (words["1"].y - words["0"].y)
+        lines.append((steps.tolist(), values.tolist()))
+    assert lines == [(pytest.approx([4, 8]), pytest.approx([0.5, 0.7])), (pytest.approx([8]), pytest.approx([0.1]))]
+    assert len(drawn(figure, LineCollection)[-1].get_segments()) == 2
     assert "second evaluation" in texts(plot_stability([], ["a"]))
 
 
@@ -105,10 +114,20 @@ def test_many_layers_and_concepts_are_legible_and_pyplot_knows_none() -> None:
     results = {f"a.very.long.name.of.a.layer.{number}": result(many) for number in range(9)}
     for draw in (plot_overlap, plot_reuse):
         figure = draw(results)
-        assert "1 more layer" in texts(figure) and len(figure.axes) >= 8
+        assert "1 more layer" in texts(figure) and "layer.7" in texts(figure)
         assert pixels(figure).std() > 5
     pixels(plot_flow(results))
     assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(("units", "concepts", "evaluations"), [(12, 3, 2), (2048, 3, 2), (12, 300, 1000)])
+def test_the_cost_does_not_grow_with_units_concepts_and_evaluations(units, concepts, evaluations) -> None:  # type: ignore[no-untyped-def]
+    masks = torch.rand(concepts, units, generator=torch.Generator().manual_seed(0)) > 0.5
+    results = {f"layer{number}": result(masks) for number in range(8)}
+    history = [(step, dict.fromkeys(results, 0.5)) for step in range(evaluations)]
+    for figure in (plot_overlap(results), plot_flow(results), plot_reuse(results), plot_stability(history, [*results])):
+        check_cost(figure, 8)
+    assert ("the first 180 concepts" in texts(plot_overlap(results))) == (concepts > 180)
 
 
 def test_the_graph_has_the_concepts_on_its_edges() -> None:
@@ -135,7 +154,7 @@ def test_a_freed_figure_is_gone_without_the_garbage_collector() -> None:
 
     figure = plot_overlap({"fc": result(disjoint_paths())})
     pixels(figure)
-    gone = weakref.ref(figure.axes[0])
+    gone = weakref.ref(drawn(figure, Cells)[0])
     gc.disable()
     try:
         free(figure)

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection, PolyCollection
 
+from lightning_neuro.figure_panels import Cells
 from lightning_neuro.refinement.plot import MAX_ROWS, plot_refinement
 from lightning_neuro.refinement.result import RefinementExplanation, RefinementResult
+from tests.helpers import check_cost, drawn, texts
 
 
 def result(num=3, phases=4):
@@ -27,62 +30,73 @@ def explanation(num=3):
     return RefinementExplanation(contributions, outputs - contributions.sum((0, 1)), outputs, ("a", "b", "c", "other"))
 
 
-def texts(axes):
-    return [text.get_text() for text in axes.texts]
-
-
 def test_heat_maps_of_two_layers():
     figure = plot_refinement({"fc1": result(), "fc2": result(5)})
-    assert len(figure.axes) == 4
-    left, right = figure.axes[:2]
-    np.testing.assert_allclose(left.images[0].get_array(), result().shares[:3, :3])
-    np.testing.assert_allclose(right.images[0].get_array(), result().phase_shares[:3])
-    assert left.images[0].get_clim() == pytest.approx((-0.6, 0.6))  # white is 0
-    assert [t.get_text() for t in left.get_xticklabels()] == ["c0", "c1", "c2"]
-    assert [t.get_text() for t in right.get_xticklabels()] == ["1", "2", "3", "4"]
-    assert "fc1" in left.get_title()
-    assert "28 samples" in left.get_title()
-    assert f"{result().own_class_share_null:.2f}" in left.get_xlabel()  # the null stands beside
-    assert "class of the explained sample" in left.get_ylabel()
-    assert figure.axes[2].images[0].get_array().shape == (5, 5)
+    left, right, below, _ = drawn(figure, Cells)
+    np.testing.assert_allclose(left.get_array(), result().shares[:3, :3])
+    np.testing.assert_allclose(right.get_array(), result().phase_shares[:3])
+    assert left.get_clim() == pytest.approx((-0.6, 0.6))  # white is 0
+    said = texts(figure)
+    assert said.startswith("fc1 share of the refinement, mean over 28 samples red 0.6, white 0, blue -0.6 | c0 | c1")
+    assert "| 1 | 2 | 3 | 4 | c0 | c1 | c2 | phase of training (1 to 4)" in said
+    assert f"shuffled labels: {result().own_class_share_null:.2f}" in said
+    assert said.count("class of the explained sample") == 2
+    assert below.get_array().shape == (5, 5)
 
 
 def test_many_classes_are_cut_and_few_ticks_drawn():
     figure = plot_refinement({"head": result(50, 30)})
-    left, right = figure.axes
-    assert left.images[0].get_array().shape == (MAX_ROWS, MAX_ROWS)
-    assert right.images[0].get_array().shape == (MAX_ROWS, 30)
-    assert len(left.get_xticks()) <= 10
+    left, right = drawn(figure, Cells)
+    assert left.get_array().shape == (MAX_ROWS, MAX_ROWS)
+    assert right.get_array().shape == (MAX_ROWS, 30)
+    assert texts(figure).count("| c") <= 4 * MAX_ROWS and "| c20 " not in texts(figure)
+    assert "the first 20 classes" in texts(figure)
 
 
 def test_before_training_the_figure_says_so():
     untrained = result()
     untrained.shares.fill_(float("nan"))
     figure = plot_refinement({"fc": untrained})
-    assert "undefined" in figure.axes[0].get_title()
-    assert not figure.axes[0].images
+    assert texts(figure).count("undefined") == 1
+    assert len(drawn(figure, Cells)) == 1
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_the_cost_does_not_grow_with_classes(classes):
+    check_cost(plot_refinement({f"layer{number}": result(classes) for number in range(8)}), 8)
+
+
+def test_many_sources_are_cut_to_those_with_the_largest_contributions():
+    contributions = torch.zeros(101, 2, 1, 3).double()
+    contributions[10:25, :, :, 0] = 1.0
+    outputs = contributions.sum((0, 1))
+    many = RefinementExplanation(contributions, 0 * outputs, outputs, tuple(f"s{source}" for source in range(101)))
+    figure = many.plot()
+    check_cost(figure, 2)  # panels
+    assert "81 more sources" in texts(figure)
+    assert all(f" s{source} " in f" {texts(figure)} " for source in range(10, 25))
 
 
 def test_ridges():
     figure = explanation().plot(1)
-    left, right = figure.axes
-    assert len(left.collections) == 4
+    (areas,), (heat,) = drawn(figure, PolyCollection), drawn(figure, Cells)
+    zero = next(line for line in drawn(figure, LineCollection)[-1].get_segments())[0, 0]
+    ridges = [path.vertices for path in areas.get_paths()]
+    assert len(ridges) == 4
     # Source a: all of its density at cosine 1, and the largest; b: at -1, a quarter of it.
-    heights = []
-    for row, ridge in enumerate(left.collections):
-        points = ridge.get_paths()[0].vertices
-        peak = points[points[:, 1].argmin()]
-        heights.append((round(float(peak[0]), 2), round(row - float(peak[1]), 3)))
-    assert heights[0] == (1.0, 0.9)
-    assert heights[1] == (-1.0, 0.225)
-    assert heights[2][0] == 0
-    assert texts(left) == ["+1.33", "-0.33", "+0.00", "+0.00"]
-    colours = [tuple(ridge.get_facecolor()[0][:3]) for ridge in left.collections]
+    tops = [ridge[ridge[:, 1].argmax()] for ridge in ridges]
+    heights = [top[1] - ridge[:, 1].min() for top, ridge in zip(tops, ridges, strict=True)]
+    assert heights[1] == pytest.approx(heights[0] / 4, rel=1e-2)
+    assert tops[0][0] - zero == pytest.approx(zero - tops[1][0])
+    assert tops[2][0] == pytest.approx(zero)
+    said = texts(figure)
+    assert said.startswith("a | +1.33 | b | -0.33 | c | +0.00 | other | +0.00 |")
+    colours = [tuple(color[:3]) for color in areas.get_facecolors().tolist()]
     assert colours[0] != colours[1] == colours[2]  # the largest output is source a's
-    assert "predicted, a" in left.get_title()
-    np.testing.assert_allclose(right.images[0].get_array()[:2], [[4 / 3, 0], [0, -1 / 3]], atol=1e-12)
-    assert "residual" in right.get_xlabel()
-    assert "predicted, c" in explanation().plot(1, predicted=2).axes[0].get_title()
+    assert "predicted, a" in said
+    np.testing.assert_allclose(heat.get_array()[:2], [[4 / 3, 0], [0, -1 / 3]], atol=1e-12)
+    assert "residual" in said
+    assert "predicted, c" in texts(explanation().plot(1, predicted=2))
 
 
 def test_layer_whose_outputs_are_not_the_sources_has_no_prediction():
@@ -91,11 +105,11 @@ def test_layer_whose_outputs_are_not_the_sources_has_no_prediction():
         found.contributions[..., :2], found.initial[:, :2], found.outputs[:, :2], found.sources
     )
     figure = hidden.plot(1)
-    assert "predicted" not in figure.axes[0].get_title()
-    assert len({tuple(ridge.get_facecolor()[0][:3]) for ridge in figure.axes[0].collections}) == 1
+    assert "predicted" not in texts(figure)
+    assert len({tuple(color) for color in drawn(figure, PolyCollection)[0].get_facecolors().tolist()}) == 1
 
 
 def test_sample_without_refinement_can_be_drawn():
     figure = explanation().plot(0)
     figure.savefig("/dev/null", format="png")
-    assert "undefined" in figure.axes[1].get_title()
+    assert "undefined" in texts(figure)

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
 
-from lightning_neuro.figures import INK, OTHER, VALUE
+from lightning_neuro.figure_panels import Cells
+from lightning_neuro.figure_words import Words
+from lightning_neuro.figures import DPI, INK, OTHER, VALUE
 from lightning_neuro.refinement.influence import Influence
-from lightning_neuro.refinement.plot import is_image, plot_influence, plot_top_samples
+from lightning_neuro.refinement.plot import PITCH, ROW, TILE, is_image, plot_influence, plot_top_samples
+from tests.helpers import check_cost, drawn, texts
 from tests.models import images
 
 
@@ -33,15 +35,20 @@ def influence(q=3, k=4):
     return Influence(ids, 10.0 - ids.double(), ids % 3, torch.ones(q).double(), 99, "contrast")
 
 
+def captions(figure):
+    """The texts below the tiles."""
+    return [text for text in drawn(figure, Words)[0].texts if text.va == "top"]
+
+
 def words(figure):
-    return [text.get_text() for panel in figure.axes for text in panel.texts]
+    return [text.words for text in captions(figure)]
 
 
 def tiles(figure, across):
     """What is drawn in the middle of each tile, row after row."""
-    canvas = figure.axes[0].images[0].get_array()
-    rows = round(canvas.shape[0] / (1.4 * 104))
-    return [[canvas[round(1.4 * 104 * i) + 48, round(104 * x) + 48].tolist() for x in across] for i in range(rows)]
+    canvas, half = drawn(figure, Cells)[0].get_array(), TILE // 2
+    rows = canvas.shape[0] // ROW
+    return [[canvas[ROW * i + half, round(PITCH * x) + half].tolist() for x in across] for i in range(rows)]
 
 
 def test_the_top_is_drawn_in_order_with_class_id_and_size():
@@ -54,8 +61,8 @@ def test_the_top_is_drawn_in_order_with_class_id_and_size():
         f"{names[arrays['target'][i]]}  #{2 * i}\n{arrays['refinement/fc'][i] / mean:.1f} x mean" for i in order
     ]
     assert words(figure) == expected
-    assert figure.texts[0].get_text() == "Layer fc: the 12 of 30 training samples that refined it most"
-    assert figure.axes[0].images[0].get_array().shape[0] == round(2 * 1.4 * 104)
+    assert texts(figure).endswith("| Layer fc: the 12 of 30 training samples that refined it most")
+    assert drawn(figure, Cells)[0].get_array().shape[0] == 2 * ROW
 
 
 def test_each_tile_is_its_own_sample():
@@ -76,26 +83,27 @@ def test_influence_has_a_row_an_input():
     said = words(figure)
     assert said[:3] == ["class 0", "class 0  #0\n10", "class 1  #1\n9"]
     assert said[5] == "class 1\n→ class 2"
-    colors = [to_hex(text.get_color()) for text in figure.axes[0].texts]
+    colors = [text.style.color for text in captions(figure)]
     assert colors[1:5] == [VALUE, OTHER, OTHER, VALUE]
-    title = " ".join(text.get_text() for text in figure.texts)
-    assert "of 99 training samples" in title and "direction: contrast" in title and "■ same class" in title
+    title = texts(figure)
+    assert "of 99 training samples" in title and "direction: contrast" in title and "■ | same class" in title
     bare = plot_influence(found, torch.rand(3, 1, 8, 8), images(12))
-    assert words(bare)[0] == "input" and "same class" not in " ".join(text.get_text() for text in bare.texts)
-    assert {to_hex(text.get_color()) for text in bare.axes[0].texts} == {INK}
+    assert words(bare)[0] == "input" and "same class" not in texts(bare)
+    assert {text.style.color for text in captions(bare)} == {INK}
 
 
 def test_the_input_stands_apart_from_its_samples():
     pictures = torch.stack([flat(1) for _ in range(12)])
     figure = plot_influence(influence(1, 3), pictures[:1], pictures)
-    places = [text.get_position()[0] for text in figure.axes[0].texts]
-    assert places == pytest.approx([48, 104 * 1.25 + 48, 104 * 2.25 + 48, 104 * 3.25 + 48])
+    places = [(text.x - captions(figure)[0].x) * DPI / PITCH for text in captions(figure)]
+    assert places == pytest.approx([0, 1.25, 2.25, 3.25])
     assert tiles(figure, [0, 1.25, 2.25, 3.25]) == [[[255, 255, 255]] * 4]
 
 
 def test_at_most_six_inputs_and_ten_samples():
     figure = plot_influence(influence(8, 12), torch.rand(8, 1, 8, 8), images(96))
     assert len(words(figure)) == 6 * 11
+    check_cost(figure, 6)
 
 
 def test_what_is_an_image():

@@ -7,12 +7,14 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ActivationTopology, Probe
+from lightning_neuro.figure_panels import Cells
 from lightning_neuro.figures import THUMBNAIL_SIDE
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.topology import (
@@ -28,7 +30,7 @@ from lightning_neuro.topology import (
 from lightning_neuro.topology.layout import place_nodes, point_positions
 from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.sample_images import SampleImages
-from tests.helpers import texts
+from tests.helpers import check_cost, drawn, texts
 from tests.models import Module, fit, images, loader, mlp
 
 
@@ -205,8 +207,7 @@ def test_a_single_node_is_placed_in_the_middle():
 def test_pies_have_the_shares_and_areas_of_their_nodes():
     result = results()
     graph = result.graph
-    (axes,) = plot_graphs({"fc1": result}).axes
-    pies = axes.collections[-1]
+    (pies,) = drawn(plot_graphs({"fc1": result}), PolyCollection)
     corners = [path.vertices for path in pies.get_paths()]
     areas = torch.tensor([_area(own) for own in corners])
     present = [(node, c) for node in range(graph.num_nodes) for c in range(4) if graph.class_counts[node, c]]
@@ -259,7 +260,7 @@ def test_classes_are_named_and_coloured_apart():
     figure = plot_graphs({"": result})
     said = texts(figure)
     assert "class 3" in said and "70000003" in said and "other" not in said
-    pies = figure.axes[0].collections[-1]
+    (pies,) = drawn(figure, PolyCollection)
     shares = [mass for mass in graph.class_shares.flatten().tolist() if mass > 0]
     assert len(pies.get_paths()) == len(shares)
     assert len({tuple(color) for color in pies.get_facecolors().tolist()}) == 2
@@ -277,8 +278,16 @@ def test_at_most_eight_panels_and_never_none():
     for plot in (plot_graphs, plot_homology, lambda found: plot_members(found, {})):
         assert "2 more layers" in texts(plot(many))
         assert "layer7" in texts(plot(many)) and "layer8" not in texts(plot(many))
+        check_cost(plot(many), 8)
         with pytest.raises(ValueError, match="at least one layer"):
             plot({})
+
+
+def test_the_cost_of_the_figures_does_not_grow_with_samples_and_classes():
+    x = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
+    many = results_of(x, torch.arange(1000) % 100)
+    for figure in (plot_graphs({"fc1": many}), plot_homology({"fc1": many}), plot_members({"fc1": many}, {})):
+        check_cost(figure, 1)
 
 
 def test_the_metric_draws_what_it_has_and_names_the_layer():
@@ -295,7 +304,7 @@ def test_members_are_shown_with_their_own_images():
     result = results()
     own = {position: torch.full((4, 4, 3), position, dtype=torch.uint8) for position in range(0, 200, 2)}
     figure = plot_members({"fc1": result}, {"fc1": own})
-    sheet = figure.axes[0].images[0].get_array()
+    sheet = drawn(figure, Cells)[0].get_array()
     largest = int(result.graph.sizes.argmax())
     shown = [member for member in result.graph.members[largest].tolist() if member % 2 == 0][:8]
     assert [int(sheet[5, column * (THUMBNAIL_SIDE + 2) + 5, 0]) for column in range(len(shown))] == shown
