@@ -129,7 +129,7 @@ def test_prog_bar_shows_the_chosen_keys_only(make: Make, name: str) -> None:
 
 def test_every_point_of_a_curve_has_a_step_of_its_own(make: Make, keys: tuple[str, ...]) -> None:
     logger = MemoryLogger()
-    fit(mlp(), make(), logger=logger, max_epochs=3, log_every_n_steps=1)
+    fit(mlp(), make(log_scalars="*"), logger=logger, max_epochs=3, log_every_n_steps=1)
     for key in keys:
         steps = [step for step, _ in logger.curves[key]]
         assert steps == [0, *(step for step, _ in logger.curves["val_loss"])]

@@ -55,7 +55,7 @@ def test_both_accept_the_callback(make: Make) -> None:
 def test_both_give_the_same_values(make: Make) -> None:
     callbacks = []
     for pl in NAMESPACES.values():
-        callbacks.append(callback := make())
+        callbacks.append(callback := make(log_scalars="*"))
         trainer = train(pl, callback)
         for key, value in callback.scalars.items():
             assert float(trainer.callback_metrics[key]) == pytest.approx(value, rel=1e-6)
@@ -85,7 +85,7 @@ def test_monitors_of_lightning(make: Make, name: str, tmp_path: Path) -> None:
 def test_tensorboard_of_lightning(make: Make, name: str, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    callback = make()
+    callback = make(log_scalars="*")
     train(lightning, callback, logger=lightning.loggers.TensorBoardLogger(tmp_path, name="", version=""))
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()
     assert callback.scalars.keys() <= set(tags["scalars"])
@@ -107,7 +107,7 @@ def test_an_error_before_training_leaves_no_hook(make: Make, namespace: str) -> 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_validate_of_both(make: Make, namespace: str) -> None:
     pl = NAMESPACES[namespace]
-    module, callback = module_of(pl), make()
+    module, callback = module_of(pl), make(log_scalars="*")
     trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False)
     (metrics,) = trainer.validate(module, loader(32), verbose=False)
     assert callback.scalars
