@@ -1,7 +1,10 @@
 """How many threads the analysis uses: one for small work, because several would wait for each other."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -23,13 +26,18 @@ def threads_for(num_values: int) -> Iterator[None]:
     if num_values >= LARGE:
         yield
         return
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    # Made anew each time, to find libraries that were loaded meanwhile.
     before = torch.get_num_threads()
-    with threadpool_limits(limits=1):
+    with _controller(len(sys.modules)).limit(limits=1):
         torch.set_num_threads(1)
         try:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _controller(num_modules: int) -> Any:
+    """The thread pools of all libraries; they are looked up anew, in 3 ms, if modules were imported meanwhile."""
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+    return ThreadpoolController()

@@ -192,8 +192,8 @@ class ActivationShape(ResultMetric):
 
     def _measures_without_structure(self, points: Tensor) -> dict[str, float]:
         # With a separate radius: within that of the data most of these points would be noise.
-        scalars = mapper_of(points, None, replace(self.settings, eps=None)).scalars()
-        return {name: scalars[name] for name in ("num_loops", "num_branches")}
+        graph = mapper_of(points, None, replace(self.settings, eps=None))
+        return {"num_loops": graph.num_loops(), "num_branches": len(graph.branches())}
 
     def _with_homology(
         self, result: TopologyResult, points: Tensor, distances: Matrix, chosen: Tensor, labels: Tensor, num_asked: int
