@@ -41,7 +41,7 @@ def default_target(batch: Any) -> Any:
     """The target in a batch: its second element, or a field of a usual name; None if there is none."""
     if isinstance(batch, Mapping):
         named = next((batch[key] for key in TARGET_KEYS if key in batch), None)
-        return _only_integers(batch) if named is None else named
+        return _target_without_name(batch) if named is None else named
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return _plain_target(batch[1]) if len(batch) > 1 else None
     if isinstance(batch, Tensor):
@@ -49,6 +49,14 @@ def default_target(batch: Any) -> Any:
     with suppress(Exception):  # objects, such as batches of graphs, whose properties may raise any error
         return next((found for key in TARGET_KEYS if isinstance(found := getattr(batch, key, None), Tensor)), None)
     return None
+
+
+def _target_without_name(batch: Mapping[Any, Any]) -> Any:
+    """The only integers in a mapping, or the target in the first of several combined batches that has one."""
+    parts = [part for part in batch.values() if isinstance(part, (list, tuple, Mapping))]
+    if parts and len(parts) == len(batch):
+        return next((found for part in parts if (found := default_target(part)) is not None), None)
+    return _only_integers(batch)
 
 
 def _only_integers(batch: Mapping[Any, Any]) -> Any:

@@ -27,14 +27,27 @@ def watched_loader(trainer: "pl.Trainer") -> Any:
 
     The hook is not called, because a second call may return other data, or consume a stream.
     """
-    if trainer.val_dataloaders is None and trainer.state.fn == "fit":
-        given = trainer.fit_loop.epoch_loop.val_loop._data_source
-        return None if given.is_module() else _first(given.instance)
-    return _first(trainer.val_dataloaders)
+    loop = _validation_loop(trainer)
+    loaders = loop._combined_loader
+    if loaders is None:
+        given = loop._data_source
+        loaders = None if given.is_module() else given.instance
+    return loaders if _is_combined(loaders) else _first(loaders)
+
+
+def _validation_loop(trainer: "pl.Trainer") -> Any:
+    return trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+
+
+def _is_combined(loaders: Any) -> bool:
+    """Whether each batch is made of those of several loaders, so that no single loader can give it."""
+    return isinstance(loaders, CombinedLoader) and loaders._mode != "sequential"
 
 
 def find_source(trainer: "pl.Trainer", probe: Probe, *, quiet: bool = False) -> Any:
     """The loader, dataset or batches from which samples can be loaded; None if Lightning has not requested them yet.
+
+    Several loaders whose batches are combined are returned as they are: from them, nothing can be loaded by index.
 
     Raises:
         ArgumentError: If the trainer has no such data.
@@ -45,7 +58,9 @@ def find_source(trainer: "pl.Trainer", probe: Probe, *, quiet: bool = False) -> 
         return watched_loader(trainer)
     if probe.source == "val" and not quiet:
         rank_zero_info("There is no validation data, so the probe set is taken from the training data.")
-    found = _first(trainer.train_dataloader)
+    found = trainer.train_dataloader
+    if not _is_combined(found) and not isinstance(found, (list, tuple, dict)):  # which Lightning combines, too
+        found = _first(found)
     if found is None and trainer.state.fn != "fit" and not quiet:
         raise ArgumentError(
             f"The trainer has no {probe.source} data to take the probe set from. Pass `Probe(source=...)`."
@@ -54,6 +69,7 @@ def find_source(trainer: "pl.Trainer", probe: Probe, *, quiet: bool = False) -> 
 
 
 def _first(loaders: Any) -> Any:
+    """The first of one or several loaders; None without any."""
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.flattened
     while isinstance(loaders, (list, tuple, dict)) and len(loaders) > 0:
@@ -63,7 +79,9 @@ def _first(loaders: Any) -> Any:
 
 def several_loaders(trainer: "pl.Trainer") -> int:
     """Number of validation loaders."""
-    loaders = trainer.val_dataloaders
+    loaders = _validation_loop(trainer)._combined_loader
+    if _is_combined(loaders):
+        return 1
     if isinstance(loaders, CombinedLoader):
         return len(loaders.flattened)
     return len(loaders) if isinstance(loaders, (list, tuple, dict)) else int(loaders is not None)
