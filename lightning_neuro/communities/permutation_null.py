@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.communities.dense_louvain import Floats
-from lightning_neuro.communities.unit_graph import STATE_WEIGHTS, edge_weights
+from lightning_neuro.communities.unit_graph import STATE_WEIGHTS, weights_in_place
 from lightning_neuro.identity import content_hash
 
 Values = npt.NDArray[np.float32]
@@ -107,5 +107,5 @@ def null_graphs(values: Values, weight: str, num_null_samples: int, rng: np.rand
         length = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
         x = np.divide(x, length, out=np.zeros_like(x), where=length > 0).astype(np.float32)
     for shuffled in shuffles(x, num_null_samples, rng):
-        products = torch.from_numpy(shuffled @ shuffled.T)  # NumPy computes only half of a symmetric product
-        yield edge_weights(products, weight=weight).double().numpy()
+        products = torch.from_numpy(shuffled @ shuffled.T)  # exactly symmetric: NumPy computes one half
+        yield weights_in_place(products, weight=weight).double().numpy()

@@ -152,9 +152,13 @@ def graph_of_moments(packed: Tensor, *, weight: str, num_nonfinite: int = 0) -> 
 
 def edge_weights(similarity: Tensor, *, weight: str) -> Tensor:
     """Edge weights from a (k, k) matrix of r, phi or co-activation: symmetric, non-negative, zero diagonal."""
-    symmetric = (similarity + similarity.T) / 2
-    edges = symmetric.square() if weight == "correlation_squared" else symmetric.clamp_(min=0)
-    return edges.clamp_(max=1).fill_diagonal_(0)
+    return weights_in_place((similarity + similarity.T) / 2, weight=weight)
+
+
+def weights_in_place(symmetric: Tensor, *, weight: str) -> Tensor:
+    """Turn an exactly symmetric matrix of r, phi or co-activation into edge weights, and return it."""
+    edges = symmetric.square_() if weight == "correlation_squared" else symmetric
+    return edges.clamp_(min=0, max=1).fill_diagonal_(0)
 
 
 def _rounded(adjacency: Tensor) -> Tensor:
