@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.observers.denotation import Denotation, best_top_set
+from lightning_neuro.observers.class_sets import best_top_set
+from lightning_neuro.observers.denotation import Denotation
 from lightning_neuro.stats import spearman
 
 NUM_NULL_SAMPLES = 199
