@@ -74,7 +74,7 @@ def tested_thresholds(x: Tensor, threshold: Tensor, sign: Tensor, y: Tensor, ord
         orders: See `shuffled_orders`.
     """
     some = max(1, _CELLS // max(1, x.numel(), orders.numel()))
-    values = (y.nan_to_num(nan=0.0).T.float(), y.isfinite().T.float(), threshold.T, sign.T)
+    values = (y.nan_to_num(nan=0.0).T.float(), y.isfinite().T.float(), threshold.T.contiguous(), sign.T.contiguous())
     parts = [_test_some(x, *part, orders) for part in zip(*(value.split(some) for value in values), strict=True)]
     joined = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("mcc", "lower", "proportion"))
     return Tested(*joined, torch.stack([part.null_max for part in parts]).amax(0))
