@@ -85,7 +85,7 @@ def _sets_at(x: Tensor, cuts: Tensor, own_class: Tensor, sizes: Tensor) -> tuple
     by_unit = x.T.contiguous()
     some = max(1, _CELLS // max(1, x.numel()))
     # Counts are exact in float32 up to 2^24.
-    counts = [(by_unit > part[:, :, None]).float() @ one_hot for part in cuts.split(some)]
+    counts = [(by_unit > part[:, :, None]).float() @ one_hot for part in torch.split(cuts, some)]
     return best_top_set(torch.cat(counts).double(), sizes.double())
 
 

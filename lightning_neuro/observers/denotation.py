@@ -120,7 +120,7 @@ def find_denotation(
     orders = shuffled_orders(int(tested.sum()), num_null_samples, seed).to(x.device)
     samples = _Samples(train, tested, orders, attributes.to(torch.float64), labels)
     some = max(1, _CELLS // max(1, len(x)))
-    parts = [_denote(units, samples) for units in x.split(some, dim=1)]
+    parts = [_denote(units, samples) for units in torch.split(x, some, dim=1)]
     null_max = torch.stack([rules.null_max for rules, _ in parts]).amax(0)
     mcc, lower, proportion = (
         torch.cat([getattr(rules, name) for rules, _ in parts]) for name in ("mcc", "lower", "proportion")

@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.observers.class_sets import best_top_set
+from lightning_neuro.observers.class_sets import best_top_set_size
 from lightning_neuro.observers.denotation import Denotation
 from lightning_neuro.stats import spearman
 
+if TYPE_CHECKING:
+    import numpy as np
+
 NUM_NULL_SAMPLES = 199
+POOL = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,20 +73,13 @@ def depth_curve(layers: Sequence[Denotation], *, num_null_samples: int = NUM_NUL
     if not layers:
         raise ArgumentError("`layers` must hold the Denotation of at least one layer; got none.")
     depth = torch.linspace(0, 1, len(layers), dtype=torch.float64)
-    folded, drawn = [], []
     rng = np.random.default_rng(seed)
+    folded, drawn = [], []
     for layer in layers:
         sizes = layer.class_sizes.cpu()
         significant = layer.significant[:, -1] if layer.sets.shape[1] else torch.zeros(len(layer.mcc), dtype=torch.bool)
-        sets, firing = layer.sets[significant].cpu(), layer.firing[significant].cpu()
-        folded.append(_folded(sets, sizes))
-        # If labels are shuffled within a unit, its active samples per class are hypergeometrically distributed.
-        active = [rng.multivariate_hypergeometric(sizes.numpy(), int(on), size=num_null_samples) for on in firing]
-        if active:
-            shuffled = torch.from_numpy(np.stack(active)).double()  # (units, samples of the null, K)
-            drawn.append(_folded(best_top_set(shuffled, sizes.double())[1], sizes))
-        else:
-            drawn.append(torch.zeros(0, num_null_samples, dtype=torch.float64))
+        folded.append(_folded((layer.sets[significant].double().cpu() @ sizes.double()) / sizes.sum()))
+        drawn.append(_null_shares(layer.firing[significant].cpu(), sizes, num_null_samples, rng))
     counts = torch.tensor([len(layer) for layer in folded], dtype=torch.int64)
     depths = depth.repeat_interleave(counts)
     every, null = torch.cat(folded), torch.cat(drawn).T
@@ -94,6 +92,34 @@ def depth_curve(layers: Sequence[Denotation], *, num_null_samples: int = NUM_NUL
     return DepthCurve(depth, means, counts, null_means, rho, rho_null[rho_null.isfinite()])
 
 
-def _folded(sets: Tensor, sizes: Tensor) -> Tensor:
-    share = (sets.double() @ sizes.double()) / sizes.sum()
+def _null_shares(firing: Tensor, sizes: Tensor, num_samples: int, rng: "np.random.Generator") -> Tensor:
+    """Folded label proportions of units whose labels are shuffled, float64 (units, num_samples).
+
+    The active samples of a shuffled unit are hypergeometrically distributed over the classes. Units that are active
+    equally often have the same distribution, so they draw from the same pool of its samples: the cost does not grow
+    with the number of units, but with that of different frequencies, of which there are at most as many as samples.
+
+    Args:
+        firing: int64 (units,), in how many samples each unit is active.
+        sizes: int64 (K,), number of samples in each class.
+        num_samples: Number of samples of the null.
+        rng: Source of randomness.
+    """
+    if not len(firing):
+        return torch.zeros(0, num_samples, dtype=torch.float64)
+    sizes = sizes[sizes > 0]
+    frequency, which = torch.unique(firing, return_inverse=True)
+    left = frequency[:, None].expand(-1, POOL).numpy()
+    others, counts = int(sizes.sum()), []
+    for size in sizes.tolist():  # each class given those before it, for all units and samples
+        others -= size
+        counts.append(rng.hypergeometric(size, others, left) if others else left)
+        left = left - counts[-1]
+    active = torch.stack([torch.from_numpy(count) for count in counts], -1).double()
+    share = best_top_set_size(active, sizes.double()) / sizes.sum()
+    pick = torch.from_numpy(rng.integers(POOL, size=(len(firing), num_samples)))
+    return _folded(share)[which[:, None], pick]
+
+
+def _folded(share: Tensor) -> Tensor:
     return torch.minimum(share, 1 - share)

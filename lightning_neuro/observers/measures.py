@@ -29,7 +29,7 @@ def information_bits(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) ->
         (C,), in bits; NaN if a class is missing.
     """
     some = max(1, _CELLS // max(1, num_folds * len(scores)))
-    parts = zip(scores.split(some, dim=1), y.split(some, dim=1), strict=True)
+    parts = zip(torch.split(scores, some, dim=1), torch.split(y, some, dim=1), strict=True)
     return torch.cat([_bits(*part, fold, num_folds) for part in parts]) if scores.shape[1] else scores.sum(0)
 
 

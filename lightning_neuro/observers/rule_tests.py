@@ -75,12 +75,15 @@ def tested_thresholds(x: Tensor, threshold: Tensor, sign: Tensor, y: Tensor, ord
     """
     some = max(1, _CELLS // max(1, x.numel(), orders.numel()))
     values = (y.nan_to_num(nan=0.0).T.float(), y.isfinite().T.float(), threshold.T.contiguous(), sign.T.contiguous())
-    parts = [_test_some(x, *part, orders) for part in zip(*(value.split(some) for value in values), strict=True)]
-    joined = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("mcc", "lower", "proportion"))
-    return Tested(*joined, torch.stack([part.null_max for part in parts]).amax(0))
+    pieces = zip(*(torch.split(value, some) for value in values), strict=True)
+    parts = [_test_some(x, *piece, orders=orders) for piece in pieces]
+    mcc, lower, proportion = (
+        torch.cat([getattr(part, name) for part in parts], 1) for name in ("mcc", "lower", "proportion")
+    )
+    return Tested(mcc, lower, proportion, torch.stack([part.null_max for part in parts]).amax(0))
 
 
-def _test_some(x: Tensor, truth: Tensor, known: Tensor, threshold: Tensor, sign: Tensor, orders: Tensor) -> Tested:
+def _test_some(x: Tensor, truth: Tensor, known: Tensor, threshold: Tensor, sign: Tensor, *, orders: Tensor) -> Tested:
     """Test the thresholds, (A, units), of attributes, (A, n)."""
     above = torch.empty(len(threshold), *x.shape, dtype=torch.float32, device=x.device)
     torch.gt(x, threshold[:, None], out=above)  # directly as numbers, which takes a third of the time
@@ -122,7 +125,7 @@ def tested_sets(above: Tensor, members: Tensor, labels: Tensor, orders: Tensor) 
 
     def counts(of: Tensor, orders: Tensor) -> Tensor:
         # A few orders at a time, because a product over all classes would grow with their number.
-        return torch.cat([(of[part] * fires).sum(1) for part in orders.split(some)]).double()
+        return torch.cat([(of[part] * fires).sum(1) for part in torch.split(orders, some)]).double()
 
     # If all samples have a class, a shuffle does not change for how many of them a unit is active.
     yes = counts(known[:, None].float(), orders[:1] if known.all() else orders)
@@ -130,5 +133,5 @@ def tested_sets(above: Tensor, members: Tensor, labels: Tensor, orders: Tensor) 
     cells = _cells(counts(inside, orders), yes, positive, asked)
     mcc = matthews(*cells)
     null_max = mcc[1:].nan_to_num(nan=-1.0).amax(1)
-    lower = matthews_lower(*(cell[0] for cell in torch.broadcast_tensors(*cells)))
+    lower = matthews_lower(*(cell[0] for cell in cells))
     return Tested(mcc[0, :, None], lower[:, None], (positive / asked)[:, None], null_max)
