@@ -105,7 +105,7 @@ def best_top_set(counts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_top_set_size(counts: Tensor, sizes: Tensor) -> Tensor:
-    """The number of samples, (...), in the set of `best_top_set`."""
+    """The number of samples, (...), in the set of `best_top_set`; the sizes may be of the shape of the counts."""
     return _best_top(counts, sizes)[3]
 
 
@@ -114,8 +114,8 @@ def _best_top(counts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     rates = counts / sizes.clamp(min=1)
     order = torch.where(sizes > 0, rates, -1.0).argsort(dim=-1, descending=True, stable=True)
     hits = counts.gather(-1, order).cumsum(-1)[..., :-1]
-    size = sizes[order].cumsum(-1)[..., :-1]
-    on, total = counts.sum(-1, keepdim=True), sizes.sum()
+    size = sizes.expand_as(counts).gather(-1, order).cumsum(-1)[..., :-1]
+    on, total = counts.sum(-1, keepdim=True), sizes.sum(-1, keepdim=True)
     mcc = matthews(hits, on - hits, size - hits, total - on - size + hits).nan_to_num(nan=-1.0)
     best = mcc.max(dim=-1, keepdim=True)
     return best.values[..., 0], order, best.indices, size.gather(-1, best.indices)[..., 0]

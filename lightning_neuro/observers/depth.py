@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.observers.class_sets import best_top_set_size
 from lightning_neuro.observers.denotation import Denotation
 from lightning_neuro.stats import spearman
 
-if TYPE_CHECKING:
-    import numpy as np
-
 NUM_NULL_SAMPLES = 199
-POOL = 256
+POOL = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,32 +65,31 @@ def depth_curve(layers: Sequence[Denotation], *, num_null_samples: int = NUM_NUL
     Raises:
         ArgumentError: If there is no layer.
     """
-    import numpy as np
-
     if not layers:
         raise ArgumentError("`layers` must hold the Denotation of at least one layer; got none.")
     depth = torch.linspace(0, 1, len(layers), dtype=torch.float64)
-    rng = np.random.default_rng(seed)
-    folded, drawn = [], []
-    for layer in layers:
-        sizes = layer.class_sizes.cpu()
-        significant = layer.significant[:, -1] if layer.sets.shape[1] else torch.zeros(len(layer.mcc), dtype=torch.bool)
-        folded.append(_folded((layer.sets[significant].double().cpu() @ sizes.double()) / sizes.sum()))
-        drawn.append(_null_shares(layer.firing[significant].cpu(), sizes, num_null_samples, rng))
-    counts = torch.tensor([len(layer) for layer in folded], dtype=torch.int64)
+    found = [layer.significant[:, -1] & (layer.sets.shape[1] > 0) for layer in layers]
+    counts = torch.tensor([int(significant.sum()) for significant in found], dtype=torch.int64)
+    folded = [
+        _folded((layer.sets[units].double() @ layer.class_sizes.double()) / layer.class_sizes.sum()).cpu()
+        for layer, units in zip(layers, found, strict=True)
+    ]
+    firing = [layer.firing[units].cpu() for layer, units in zip(layers, found, strict=True)]
+    sizes = pad_sequence([layer.class_sizes.cpu() for layer in layers], batch_first=True)
     depths = depth.repeat_interleave(counts)
-    every, null = torch.cat(folded), torch.cat(drawn).T
+    every, null = torch.cat(folded), _null(torch.cat(firing), sizes.repeat_interleave(counts, 0), num_null_samples, seed)
     nan = torch.tensor(float("nan"), dtype=torch.float64)
     means = torch.stack([layer.mean() if len(layer) else nan for layer in folded])
-    null_means = torch.stack([layer.mean(0) if len(layer) else nan.expand(num_null_samples) for layer in drawn], 1)
+    by_layer = torch.split(null, counts.tolist(), dim=1)
+    null_means = torch.stack([part.mean(1) if part.shape[1] else nan.expand(num_null_samples) for part in by_layer], 1)
     defined = len(depths) > 2 and bool((depths != depths[0]).any())
     rho = float(spearman(depths[None], every[None])[0]) if defined else float("nan")
     rho_null = spearman(depths[None], null) if defined else null.new_zeros(0)
     return DepthCurve(depth, means, counts, null_means, rho, rho_null[rho_null.isfinite()])
 
 
-def _null_shares(firing: Tensor, sizes: Tensor, num_samples: int, rng: "np.random.Generator") -> Tensor:
-    """Folded label proportions of units whose labels are shuffled, float64 (units, num_samples).
+def _null(firing: Tensor, sizes: Tensor, num_samples: int, seed: int) -> Tensor:
+    """Folded label proportions of units whose labels are shuffled, float64 (num_samples, units).
 
     The active samples of a shuffled unit are hypergeometrically distributed over the classes. Units that are active
     equally often have the same distribution, so they draw from the same pool of its samples: the cost does not grow
@@ -101,24 +97,26 @@ def _null_shares(firing: Tensor, sizes: Tensor, num_samples: int, rng: "np.rando
 
     Args:
         firing: int64 (units,), in how many samples each unit is active.
-        sizes: int64 (K,), number of samples in each class.
+        sizes: int64 (units, K), number of samples in each class.
         num_samples: Number of samples of the null.
-        rng: Source of randomness.
+        seed: Seed of the null.
     """
+    import numpy as np
+
     if not len(firing):
-        return torch.zeros(0, num_samples, dtype=torch.float64)
-    sizes = sizes[sizes > 0]
-    frequency, which = torch.unique(firing, return_inverse=True)
-    left = frequency[:, None].expand(-1, POOL).numpy()
-    others, counts = int(sizes.sum()), []
-    for size in sizes.tolist():  # each class given those before it, for all units and samples
-        others -= size
-        counts.append(rng.hypergeometric(size, others, left) if others else left)
+        return torch.zeros(num_samples, 0, dtype=torch.float64)
+    rng = np.random.default_rng(seed)
+    kinds, kind = torch.unique(torch.cat([firing[:, None], sizes], 1), dim=0, return_inverse=True)
+    frequency, sizes = kinds[:, :1], kinds[:, 1:][:, None]
+    sizes = sizes[..., sizes.sum((0, 1)) > 0]
+    left, others, counts = frequency.expand(-1, POOL).numpy(), sizes.sum(-1).numpy(), []
+    for size in sizes.unbind(-1):  # each class given those before it, for all units and samples
+        others = others - size.numpy()
+        counts.append(rng.hypergeometric(size.numpy(), others, left))
         left = left - counts[-1]
-    active = torch.stack([torch.from_numpy(count) for count in counts], -1).double()
-    share = best_top_set_size(active, sizes.double()) / sizes.sum()
-    pick = torch.from_numpy(rng.integers(POOL, size=(len(firing), num_samples)))
-    return _folded(share)[which[:, None], pick]
+    active = torch.from_numpy(np.stack(counts, -1)).double()  # (kinds, pool, K)
+    share = _folded(best_top_set_size(active, sizes.double()) / sizes.sum(-1))
+    return share[kind, torch.from_numpy(rng.integers(POOL, size=(num_samples, len(firing))))]
 
 
 def _folded(share: Tensor) -> Tensor:

@@ -119,13 +119,14 @@ def tested_sets(above: Tensor, members: Tensor, labels: Tensor, orders: Tensor) 
     known = labels >= 0
     # A class that did not occur when the sets were found is in none of them.
     seen = known & (labels < members.shape[1])
-    inside = (members[:, labels.where(seen, 0)].T & seen[:, None]).float()
-    fires = above.float()
-    some = max(1, _CELLS // max(1, fires.numel()))
+    inside = (members.T[labels.where(seen, 0)] & seen[:, None]).float().contiguous()
+    fires = above.float().contiguous()
+    some = max(1, _CELLS // 4 // max(1, fires.numel()))
 
     def counts(of: Tensor, orders: Tensor) -> Tensor:
         # A few orders at a time, because a product over all classes would grow with their number.
-        return torch.cat([(of[part] * fires).sum(1) for part in torch.split(orders, some)]).double()
+        shuffled = (of.index_select(0, part.flatten()).view(*part.shape, -1) for part in torch.split(orders, some))
+        return torch.cat([part.mul(fires).sum(1) for part in shuffled]).double()
 
     # If all samples have a class, a shuffle does not change for how many of them a unit is active.
     yes = counts(known[:, None].float(), orders[:1] if known.all() else orders)
