@@ -292,7 +292,7 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
     observers = ObserverProbes(
         Probe(num_samples=1000),
         attributes={name: (lambda batch, a=a: batch[2][:, a]) for a, name in enumerate(names)},
-        max_tags=10_000,
+        max_attributes=100,
     )
     history: dict[int, dict[str, list[float]]] = {}
 

@@ -1,5 +1,6 @@
 """Attributes of the samples: argument checks, their values in a batch, and their names."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,4 +112,5 @@ def class_attribute_names(number: int, class_names: Sequence[str] | None = None)
     known = [name.replace("/", "_").strip() for name in (class_names or ())[:number]]
     names = [name or f"class_{k}" for k, name in enumerate(known)]
     names += [f"class_{k}" for k in range(len(names), number)]
-    return tuple(name if names.count(name) == 1 else f"{name}_{k}" for k, name in enumerate(names))
+    count = Counter(names)
+    return tuple(name if count[name] == 1 else f"{name}_{k}" for k, name in enumerate(names))

@@ -77,7 +77,10 @@ def depth_curve(layers: Sequence[Denotation], *, num_null_samples: int = NUM_NUL
     firing = [layer.firing[units].cpu() for layer, units in zip(layers, found, strict=True)]
     sizes = pad_sequence([layer.class_sizes.cpu() for layer in layers], batch_first=True)
     depths = depth.repeat_interleave(counts)
-    every, null = torch.cat(folded), _null(torch.cat(firing), sizes.repeat_interleave(counts, 0), num_null_samples, seed)
+    every, null = (
+        torch.cat(folded),
+        _null(torch.cat(firing), sizes.repeat_interleave(counts, 0), num_null_samples, seed),
+    )
     nan = torch.tensor(float("nan"), dtype=torch.float64)
     means = torch.stack([layer.mean() if len(layer) else nan for layer in folded])
     by_layer = torch.split(null, counts.tolist(), dim=1)

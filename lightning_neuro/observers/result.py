@@ -10,6 +10,8 @@ from lightning_neuro.layer_result import nonfinite_note
 from lightning_neuro.observers.denotation import Denotation
 
 MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
+MAIN_MEASURE = MEASURES[0]
+NUM_EXTREMES = 3
 _NAMED = 5
 
 
@@ -101,6 +103,14 @@ class ObserverResult:
             pairs = zip(self.names, values.tolist(), strict=True)
             found[measure] = {name: value for name, value in pairs if math.isfinite(value)}
         return found
+
+    def extremes(self) -> dict[str, float]:
+        """The means of the three lowest and of the three highest balanced accuracies; empty if none is defined."""
+        scores = self.histogram().sort().values
+        if not len(scores):
+            return {}
+        low, high = scores[:NUM_EXTREMES], scores[-NUM_EXTREMES:]
+        return {f"lowest_{NUM_EXTREMES}": float(low.mean()), f"highest_{NUM_EXTREMES}": float(high.mean())}
 
     def scalars(self) -> dict[str, float]:
         """Measure -> mean over the attributes, and the measures of denotation; undefined measures are left out."""
