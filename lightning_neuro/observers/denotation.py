@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_neuro.observers.class_sets import ClassSets, best_class_sets
 from lightning_neuro.observers.rule_tests import (
     Tested,
+    assess_sets,
+    assess_thresholds,
     shuffled_orders,
-    tested_sets,
-    tested_thresholds,
     untested,
 )
 from lightning_neuro.observers.thresholds import sort_units, thresholds_of
@@ -168,9 +168,9 @@ def _denote(x: Tensor, samples: _Samples) -> tuple[Tested, ClassSets]:
     rules = untested(x.shape[1], y[tested], len(orders) - 1)
     if usable.any():
         threshold, sign = thresholds_of(units, y[train][:, usable])
-        rules = rules.with_columns(usable, tested_thresholds(x, threshold, sign, y[tested][:, usable], orders))
+        rules = rules.with_columns(usable, assess_thresholds(x, threshold, sign, y[tested][:, usable], orders))
     if sets.members.shape[1]:
-        rules = rules.followed_by(tested_sets(x > sets.threshold, sets.members, samples.labels[tested], orders))
+        rules = rules.followed_by(assess_sets(x > sets.threshold, sets.members, samples.labels[tested], orders))
     return rules, sets
 
 

@@ -63,7 +63,7 @@ def shuffled_orders(count: int, num_null_samples: int, seed: int) -> Tensor:
     return torch.stack([torch.arange(count), *shuffled])
 
 
-def tested_thresholds(x: Tensor, threshold: Tensor, sign: Tensor, y: Tensor, orders: Tensor) -> Tested:
+def assess_thresholds(x: Tensor, threshold: Tensor, sign: Tensor, y: Tensor, orders: Tensor) -> Tested:
     """Test each unit's own threshold for each attribute; some attributes at a time, which bounds the memory.
 
     Args:
@@ -114,7 +114,7 @@ def _cells(hits: Tensor, yes: Tensor, positive: Tensor, asked: Tensor) -> tuple[
     return hits, yes - hits, positive - hits, asked - yes - positive + hits
 
 
-def tested_sets(above: Tensor, members: Tensor, labels: Tensor, orders: Tensor) -> Tested:
+def assess_sets(above: Tensor, members: Tensor, labels: Tensor, orders: Tensor) -> Tested:
     """Test each unit, bool (n, units), against its own set of classes, bool (units, K); A is 1."""
     known = labels >= 0
     # A class that did not occur when the sets were found is in none of them.
