@@ -27,7 +27,7 @@ from lightning_neuro.observers.ridge import CrossFit, cross_fit
 from lightning_neuro.stats import auroc, balanced_accuracy, confusion, matthews
 
 MAX_EXAMPLES = 4
-_ROWS, _UNITS = 4096, 512  # that are copied at a time
+_CELLS = 2**20  # activations that are converted at a time
 
 
 def read_attributes(
@@ -42,6 +42,11 @@ def read_attributes(
     """Measure how well linear observers predict each attribute from a layer's activations, on held-out samples.
 
     Samples are assigned to folds by their attributes and content, so the result does not depend on their order.
+
+    Memory: one copy of the activations as they are, one in float64, ten numbers per sample and attribute or control,
+    one per attribute, unit and fold, and three matrices of products of units or of samples, whichever are fewer. The
+    rest is done in blocks: hashes and moments of a million activations at a time, the search for units that denote an
+    attribute for four million and some attributes at a time, which together take less than 200 MB.
 
     Args:
         activations: (N, units) of any real dtype.
@@ -80,7 +85,11 @@ def read_attributes(
         classes = torch.full((len(x),), -1)
 
     used = torch.nonzero(finite_rows(x)).flatten()
-    content = torch.cat([content_hash(x[rows]) for rows in torch.split(used, _ROWS)]) if len(used) else used
+    content = (
+        torch.cat([content_hash(x[rows]) for rows in torch.split(used, max(1, _CELLS // max(1, x.shape[1])))])
+        if len(used)
+        else used
+    )
     keys = [content if grouping is None else grouping.to(x.device)[used], content, classes.to(x.device)[used]]
     values = values.to(x.device, torch.float64)[used]
     order = attribute_order(values, *keys)
@@ -145,9 +154,12 @@ def _standardised(x: Tensor) -> tuple[Tensor, _Units]:
         # Both are NaN, about which torch would warn.
         undefined = torch.full_like(x[:0].sum(0), torch.nan, dtype=torch.float64)
         return x.double()[:, :0], _Units(undefined, undefined, torch.zeros_like(undefined, dtype=torch.bool))
-    moments = [torch.stack([*torch.std_mean(part.double(), 0, correction=0)]) for part in torch.split(x, _UNITS, dim=1)]
+    moments = [
+        torch.stack([*torch.std_mean(part.double(), 0, correction=0)])
+        for part in torch.split(x, max(1, _CELLS // len(x)), dim=1)
+    ]
     std, mean = torch.cat(moments, 1)
-    live = std > 1e-7 * x.abs().amax(0).double().clamp(min=1e-30)
+    live = std > 1e-7 * torch.maximum(x.amax(0), -x.amin(0)).double().clamp(min=1e-30)
     standard = x.to(torch.float64, copy=True) if live.all() else x[:, live].double()
     return standard.sub_(mean[live]).div_(std[live]), _Units(mean, std, live)
 
