@@ -12,6 +12,8 @@ subtraction; with fewer, the same weights come from the (samples x samples) prod
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -150,15 +152,17 @@ def _scaled(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit_products(x: Tensor, y: Tensor, held_out: list[Tensor]) -> _Fits:
-    """From products of units; those of a fold are formed when it is left out, so only three (d, d) matrices exist."""
-    whole = moments(x, y)
+    """From products of units; those of the folds are kept if they need no more memory than the activations."""
+    keep = len(held_out) * x.shape[1] <= len(x)
+    parts = [moments(x[rows], y[rows]) for rows in held_out] if keep else []
+    whole = reduce(add, parts) if keep else moments(x, y)
     fitted = x.new_zeros(len(held_out) + 1, y.shape[1], x.shape[1])
     scores = []
     for k, rows in enumerate([*held_out, None]):
         if rows is not None and len(rows) == len(x):
             scores.append(y[rows] * torch.nan)
             continue
-        seen = whole if rows is None else whole - moments(x[rows], y[rows])
+        seen = whole if rows is None else whole - (parts[k] if keep else moments(x[rows], y[rows]))
         weights = _solve_products(seen, ridge_penalty(x.shape[1], int(seen.count)))
         negative, positive = seen.class_means
         scale, middle = _scaled((weights * negative).sum(0), (weights * positive).sum(0))
