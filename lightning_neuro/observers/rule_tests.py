@@ -126,7 +126,7 @@ def assess_sets(above: Tensor, members: Tensor, labels: Tensor, orders: Tensor) 
     def counts(of: Tensor, orders: Tensor) -> Tensor:
         # A few orders at a time, because a product over all classes would grow with their number.
         shuffled = (of.index_select(0, part.flatten()).view(*part.shape, -1) for part in torch.split(orders, some))
-        return torch.cat([part.mul_(fires).sum(1) for part in shuffled]).double()
+        return torch.cat([part.mul(fires).sum(1) for part in shuffled]).double()
 
     # If all samples have a class, a shuffle does not change for how many of them a unit is active.
     yes = counts(known[:, None].float(), orders[:1] if known.all() else orders)
