@@ -15,6 +15,7 @@ from lightning_neuro.batches import BatchField
 from lightning_neuro.callback import Memory, MetricCallback
 from lightning_neuro.checks import check_bool, check_field, check_int
 from lightning_neuro.figure_schedule import Figures
+from lightning_neuro.keys import Entry, key_of, parse_key
 from lightning_neuro.observers.attributes import (
     check_attributes,
     class_attribute_names,
@@ -28,7 +29,7 @@ from lightning_neuro.observers.options import ObserverOptions
 from lightning_neuro.observers.plot import plot_attributes, plot_proportion
 from lightning_neuro.observers.plot_units import plot_explanation, plot_maps
 from lightning_neuro.observers.raw_input import RawInput
-from lightning_neuro.observers.result import MAIN_MEASURE, ObserverResult
+from lightning_neuro.observers.result import EXTREMES, MAIN_MEASURE, ObserverResult
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import on_any_rank
@@ -56,8 +57,8 @@ class ObserverProbes(MetricCallback[ObserverResult]):
             or index of a field. Samples of one group are held out together. Default: each sample is its own group.
         heatmap: Whether to draw the three maps of attributes by units, and the contributions to single scores.
         max_attributes: Maximum number of attributes with curves of their own. If more have a score, the curves are the
-            means of the three lowest and of the three highest scores, and all are logged as a table (on TensorBoard's
-            Text page).
+            means of the three lowest and of the three highest scores and those that are asked for (see `log_scalars`),
+            and all are logged as a table (on TensorBoard's Text page).
         name: First part of the keys; default: `observers`.
         prog_bar: Keys or globs of keys to show in the progress bar.
         log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
@@ -74,8 +75,8 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         The main measure is also logged for each attribute, as `observers/balanced_accuracy/<attribute>/<layer>` and
         `observers/balanced_accuracy/<attribute>/whole_network`. With more than `max_attributes` attributes these are
         `lowest_3` and `highest_3`, the means of the three lowest and highest scores of the moment: their keys exist
-        from the first evaluation, and do not depend on which attributes they are. All other values of single attributes
-        are in `result`.
+        from the first evaluation, and do not depend on which attributes they are. All other measures of single
+        attributes are in `result`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -266,11 +267,24 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         return self.attempt(trainer, "the raw input", raw_input.scores) or {}
 
     def attribute_measures(self, result: ObserverResult, memory: Memory | None) -> Mapping[str, Mapping[str, float]]:
-        """The main measure of single attributes or, if there are too many, of the lowest and highest."""
-        return {MAIN_MEASURE: result.extremes() if self._too_many() else result.by_attribute()[MAIN_MEASURE]}
+        """The main measure of single attributes and, if these are too many for curves, of the lowest and highest."""
+        return {MAIN_MEASURE: result.by_attribute()[MAIN_MEASURE] | (result.extremes() if self._too_many() else {})}
 
     def _too_many(self) -> bool:
         return max(len(result.histogram()) for result in self.result.values()) > self.max_attributes
+
+    def shown(self, trainer: "pl.Trainer") -> dict[str, float]:
+        """The known values that are logged: without single attributes that nobody asked for, if there are too many."""
+        values = super().shown(trainer)
+        if key_of(self.name, Entry(MAIN_MEASURE, attribute=EXTREMES[0])) not in self.scalars:
+            return values
+        asked = [*self.prog_bar, *(self.log_scalars or ()), *loggers.monitored(trainer)]
+        single = {key: parse_key(key)[1].attribute for key in values}
+        return {
+            key: value
+            for key, value in values.items()
+            if single[key] is None or single[key] in EXTREMES or loggers.matches(key, asked)
+        }
 
     def network_measures(self, results: Mapping[str, ObserverResult]) -> Mapping[str, float | Mapping[str, float]]:
         """Label proportion over depth, and the balanced accuracy of the raw input."""

@@ -11,7 +11,7 @@ from lightning_neuro.observers.denotation import Denotation
 
 MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
 MAIN_MEASURE = MEASURES[0]
-NUM_EXTREMES = 3
+EXTREMES = ("lowest_3", "highest_3")
 _NAMED = 5
 
 
@@ -109,8 +109,7 @@ class ObserverResult:
         scores = self.histogram().sort().values
         if not len(scores):
             return {}
-        low, high = scores[:NUM_EXTREMES], scores[-NUM_EXTREMES:]
-        return {f"lowest_{NUM_EXTREMES}": float(low.mean()), f"highest_{NUM_EXTREMES}": float(high.mean())}
+        return dict(zip(EXTREMES, (float(scores[:3].mean()), float(scores[-3:].mean())), strict=True))
 
     def scalars(self) -> dict[str, float]:
         """Measure -> mean over the attributes, and the measures of denotation; undefined measures are left out."""

@@ -265,6 +265,12 @@ def test_too_many_attributes_become_extremes_and_a_table(tmp_path):
     assert len(lines) == 2 + 9
     value = float(callback.result["net.4"].balanced_accuracy[0])
     assert lines[2].startswith("| class 0 \\| 0 |") and f"| {value:.3f} | " in lines[2]
+    # One that another callback monitors, or that is asked for, is a curve nevertheless.
+    asked = "observers/balanced_accuracy/class 2 | 0/net.4"
+    log = MemoryLogger()
+    with pytest.warns(UserWarning, match="never"):
+        fit(mlp(), probes(max_attributes=7, prog_bar=asked, **options), max_epochs=1, logger=log)
+    assert {key for key in log.curves if "class" in key} == {asked}
     just = probes(max_attributes=8, **options)
     with pytest.warns(UserWarning, match="never"):
         fit(mlp(), just, max_epochs=1)
