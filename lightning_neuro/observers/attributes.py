@@ -1,5 +1,6 @@
 """Attributes of the samples: argument checks, their values in a batch, and their names."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,9 +47,15 @@ def read_attribute_values(attributes: Mapping[str, BatchField], batch: Any, num_
         if values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
         require(values.shape == (num_samples,), argument, f"have a value for each of the {num_samples} samples", values)
-        _check_binary(argument, values)
         columns.append(values)
-    return torch.stack(columns, 1) if columns else torch.zeros(num_samples, 0, dtype=torch.float64)
+    if not columns:
+        return torch.zeros(num_samples, 0, dtype=torch.float64)
+    table = torch.stack(columns, 1)
+    wrong = _not_binary(table).any(0)
+    if wrong.any():
+        first = int(wrong.int().argmax())
+        _check_binary(f"attributes[{list(attributes)[first]!r}]", table[:, first])
+    return table
 
 
 def read_groups(field: BatchField, batch: Any, num_samples: int) -> Tensor:
@@ -83,8 +90,12 @@ def as_attributes(value: ArrayLike, num_samples: int) -> Tensor:
     return tensor.detach()
 
 
+def _not_binary(values: Tensor) -> Tensor:
+    return (values != 0) & (values != 1) & ~values.isnan()
+
+
 def _check_binary(argument: str, values: Tensor) -> None:
-    wrong = (values != 0) & (values != 1) & ~values.isnan()
+    wrong = _not_binary(values)
     if wrong.any():
         seen = ", ".join(str(value) for value in torch.unique(values[wrong])[:3].tolist())
         require(False, argument, "be 0, 1 or NaN (missing)", seen)
@@ -111,4 +122,5 @@ def class_attribute_names(number: int, class_names: Sequence[str] | None = None)
     known = [name.replace("/", "_").strip() for name in (class_names or ())[:number]]
     names = [name or f"class_{k}" for k, name in enumerate(known)]
     names += [f"class_{k}" for k in range(len(names), number)]
-    return tuple(name if names.count(name) == 1 else f"{name}_{k}" for k, name in enumerate(names))
+    count = Counter(names)
+    return tuple(name if count[name] == 1 else f"{name}_{k}" for k, name in enumerate(names))

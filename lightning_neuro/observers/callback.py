@@ -15,6 +15,7 @@ from lightning_neuro.batches import BatchField
 from lightning_neuro.callback import Memory, MetricCallback
 from lightning_neuro.checks import check_bool, check_field, check_int
 from lightning_neuro.figure_schedule import Figures
+from lightning_neuro.keys import Entry, key_of, parse_key
 from lightning_neuro.observers.attributes import (
     check_attributes,
     class_attribute_names,
@@ -28,7 +29,7 @@ from lightning_neuro.observers.options import ObserverOptions
 from lightning_neuro.observers.plot import plot_attributes, plot_proportion
 from lightning_neuro.observers.plot_units import plot_explanation, plot_maps
 from lightning_neuro.observers.raw_input import RawInput
-from lightning_neuro.observers.result import MEASURES, ObserverResult
+from lightning_neuro.observers.result import EXTREMES, MAIN_MEASURE, ObserverResult
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import on_any_rank
@@ -55,8 +56,9 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         group_fn: Where the group of each sample, an integer, is found in a batch: a function of the batch, or the key
             or index of a field. Samples of one group are held out together. Default: each sample is its own group.
         heatmap: Whether to draw the three maps of attributes by units, and the contributions to single scores.
-        max_tags: Maximum number of scalars for single attributes. If there are more, only means are logged as scalars,
-            and the attributes as a table (on TensorBoard's Text page).
+        max_attributes: Maximum number of attributes with curves of their own. If more have a score, the curves are the
+            means of the three lowest and of the three highest scores and those that are asked for (see `log_scalars`),
+            and all are logged as a table (on TensorBoard's Text page).
         name: First part of the keys; default: `observers`.
         prog_bar: Keys or globs of keys to show in the progress bar.
         log_scalars: Keys or globs of keys to log; default: those of the measures in `curves`. Keys that are in the
@@ -67,9 +69,14 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         options: See `ObserverOptions`.
 
     Keys:
-        The first five are logged as `observers/<measure>/<attribute>/<layer>`, with the means
-        `observers/<measure>/<attribute>/whole_network`, `observers/<measure>/<layer>` (over attributes) and
-        `observers/<measure>` (over both).
+        Except for `balanced_accuracy_input` and the last three, which are of the whole network, measures are logged as
+        `observers/<measure>/<layer>` (the mean over attributes) and `observers/<measure>` (also over layers).
+
+        The main measure is also logged for each attribute, as `observers/balanced_accuracy/<attribute>/<layer>` and
+        `observers/balanced_accuracy/<attribute>/whole_network`. With more than `max_attributes` attributes these are
+        `lowest_3` and `highest_3`, the means of the three lowest and highest scores of the moment: their keys exist
+        from the first evaluation, and do not depend on which attributes they are. All other measures of single
+        attributes are in `result`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -78,10 +85,10 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         | `auroc` | probability that a sample with the attribute scores above one without | 0 .. 1 | > .5 |
         | `information_bits` | usable information about the attribute, in bits | .. 1 | > 0 |
         | `selectivity` | balanced accuracy minus that of random sets of classes | -1 .. 1 | > 0 |
-        | `balanced_accuracy_initial` | before training; per layer and the mean | 0 .. 1 | (reference) |
-        | `balanced_accuracy_input` | from the raw input; per attribute and the mean | 0 .. 1 | (reference) |
-        | `num_denoting_units` | per layer: single units that denote an attribute | 0 .. | neither |
-        | `label_proportion` | per layer: fraction of samples with the denoted attribute, folded | 0 .. .5 | neither |
+        | `balanced_accuracy_initial` | before training | 0 .. 1 | (reference) |
+        | `balanced_accuracy_input` | from the raw input; the mean over attributes | 0 .. 1 | (reference) |
+        | `num_denoting_units` | single units that denote an attribute | 0 .. | neither |
+        | `label_proportion` | fraction of samples with the denoted attribute, folded | 0 .. .5 | neither |
         | `proportion_depth_rho` | rank correlation of depth and this fraction | -1 .. 1 | neither |
         | `proportion_depth_rho_null` | its mean with labels shuffled within each unit | -1 .. 1 | (reference) |
         | `proportion_depth_rho_p` | its p-value under that null | 0 .. 1 | < .05: significant |
@@ -131,7 +138,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         attributes: Mapping[str, BatchField] | None = None,
         group_fn: BatchField | None = None,
         heatmap: bool = True,
-        max_tags: int = 1000,
+        max_attributes: int = 12,
         name: str | None = None,
         prog_bar: str | Sequence[str] = (),
         log_scalars: str | Sequence[str] | None = None,
@@ -142,7 +149,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         self.attributes = check_attributes(attributes)
         check_field("group_fn", group_fn)
         check_bool("heatmap", heatmap)
-        check_int("max_tags", max_tags, minimum=1)
+        check_int("max_attributes", max_attributes, minimum=0)
         self.metric: LinearObserver
         metric = LinearObserver(names=None if self.attributes is None else list(self.attributes), **options)
         super().__init__(
@@ -156,7 +163,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         )
         self.group_fn = group_fn
         self.heatmap = heatmap
-        self.max_tags = max_tags
+        self.max_attributes = max_attributes
         self.needs_labels = self.attributes is None
 
     def start_run(self) -> None:
@@ -191,8 +198,8 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         """Update the layer's observers with its activations in one batch."""
         given, groups = self._facts_of(batch)
         index = torch.arange(len(groups)) if batch.sample_index is None else batch.sample_index.cpu()
-        labels = batch.targets
-        values = given[index] if self.attributes is not None else self._values(batch, index)
+        labels = batch.numbered_targets
+        values = given[index] if self.attributes is not None else self._values(batch, labels, index)
         if values is None:
             raise ValueError("its output has no label for each of its rows")
         rows = torch.arange(len(activations))
@@ -203,10 +210,10 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         labels = None if labels is None else labels[rows.to(labels.device)]
         metric.update(activations[on], values, labels, groups[index[rows]])
 
-    def _values(self, batch: ProbeBatch, index: Tensor) -> Tensor | None:
+    def _values(self, batch: ProbeBatch, labels: Tensor | None, index: Tensor) -> Tensor | None:
         """What to predict by default: the classes, else the attributes that the targets say of each sample."""
-        if batch.targets is not None or batch.labels.attributes is None:
-            return batch.targets
+        if labels is not None or batch.labels.attributes is None:
+            return labels
         return batch.labels.attributes.cpu()[index]
 
     def finds_targets(self, batch: ProbeBatch) -> bool:
@@ -243,9 +250,14 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         return results
 
     def _names(self, number: int) -> tuple[str, ...]:
-        """Names of the attributes that the targets say of a sample, or of its classes."""
+        """Names of the attributes that the targets say of a sample, or of the classes of which measures speak."""
         named = self.probe_pass.attribute_names
-        return named if len(named) == number else class_attribute_names(number, self.class_names)
+        if len(named) == number:
+            return named
+        chosen = self.probe_pass.classes[:number]
+        labels = chosen if len(chosen) == number else range(number)
+        names = class_attribute_names(max(labels, default=-1) + 1, self.class_names)
+        return tuple(names[label] for label in labels)
 
     def _scores_of(self, trainer: "pl.Trainer", raw_input: RawInput) -> dict[int, float]:
         usable = self.attempt(trainer, "the raw input", raw_input.check)
@@ -255,11 +267,24 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         return self.attempt(trainer, "the raw input", raw_input.scores) or {}
 
     def attribute_measures(self, result: ObserverResult, memory: Memory | None) -> Mapping[str, Mapping[str, float]]:
-        """The values of single attributes, unless there are too many."""
-        return {} if self._too_many(result) else result.by_attribute()
+        """The main measure of single attributes and, if these are too many for curves, of the lowest and highest."""
+        return {MAIN_MEASURE: result.by_attribute()[MAIN_MEASURE] | (result.extremes() if self._too_many() else {})}
 
-    def _too_many(self, result: ObserverResult) -> bool:
-        return len(result.names) * len(MEASURES) * (len(self.result) + 1) > self.max_tags
+    def _too_many(self) -> bool:
+        return max(len(result.histogram()) for result in self.result.values()) > self.max_attributes
+
+    def shown(self, trainer: "pl.Trainer") -> dict[str, float]:
+        """The known values that are logged: without single attributes that nobody asked for, if there are too many."""
+        values = super().shown(trainer)
+        if key_of(self.name, Entry(MAIN_MEASURE, attribute=EXTREMES[0])) not in self.scalars:
+            return values
+        asked = [*self.prog_bar, *(self.log_scalars or ()), *loggers.monitored(trainer)]
+        single = {key: parse_key(key)[1].attribute for key in values}
+        return {
+            key: value
+            for key, value in values.items()
+            if single[key] is None or single[key] in EXTREMES or loggers.matches(key, asked)
+        }
 
     def network_measures(self, results: Mapping[str, ObserverResult]) -> Mapping[str, float | Mapping[str, float]]:
         """Label proportion over depth, and the balanced accuracy of the raw input."""
@@ -269,8 +294,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         if self.depth is not None:
             found |= self.depth.scalars()
         if raw := self.from_input:
-            too_many = any(map(self._too_many, results.values()))
-            found["balanced_accuracy_input"] = sum(raw.values()) / len(raw) if too_many else raw
+            found["balanced_accuracy_input"] = sum(raw.values()) / len(raw)
         return found
 
     def draw(self, results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
@@ -284,7 +308,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
 
     def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, ObserverResult]) -> None:
         """Log the attributes as a table, if there are too many for scalars."""
-        if any(map(self._too_many, results.values())):
+        if results and self._too_many():
             loggers.log_text(trainer, f"{self.name}/balanced_accuracy", self.table())
 
     def table(self) -> str:

@@ -6,6 +6,7 @@ words).
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from math import comb
 
@@ -45,64 +46,56 @@ def control_attributes(attributes: Tensor, labels: Tensor, num_controls: int) ->
     classes = torch.unique(labels[labels >= 0])
     k = len(classes)
     empty = Controls(attributes[:, :0], torch.zeros(attributes.shape[1], 0, dtype=torch.bool, device=labels.device))
-    if k < 3 or num_controls < 1:
+    if k < 3 or num_controls < 1 or not attributes.shape[1]:
         return empty
-    member = labels[:, None] == classes
-    rates = _rates(attributes, member)
+    member = (labels[:, None] == classes).to(torch.float64)
+    own, is_set = _own_sets(attributes, member)
+    size_of_set = own.sum(1).minimum(k - own.sum(1)).long()
     share = attributes.nanmean(0).nan_to_num(nan=0.5).clamp(0, 1)
-    sizes = (share.clamp(max=1 - share) * k).round().long().clamp(1, k // 2)
-    own_sets = [_own_set(rate) for rate in rates]
-    for a, own in enumerate(own_sets):
-        # For a set of classes the number of classes is known, independent of the number of their samples.
-        if own and len(own) < k:
-            sizes[a] = min(len(own), k - len(own))
-    sets: list[frozenset[int]] = []
-    of_size: dict[int, list[int]] = {}
-    for size in sorted(set(sizes.tolist())):
-        # One more than requested, because an attribute's own set is left out.
-        drawn = _subsets(k, size, num_controls + 1)
-        of_size[size] = list(range(len(sets), len(sets) + len(drawn)))
-        sets += drawn
-    in_set = torch.zeros(len(sets), k, dtype=torch.bool)
-    for row, chosen in enumerate(sets):
-        in_set[row, list(chosen)] = True
-    in_set = in_set.to(labels.device)
-    of = torch.zeros(len(sizes), len(sets), dtype=torch.bool, device=labels.device)
-    for a, size in enumerate(sizes.tolist()):
-        own = own_sets[a]
-        others = [s for s in of_size[size] if own is None or sets[s] not in (own, frozenset(range(k)) - own)]
-        of[a, others[:num_controls]] = True
-    values = (member.to(torch.float64) @ in_set.T.to(torch.float64)).to(attributes.dtype)
+    by_share = (share.clamp(max=1 - share) * k).round().long().clamp(1, k // 2)
+    # For a set of classes the number of classes is known, independent of the number of their samples.
+    sizes = torch.where(is_set & (size_of_set > 0), size_of_set, by_share)
+    # One more than requested, because an attribute's own set is left out.
+    drawn = [_subsets(k, size, num_controls + 1) for size in torch.unique(sizes).tolist()]
+    sets = torch.cat(drawn).to(labels.device, torch.float64)
+    of = sizes[:, None] == sets.sum(1).long()
+    # All members in common, or none, and of the same size: the attribute's own set or its complement.
+    common = own @ sets.T
+    same = (common == sizes[:, None]) & (own.sum(1) == sizes)[:, None]
+    opposite = (common == 0) & (own.sum(1) == k - sizes)[:, None]
+    of &= ~(is_set[:, None] & (same | opposite))
+    of &= of.cumsum(1) <= num_controls
+    values = (member @ sets.T).to(attributes.dtype)
     return Controls(torch.where(labels[:, None] >= 0, values, torch.nan), of)
 
 
-def _rates(attributes: Tensor, member: Tensor) -> Tensor:
-    """(A, K) fraction of each class with the attribute; NaN where unknown."""
+def _own_sets(attributes: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes all of whose samples have the attribute, float64 (A, K); and whether it is a set of classes, (A,)."""
     known = attributes.isfinite().to(torch.float64)
-    one_hot = member.to(torch.float64)
-    return (attributes.nan_to_num(nan=0.0).to(torch.float64).T @ one_hot) / (known.T @ one_hot)
+    rates = (attributes.nan_to_num(nan=0.0).to(torch.float64).T @ member) / (known.T @ member)
+    whole = rates == 1
+    return whole.to(torch.float64), (whole | (rates == 0)).all(1)
 
 
-def _own_set(rates: Tensor) -> frozenset[int] | None:
-    """The classes of an attribute if it is a set of classes, else None."""
-    known = rates.nan_to_num(nan=0.5)
-    return frozenset(torch.nonzero(known == 1).flatten().tolist()) if ((known == 0) | (known == 1)).all() else None
-
-
-def _subsets(k: int, size: int, number: int) -> list[frozenset[int]]:
-    """Distinct sets of `size` of k classes, no two of which are complements."""
+@lru_cache(maxsize=256)  # the same at every layer and evaluation
+def _subsets(k: int, size: int, number: int) -> Tensor:
+    """Distinct sets of `size` of k classes, bool (sets, k), no two of which are complements."""
     generator = torch.Generator().manual_seed(SEED + 1000 * k + size)
     available = comb(k, size) // (2 if 2 * size == k else 1)
     if available <= max(4 * number, 64):
-        every = [frozenset(chosen) for chosen in combinations(range(k), size)]
-        if 2 * size == k:
-            every = [chosen for chosen in every if 0 in chosen]
+        every = [chosen for chosen in combinations(range(k), size) if 2 * size != k or 0 in chosen]
         order = torch.randperm(len(every), generator=generator).tolist()
-        return [every[i] for i in order[:number]]
-    found: dict[frozenset[int], None] = {}
+        return _as_rows([every[i] for i in order[:number]], k)
+    found: dict[tuple[int, ...], None] = {}
     while len(found) < number:
-        chosen = frozenset(torch.randperm(k, generator=generator)[:size].tolist())
+        chosen = set(torch.randperm(k, generator=generator)[:size].tolist())
         if 2 * size == k and 0 not in chosen:
-            chosen = frozenset(range(k)) - chosen
-        found[chosen] = None
-    return list(found)
+            chosen = set(range(k)) - chosen
+        found[tuple(sorted(chosen))] = None
+    return _as_rows(list(found), k)
+
+
+def _as_rows(sets: list[tuple[int, ...]], k: int) -> Tensor:
+    rows = torch.zeros(len(sets), k, dtype=torch.bool)
+    rows.scatter_(1, torch.tensor(sets).view(len(sets), -1), True)
+    return rows

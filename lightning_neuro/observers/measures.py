@@ -8,6 +8,8 @@ from torch import Tensor
 from lightning_neuro.stats import balanced_accuracy, wilson
 
 NEWTON_STEPS = 25
+CONVERGED = 1e-9  # the error after this step is its square
+_CELLS = 2**17  # numbers held of each kind, which stay in a processor's cache
 
 
 def information_bits(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> Tensor:
@@ -26,52 +28,66 @@ def information_bits(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) ->
     Returns:
         (C,), in bits; NaN if a class is missing.
     """
+    some = max(1, _CELLS // max(1, num_folds * len(scores)))
+    parts = zip(torch.split(scores, some, dim=1), torch.split(y, some, dim=1), strict=True)
+    return torch.cat([_bits(*part, fold, num_folds) for part in parts]) if scores.shape[1] else scores.sum(0)
+
+
+def _bits(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> Tensor:
     known = scores.isfinite() & y.isfinite()
     truth, filled = y.nan_to_num(nan=0.0), scores.nan_to_num(nan=0.0)
-    saved = torch.zeros_like(filled)
-    for k in range(num_folds):
-        train, test = known & (fold != k)[:, None], known & (fold == k)[:, None]
-        slope, offset = _logistic(filled, truth, train)
-        count, positive = train.sum(0), (truth * train).sum(0)
-        rate = (positive + 1) / (count + 2)
-        by_rate = _log_loss(torch.logit(rate).expand_as(filled), truth)
-        by_score = _log_loss(slope * filled + offset, truth)
-        usable = (positive > 0) & (positive < count)
-        saved += torch.where(test & usable, by_rate - by_score, 0.0)
-        known = known & ~(test & ~usable)
-    counted = known.sum(0)
-    both = ((truth * known).sum(0) > 0) & (((1 - truth) * known).sum(0) > 0)
-    return torch.where(both, saved.sum(0) / counted.clamp(min=1) / math.log(2), torch.nan)
+    others = fold != torch.arange(num_folds, device=fold.device)[:, None]
+    train = (others[:, :, None] & known).to(scores.dtype)  # (folds, N, C): on which the functions are fitted
+    count, positive = train.sum(1), (truth * train).sum(1)
+    slope, offset = _logistic(filled, truth, train)
+    rate = torch.logit((positive + 1) / (count + 2))
+    saved = _log_loss(rate[fold], truth) - _log_loss(torch.addcmul(offset[fold], slope[fold], filled), truth)
+    usable = ((positive > 0) & (positive < count))[fold]
+    counted = (known & usable).to(scores.dtype)
+    total, ones = counted.sum(0), (truth * counted).sum(0)
+    both = (ones > 0) & (ones < total)
+    return torch.where(both, (saved * counted).sum(0) / total.clamp(min=1) / math.log(2), torch.nan)
 
 
 def _log_loss(logits: Tensor, y: Tensor) -> Tensor:
     return torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="none")
 
 
-def _logistic(scores: Tensor, y: Tensor, use: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and offset, (C,) each, of a logistic function of the scores, by Newton's method.
+def _logistic(scores: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and offset, (folds, C) each, of logistic functions of the scores, by Newton's method until it converges.
 
     The targets are Platt's, slightly inside of 0 and 1, so that separable samples do not lead to an infinite slope.
+
+    Args:
+        scores: (N, C), finite.
+        y: (N, C) of 0 and 1.
+        weight: (folds, N, C), 1 for the samples used, else 0.
     """
-    weight = use.to(scores.dtype)
-    count = weight.sum(0).clamp(min=1.0)
-    mean = (scores * weight).sum(0) / count
-    spread = (((scores - mean) ** 2 * weight).sum(0) / count).sqrt()
-    x = (scores - mean) / torch.where(spread > 0, spread, 1.0)
-    positive = (y * weight).sum(0)
-    target = torch.where(y > 0.5, (positive + 1) / (positive + 2), 1 / (count - positive + 2))
+    count = weight.sum(1, keepdim=True).clamp(min=1.0)
+    mean = (scores * weight).sum(1, keepdim=True) / count
+    x = scores - mean
+    spread = ((x.square() * weight).sum(1, keepdim=True) / count).sqrt()
+    x /= torch.where(spread > 0, spread, 1.0)
+    positive = (y * weight).sum(1, keepdim=True)
+    low, high = 1 / (count - positive + 2), (positive + 1) / (positive + 2)
+    target = torch.addcmul(low, y, high - low)
     slope, offset = torch.zeros_like(mean), torch.logit((positive + 1) / (count + 2))
     for _ in range(NEWTON_STEPS):
-        p = torch.sigmoid(slope * x + offset)
-        error, curve = (p - target) * weight, p * (1 - p) * weight
-        a, b, c = (curve * x * x).sum(0) + 1e-9, (curve * x).sum(0), curve.sum(0) + 1e-9
-        g, h = (error * x).sum(0), error.sum(0)
+        p = torch.addcmul(offset, slope, x).sigmoid_()
+        error = (p - target).mul_(weight)
+        curve = (p - p.square()).mul_(weight)
+        g, h, c = ((error * x).sum(1, keepdim=True), error.sum(1, keepdim=True), curve.sum(1, keepdim=True) + 1e-9)
+        b = curve.mul_(x).sum(1, keepdim=True)
+        a = curve.mul_(x).sum(1, keepdim=True) + 1e-9
         det = a * c - b * b
-        step, shift = (c * g - b * h) / det, (a * h - b * g) / det
         # Far from the optimum a full step can overshoot.
-        slope, offset = slope - step.clamp(-2, 2), offset - shift.clamp(-2, 2)
+        step = ((c * g - b * h) / det).clamp(-2, 2)
+        shift = ((a * h - b * g) / det).clamp(-2, 2)
+        slope, offset = slope - step, offset - shift
+        if max(float(step.abs().max()), float(shift.abs().max())) < CONVERGED:
+            break
     slope = slope / torch.where(spread > 0, spread, torch.inf)
-    return slope, offset - slope * mean
+    return slope[:, 0], (offset - slope * mean)[:, 0]
 
 
 def balanced_accuracy_bounds(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor) -> tuple[Tensor, Tensor]:

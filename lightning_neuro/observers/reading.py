@@ -7,7 +7,8 @@ controls; Xu et al. (2020) for usable information.
 """
 
 from collections.abc import Sequence
-from typing import Unpack
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from lightning_neuro.observers.ridge import CrossFit, cross_fit
 from lightning_neuro.stats import auroc, balanced_accuracy, confusion, matthews
 
 MAX_EXAMPLES = 4
+_CELLS = 2**20  # activations that are converted at a time
 
 
 def read_attributes(
@@ -40,6 +42,11 @@ def read_attributes(
     """Measure how well linear observers predict each attribute from a layer's activations, on held-out samples.
 
     Samples are assigned to folds by their attributes and content, so the result does not depend on their order.
+
+    Memory: one copy of the activations as they are, one in float64, ten numbers per sample and attribute or control,
+    one per attribute, unit and fold, and three matrices of products of units or of samples, whichever are fewer. The
+    rest is done in blocks: hashes and moments of a million activations at a time, the search for units that denote an
+    attribute for four million and some attributes at a time, which together take less than 200 MB.
 
     Args:
         activations: (N, units) of any real dtype.
@@ -77,68 +84,108 @@ def read_attributes(
     if classes is None:
         classes = torch.full((len(x),), -1)
 
-    used = finite_rows(x)
-    content = content_hash(x[used])
+    used = torch.nonzero(finite_rows(x)).flatten()
+    content = (
+        torch.cat([content_hash(x[rows]) for rows in torch.split(used, max(1, _CELLS // max(1, x.shape[1])))])
+        if len(used)
+        else used
+    )
     keys = [content if grouping is None else grouping.to(x.device)[used], content, classes.to(x.device)[used]]
     values = values.to(x.device, torch.float64)[used]
     order = attribute_order(values, *keys)
     # Each sample is its own group. Groups by content would merge samples, because with few active units many coincide.
     own_groups = torch.arange(len(order), device=x.device) if grouping is None else keys[0][order]
-    result = _read(x[used].double()[order], values[order], keys[2][order], own_groups, names, settings)
-    return to_cpu(result, num_nonfinite=int((~used).sum()))
+    result = _read(x[used[order]], values[order], keys[2][order], own_groups, names, settings)
+    return to_cpu(result, num_nonfinite=len(x) - len(used))
 
 
 def _read(
     x: Tensor, attributes: Tensor, labels: Tensor, groups: Tensor, names: tuple[str, ...], settings: ObserverSettings
 ) -> ObserverResult:
-    """The result of samples in canonical order: finite float64 (N, units), (N, A), (N,) and (N,)."""
-    num_folds, number = settings.num_folds, attributes.shape[1]
-    fold = stratified_folds(groups, num_folds)
-    # Without samples both are NaN, about which torch would warn.
-    mean, std = (x.mean(0), x.std(0, correction=0)) if len(x) else (x.sum(0) / 0, x.sum(0) / 0)
-    live = std > 1e-7 * x.abs().amax(0).clamp(min=1e-30) if len(x) else torch.zeros_like(std, dtype=torch.bool)
-    standard = (x[:, live] - mean[live]) / std[live]
+    """The result of samples in canonical order: finite (N, units), float64 (N, A), (N,) and (N,)."""
+    fold = stratified_folds(groups, settings.num_folds)
+    known = attributes.isfinite()
+    # What cannot be cross-validated is left out here, so that it costs nothing and spoils nothing.
+    varies = ((attributes == 1).sum(0) > 1) & ((attributes == 0).sum(0) > 1)
+    standard, units = _standardised(x)
+    measured = _measure(standard, attributes[:, varies], labels, fold, settings)
+    measured["weights"] /= units.std[units.live]
+
+    def whole(name: str, values: Tensor) -> Tensor:
+        """Of all attributes and units; values of those left out are undefined, and nothing in the maps."""
+        of_units = values.ndim == 2
+        if of_units:
+            values = values.new_zeros(len(values), len(units.live)).index_copy(1, units.live.nonzero()[:, 0], values)
+        fill = False if name == "stable" else 0.0 if name in ("pattern", "effect") else torch.nan
+        every = values.new_full((len(varies), *values.shape[1:]), fill)
+        every[varies] = values
+        return every
+
+    of_attributes: dict[str, Any] = {name: whole(name, values) for name, values in measured.items()}
+    examples = _examples(attributes)
+    denote = settings.denotation and len(x) >= 2 * settings.num_folds
+    return ObserverResult(
+        names=names,
+        **of_attributes,
+        label_proportion=attributes.nan_to_num(nan=0.0).sum(0) / known.sum(0),
+        num_known=known.sum(0),
+        mean=units.mean,
+        std=units.std,
+        examples=x[examples].to(torch.float64),
+        example_attributes=attributes[examples],
+        num_samples=len(x),
+        num_constant=int((~units.live).sum()) if len(x) else 0,
+        denotation=find_denotation(x, attributes, labels, fold, settings.num_folds, groups=groups) if denote else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """Mean and standard deviation of each unit, float64 (units,), and which are not constant, bool (units,)."""
+
+    mean: Tensor
+    std: Tensor
+    live: Tensor
+
+
+def _standardised(x: Tensor) -> tuple[Tensor, _Units]:
+    """The units that are not constant, float64 (N, live units): the only copy of the activations in float64."""
+    if not len(x):
+        # Both are NaN, about which torch would warn.
+        undefined = torch.full_like(x[:0].sum(0), torch.nan, dtype=torch.float64)
+        return x.double()[:, :0], _Units(undefined, undefined, torch.zeros_like(undefined, dtype=torch.bool))
+    moments = [
+        torch.stack([*torch.std_mean(part.double(), 0, correction=0)])
+        for part in torch.split(x, max(1, _CELLS // len(x)), dim=1)
+    ]
+    std, mean = torch.cat(moments, 1)
+    live = std > 1e-7 * torch.maximum(x.amax(0), -x.amin(0)).double().clamp(min=1e-30)
+    standard = x.to(torch.float64, copy=True) if live.all() else x[:, live].double()
+    return standard.sub_(mean[live]).div_(std[live]), _Units(mean, std, live)
+
+
+def _measure(x: Tensor, attributes: Tensor, labels: Tensor, fold: Tensor, settings: ObserverSettings) -> dict[str, Any]:
+    """Field of the result -> value for each attribute, (A,) or (A, units), on standardised units."""
+    number = attributes.shape[1]
     controls = control_attributes(attributes, labels, settings.num_controls)
-    fit = _fitted(standard, torch.cat([attributes, controls.values], 1), fold, settings)
+    fit = _fitted(x, torch.cat([attributes, controls.values], 1), fold, settings)
     scores, weights = fit.scores[:, :number], fit.weights[:number]
     cells = confusion(scores, attributes)
     low, high = balanced_accuracy_bounds(*cells)
-    known = attributes.isfinite()
-    pattern, effect = _maps(standard, attributes, weights)
-    stable = (fit.fold_weights[:, :number].sign() == weights.sign()).all(0)
-    examples = _examples(attributes)
-
-    def spread(values: Tensor) -> Tensor:
-        """(A, live units) to (A, units), 0 for the units left out."""
-        whole = values.new_zeros(number, len(live))
-        whole[:, live] = values
-        return whole
-
-    return ObserverResult(
-        names=names,
-        balanced_accuracy=balanced_accuracy(*cells),
-        balanced_accuracy_low=low,
-        balanced_accuracy_high=high,
-        mcc=matthews(*cells),
-        auroc=auroc(scores, attributes),
-        information_bits=information_bits(scores, attributes, fold, num_folds),
-        control=_control(balanced_accuracy(*confusion(fit.scores[:, number:], controls.values)), controls.of),
-        label_proportion=attributes.nan_to_num(nan=0.0).sum(0) / known.sum(0),
-        num_known=known.sum(0),
-        weights=spread(weights / std[live]),
-        mean=mean,
-        std=std,
-        stable=spread(stable),
-        pattern=spread(pattern),
-        effect=spread(effect),
-        examples=x[examples],
-        example_attributes=attributes[examples],
-        num_samples=len(x),
-        num_constant=int((~live).sum()) if len(x) else 0,
-        denotation=find_denotation(x, attributes, labels, fold, num_folds, groups=groups)
-        if settings.denotation and len(x) >= 2 * num_folds
-        else None,
-    )
+    pattern, effect = _maps(x, attributes, weights)
+    return {
+        "balanced_accuracy": balanced_accuracy(*cells),
+        "balanced_accuracy_low": low,
+        "balanced_accuracy_high": high,
+        "mcc": matthews(*cells),
+        "auroc": auroc(scores, attributes),
+        "information_bits": information_bits(scores, attributes, fold, settings.num_folds),
+        "control": _control(balanced_accuracy(*confusion(fit.scores[:, number:], controls.values)), controls.of),
+        "weights": weights,
+        "stable": (fit.fold_weights[:, :number].sign() == weights.sign()).all(0),
+        "pattern": pattern,
+        "effect": effect,
+    }
 
 
 def _per_class(labels: Tensor, names: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:
@@ -169,12 +216,15 @@ def _maps(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The correlation of each unit with each attribute, and the unit's part of the difference between mean scores."""
     known = y.isfinite().to(x.dtype)
     positive = y.nan_to_num(nan=0.0)
-    count, ones = known.sum(0), positive.sum(0)
-    high = (positive.T @ x) / ones[:, None]
-    low = ((known - positive).T @ x) / (count - ones)[:, None]
-    mean, square = (known.T @ x) / count[:, None], (known.T @ x.square()) / count[:, None]
-    rate = (ones / count)[:, None]
-    spread = ((square - mean.square()).clamp(min=0) / (rate * (1 - rate))).sqrt()
+    count, ones = known.sum(0)[:, None], positive.sum(0)[:, None]
+    sums = positive.T @ x
+    if bool(known.all()):
+        total, square = x.sum(0), torch.linalg.vector_norm(x, dim=0).square()
+    else:
+        total, square = known.T @ x, known.T @ x.square()
+    high, low, mean = sums / ones, (total - sums) / (count - ones), total / count
+    rate = ones / count
+    spread = ((square / count - mean.square()).clamp(min=0) / (rate * (1 - rate))).sqrt()
     pattern = torch.where(spread > 1e-12, (high - low) / spread, 0.0)
     share = weights * (high - low)
     total = share.sum(1, keepdim=True)

@@ -10,6 +10,8 @@ from lightning_neuro.layer_result import nonfinite_note
 from lightning_neuro.observers.denotation import Denotation
 
 MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
+MAIN_MEASURE = MEASURES[0]
+EXTREMES = ("lowest_3", "highest_3")
 _NAMED = 5
 
 
@@ -101,6 +103,13 @@ class ObserverResult:
             pairs = zip(self.names, values.tolist(), strict=True)
             found[measure] = {name: value for name, value in pairs if math.isfinite(value)}
         return found
+
+    def extremes(self) -> dict[str, float]:
+        """The means of the three lowest and of the three highest balanced accuracies; empty if none is defined."""
+        scores = self.histogram().sort().values
+        if not len(scores):
+            return {}
+        return dict(zip(EXTREMES, (float(scores[:3].mean()), float(scores[-3:].mean())), strict=True))
 
     def scalars(self) -> dict[str, float]:
         """Measure -> mean over the attributes, and the measures of denotation; undefined measures are left out."""

@@ -12,6 +12,8 @@ subtraction; with fewer, the same weights come from the (samples x samples) prod
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -118,49 +120,63 @@ def cross_fit(x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> CrossFit:
     Returns:
         Scores of held-out samples, and weights.
     """
-    members = [torch.nonzero(fold == k).flatten() for k in range(num_folds)]
-    primal = len(x) >= x.shape[1]
-    parts = [moments(x[rows], y[rows], products=primal) for rows in members]
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole + part
-    gram = None if primal else x @ x.T
+    held_out = [torch.nonzero(fold == k).flatten() for k in range(num_folds)]
+    fitted = (_fit_products if len(x) >= x.shape[1] else _fit_gram)(x, y, held_out)
     scores = torch.full_like(y, torch.nan)
-    fold_weights = x.new_zeros(num_folds, y.shape[1], x.shape[1])
-    for k, rows in enumerate(members):
-        if len(rows) == len(x):
-            continue
-        train = torch.nonzero(fold != k).flatten()
-        rest = whole - parts[k]
-        weights, middle = _fit(rest, x, y, train, gram)
-        scores[rows] = x[rows] @ weights - middle
-        fold_weights[k] = weights.T
-    weights, _ = _fit(whole, x, y, torch.arange(len(x), device=x.device), gram)
+    for k, rows in enumerate(held_out):
+        scores[rows] = fitted.scores[k]
     scores = torch.where(y.isfinite(), scores, torch.nan)
-    return CrossFit(_recentred(scores, y, fold, num_folds), weights.T, fold_weights)
+    return CrossFit(_recentred(scores, y, fold, num_folds), fitted.weights[-1], fitted.weights[:-1])
 
 
-def _fit(seen: Moments, x: Tensor, y: Tensor, train: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights (d, C), scaled so that the mean scores differ by 1, and the midpoint between these, (C,)."""
-    penalty = ridge_penalty(x.shape[1], len(train))
-    if seen.xx is not None:
-        weights = _solve_products(seen, penalty)
-    else:
-        assert gram is not None
-        weights = _solve_gram(x[train], y[train], gram[train][:, train], penalty)
-    negative, positive = seen.class_means
-    low, high = (weights * negative).sum(0), (weights * positive).sum(0)
+@dataclass(frozen=True, eq=False)
+class _Fits:
+    """The fits without each fold and, last, on all samples.
+
+    Attributes:
+        weights: (folds + 1, C, d), scaled so that the mean scores of the two classes differ by 1.
+        scores: For each fold its scores, (samples of the fold, C), with 0 as the midpoint of these means.
+    """
+
+    weights: Tensor
+    scores: list[Tensor]
+
+
+def _scaled(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """What to divide weights by, so that the mean scores `low` and `high` differ by 1; and the midpoint after that."""
     gap = high - low
     # Uninformative units give no difference and a score of 0 everywhere; an attribute with one class gives NaN.
     scale = torch.where(gap.abs() > 1e-12, gap, torch.inf)
     scale = torch.where(gap.isnan(), torch.nan, scale)
-    return weights / scale, (low + high) / 2 / scale
+    return scale, (low + high) / 2 / scale
+
+
+def _fit_products(x: Tensor, y: Tensor, held_out: list[Tensor]) -> _Fits:
+    """From products of units; those of the folds are kept if they need no more memory than the activations."""
+    keep = len(held_out) * x.shape[1] <= len(x)
+    parts = [moments(x[rows], y[rows]) for rows in held_out] if keep else []
+    whole = reduce(add, parts) if keep else moments(x, y)
+    fitted = x.new_zeros(len(held_out) + 1, y.shape[1], x.shape[1])
+    scores = []
+    for k, rows in enumerate([*held_out, None]):
+        if rows is not None and len(rows) == len(x):
+            scores.append(y[rows] * torch.nan)
+            continue
+        seen = whole if rows is None else whole - (parts[k] if keep else moments(x[rows], y[rows]))
+        weights = _solve_products(seen, ridge_penalty(x.shape[1], int(seen.count)))
+        negative, positive = seen.class_means
+        scale, middle = _scaled((weights * negative).sum(0), (weights * positive).sum(0))
+        weights /= scale
+        fitted[k] = weights.T
+        if rows is not None:
+            scores.append(x[rows] @ weights - middle)
+    return _Fits(fitted, scores)
 
 
 def _solve_products(seen: Moments, penalty: float) -> Tensor:
     assert seen.xx is not None
     mean = seen.x / seen.count
-    covariance = seen.xx / seen.count - torch.outer(mean, mean)
+    covariance = (seen.xx / seen.count).addr_(mean, mean, alpha=-1)
     towards = seen.x_positive / seen.known - seen.x_known * (seen.y / seen.known**2)
     units = len(covariance)
     ridge = penalty * covariance.trace() / units
@@ -169,16 +185,42 @@ def _solve_products(seen: Moments, penalty: float) -> Tensor:
     return solved
 
 
-def _solve_gram(x: Tensor, y: Tensor, gram: Tensor, penalty: float) -> Tensor:
+def _fit_gram(x: Tensor, y: Tensor, held_out: list[Tensor]) -> _Fits:
+    """From products of samples: weights are sums of samples, and formed at the end, for all fits together."""
+    gram = x @ x.T
     known = y.isfinite().to(x.dtype)
-    count = known.sum(0)
-    target = torch.where(known > 0, y - y.nan_to_num(nan=0.0).sum(0) / count, 0.0) / count
+    positive = y.nan_to_num(nan=0.0)
+    duals = x.new_zeros(len(held_out) + 1, y.shape[1], len(x))
+    scores = []
+    for k, rows in enumerate([*held_out, None]):
+        train = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        if rows is not None:
+            train[rows] = False
+            if not train.any():
+                scores.append(y[rows] * torch.nan)
+                continue
+        some = torch.nonzero(train).flatten()
+        dual = _solve_gram(gram[some][:, some], known[some], positive[some], x.shape[1])
+        seen = gram[some][:, some] @ dual
+        ones, zeros = positive[some], known[some] - positive[some]
+        scale, middle = _scaled((seen * zeros).sum(0) / zeros.sum(0), (seen * ones).sum(0) / ones.sum(0))
+        dual /= scale
+        duals[k][:, some] = dual.T
+        if rows is not None:
+            scores.append(gram[rows][:, some] @ dual - middle)
+    return _Fits((duals.flatten(0, 1) @ x).view(len(duals), y.shape[1], -1), scores)
+
+
+def _solve_gram(gram: Tensor, known: Tensor, positive: Tensor, num_units: int) -> Tensor:
+    """(n, C), the part of each sample in the weights; its columns sum to 0, as the targets do."""
+    count, n = known.sum(0), len(gram)
+    target = (positive - known * (positive.sum(0) / count)) / count
     centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
-    ridge = penalty * centred.trace() / len(x) / x.shape[1]
-    system = centred / len(x)
+    ridge = ridge_penalty(num_units, n) * centred.trace() / n / num_units
+    system = centred.div_(n)
     system.diagonal().add_(ridge.clamp(min=1e-12))
-    dual = torch.cholesky_solve(target, torch.linalg.cholesky(system))
-    return x.T @ dual  # whose columns sum to 0, as the targets do, so x need not be centred
+    solved: Tensor = torch.cholesky_solve(target, torch.linalg.cholesky(system))
+    return solved
 
 
 def _recentred(scores: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> Tensor:

@@ -116,7 +116,7 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         *(("heatmap", value) for value in (1, None)),
         *(("denotation", value) for value in (1, None)),
         *(("group_fn", value) for value in (2.5, ["film"])),
-        *(("max_tags", value) for value in (0, 2.5, None)),
+        *(("max_attributes", value) for value in (-1, 2.5, None)),
     ],
     "topology": [
         ("mapper", 1),

@@ -33,14 +33,19 @@ def test_every_documented_key_is_there():
     callback = probes(attributes=bright, denotation=True)
     log = MemoryLogger()
     fit(mlp(), callback, logger=log)
+    key = "observers/balanced_accuracy/{}/{}"
+    for name in bright:
+        values = [callback.scalars[key.format(name, layer)] for layer in LAYERS]
+        assert callback.scalars[key.format(name, "whole_network")] == pytest.approx(sum(values) / 2)
     for measure in MEASURES:
-        for name in bright:
-            values = [callback.scalars[f"observers/{measure}/{name}/{layer}"] for layer in LAYERS]
-            assert callback.scalars[f"observers/{measure}/{name}/whole_network"] == pytest.approx(sum(values) / 2)
         for layer in LAYERS:
-            values = [callback.scalars[f"observers/{measure}/{name}/{layer}"] for name in bright]
-            assert callback.scalars[f"observers/{measure}/{layer}"] == pytest.approx(sum(values) / 2)
+            values = callback.result[layer].by_attribute()[measure]
+            assert values.keys() == bright.keys()
+            assert callback.scalars[f"observers/{measure}/{layer}"] == pytest.approx(sum(values.values()) / 2)
+            if measure == "balanced_accuracy":
+                assert values == {name: callback.scalars[key.format(name, layer)] for name in bright}
         assert f"observers/{measure}" in log.curves
+    assert {key.split("/")[1] for key in callback.scalars if len(key.split("/")) == 4} == {"balanced_accuracy"}
     for layer in LAYERS:
         start = callback.initial[f"observers/balanced_accuracy/{layer}"]
         assert callback.scalars[f"observers/balanced_accuracy_initial/{layer}"] == start
@@ -61,7 +66,8 @@ def test_every_key_says_what_it_is_of():
         assert family == "observers" and (entry.layer in LAYERS or entry.layer is None)
         seen.add(entry.attribute)
     assert seen == {None, "bright", "even", "net.2"}
-    assert callback.scalars["observers/auroc/net.2/net.4"] == callback.scalars["observers/auroc/even/net.4"]
+    key = "observers/balanced_accuracy/{}/net.4"
+    assert callback.scalars[key.format("net.2")] == callback.scalars[key.format("even")]
 
 
 def test_every_option_reaches_the_metric():
@@ -236,23 +242,54 @@ def test_undefined_attributes_are_told_in_one_warning_and_not_logged():
     assert callback.scalars["observers/balanced_accuracy/even/net.2"] > 0.5
 
 
-def test_too_many_attributes_become_means_and_a_table(tmp_path):
+def test_too_many_attributes_become_extremes_and_a_table(tmp_path):
     attributes = {f"class {k} | {n}": (lambda batch, k=k: batch[1] == k) for n in range(2) for k in range(4)}
+    attributes["never"] = lambda batch: batch[1] > 9  # without a score, so it counts as none
     options = {"attributes": attributes, "heatmap": False, "num_controls": 0}
-    callback = probes(max_tags=8 * 5 * 3 - 1, **options)
-    fit(mlp(), callback, max_epochs=1, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    callback = probes(max_attributes=7, **options)
+    with pytest.warns(UserWarning, match="never"):
+        fit(mlp(), callback, max_epochs=1, logger=TensorBoardLogger(tmp_path, name="", version=""))
     tags = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     own = [tag for tag in tags.Tags()["scalars"] if tag.startswith("observers/")]
     assert "observers/balanced_accuracy/net.2" in own and not any("class" in tag for tag in own)
+    for layer in LAYERS:
+        scores = callback.result[layer].balanced_accuracy
+        scores = scores[scores.isfinite()].sort().values
+        for name, some in (("lowest_3", scores[:3]), ("highest_3", scores[-3:])):
+            key = f"observers/balanced_accuracy/{name}/{layer}"
+            assert callback.scalars[key] == pytest.approx(some.mean().item())
+            assert key in callback.initial and key in own
     table = tags.Tensors("observers/balanced_accuracy/text_summary")[-1].tensor_proto.string_val[0].decode()
     lines = table.splitlines()
     assert lines[0] == "| attribute | net.2 | net.4 | raw input |"
-    assert len(lines) == 2 + 8
+    assert len(lines) == 2 + 9
     value = float(callback.result["net.4"].balanced_accuracy[0])
     assert lines[2].startswith("| class 0 \\| 0 |") and f"| {value:.3f} | " in lines[2]
-    just = probes(max_tags=8 * 5 * 3, **options)
-    fit(mlp(), just, max_epochs=1)
-    assert "observers/auroc/class 3 | 1/net.4" in just.scalars
+    # One that another callback monitors, or that is asked for, is a curve nevertheless.
+    asked = "observers/balanced_accuracy/class 2 | 0/net.4"
+    log = MemoryLogger()
+    with pytest.warns(UserWarning, match="never"):
+        fit(mlp(), probes(max_attributes=7, prog_bar=asked, **options), max_epochs=1, logger=log)
+    assert {key for key in log.curves if "class" in key} == {asked}
+    just = probes(max_attributes=8, **options)
+    with pytest.warns(UserWarning, match="never"):
+        fit(mlp(), just, max_epochs=1)
+    assert "observers/balanced_accuracy/class 3 | 1/net.4" in just.scalars
+    assert not any("lowest_3" in key for key in just.scalars)
+
+
+def test_classes_of_which_there_are_too_few_samples_are_left_out():
+    """Of 16 classes a set of 160 samples holds 10; they keep the names of their labels."""
+    x = images(320).tensors[0]
+    labels = 5 * (torch.arange(320) % 16)
+    callback = probes(Probe(source=[(x, labels)], num_samples=160), heatmap=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        fit(mlp(), callback, max_epochs=1)
+    result = callback.result["net.4"]
+    assert len(result.names) == 10 and {int(name.split("_")[1]) % 5 for name in result.names} == {0}
+    assert result.balanced_accuracy.isfinite().all()
 
 
 def test_a_network_that_learns_raises_what_can_be_read_and_the_input_stays():

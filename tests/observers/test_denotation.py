@@ -8,7 +8,9 @@ import torch
 from sklearn.metrics import matthews_corrcoef
 
 from lightning_neuro.observers import depth_curve, read_attributes
-from lightning_neuro.observers.denotation import best_class_sets, best_thresholds, best_top_set, find_denotation
+from lightning_neuro.observers.class_sets import best_class_sets, best_top_set
+from lightning_neuro.observers.denotation import find_denotation
+from lightning_neuro.observers.thresholds import best_thresholds
 from tests.observers.planted import classes
 
 

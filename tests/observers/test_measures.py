@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from lightning_neuro.observers.measures import balanced_accuracy_bounds, information_bits, matthews_lower
 from lightning_neuro.stats import auroc, balanced_accuracy, confusion, matthews
@@ -71,6 +72,42 @@ def test_misleading_scores_give_negative_bits():
     fold = (torch.arange(1000) // 2) % 5
     scores = torch.where(fold[:, None] == 0, 1 - 2 * y, 2 * y - 1)  # the first fold is the wrong way round
     assert information_bits(scores, y, fold, 5).item() < 0
+
+
+def test_many_attributes_have_the_bits_that_each_has_alone():
+    """More attributes than are worked on at once, some without a class in a fold, some with missing values."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(300, 200, generator=generator, dtype=torch.float64)
+    y = (scores + torch.randn(300, 200, generator=generator) > torch.linspace(-4, 4, 200)).double()
+    y[torch.rand(y.shape, generator=generator) < 0.1] = math.nan
+    y[:, 7] = 0
+    fold = torch.arange(300) % 5
+    found = information_bits(scores, y, fold, 5)
+    alone = torch.cat([information_bits(scores[:, [a]], y[:, [a]], fold, 5) for a in range(200)])
+    assert found[7].isnan() and found.isfinite().sum() > 100
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-9, equal_nan=True)
+
+
+def test_the_fitted_logistic_function_is_the_one_of_scikit_learn():
+    """With two folds, each sample's log-loss is that of the function fitted on the other half, with Platt's targets."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    y = (scores + torch.randn(200, 1, generator=generator) > 1).double()
+    fold = torch.arange(200) % 2
+    bits = 0.0
+    for k in range(2):
+        s, t = scores[fold != k, 0].numpy(), y[fold != k, 0].numpy()
+        ones = t.sum()
+        high, low = (ones + 1) / (ones + 2), 1 / (len(t) - ones + 2)
+        weight = np.where(t == 1, high, low)
+        model = LogisticRegression(C=1e9, tol=1e-10, max_iter=1000).fit(
+            np.concatenate([s, s])[:, None], np.repeat([1, 0], len(s)), np.concatenate([weight, 1 - weight])
+        )
+        own = y[fold == k, 0].numpy()
+        p = model.predict_proba(scores[fold == k].numpy())[:, 1]
+        rate = (ones + 1) / (len(t) + 2)
+        bits += (np.log2(np.where(own == 1, p, 1 - p)) - np.log2(np.where(own == 1, rate, 1 - rate))).sum()
+    assert information_bits(scores, y, fold, 2).item() == pytest.approx(bits / 200, abs=1e-6)
 
 
 def test_bounds_of_balanced_accuracy_hold():

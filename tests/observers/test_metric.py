@@ -130,6 +130,31 @@ def test_undefined_attributes_are_named_and_never_perfect():
     assert result.histogram().numel() == 0
 
 
+def test_attributes_without_a_score_do_not_change_the_others():
+    """Between constant, missing and too rare ones, each attribute is as it is without them."""
+    x, y, labels = batch()
+    useless = torch.zeros(240, 4, dtype=torch.float64)
+    useless[:, 1], useless[:, 2], useless[17, 3] = 1, math.nan, 1
+    mixed = torch.stack([useless[:, 0], y[:, 0], *useless[:, 1:3].T, y[:, 1], useless[:, 3]], 1)
+    # The rare one is kept, because folds are stratified by it.
+    found, alone = (read_attributes(x, values, labels) for values in (mixed, mixed[:, [1, 4, 5]]))
+    for name in ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity", "weights"):
+        assert getattr(found, name)[[0, 2, 3, 5]].isnan().all(), name
+    for name in ("pattern", "effect", "stable"):
+        assert (getattr(found, name)[[0, 2, 3, 5]] == 0).all(), name
+    for name in ("balanced_accuracy", "mcc", "auroc", "information_bits", "control", "weights", "pattern", "effect"):
+        torch.testing.assert_close(getattr(found, name)[[1, 4]], getattr(alone, name)[:2], rtol=0, atol=1e-10)
+    for name in ("mcc", "p"):
+        ours, theirs = getattr(found.denotation, name)[:, [1, 4, 6]], getattr(alone.denotation, name)[:, [0, 1, 3]]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_thousand_classes_with_a_sample_each_are_one_note():
+    result = read_attributes(torch.randn(512, 16, generator=torch.Generator().manual_seed(0)), 2 * torch.arange(512))
+    assert result.scalars().keys() <= {"num_denoting_units"} and len(result.names) == 1023
+    assert list(result.notes()) == ["undefined"] and len(result.notes()["undefined"]) < 600
+
+
 def test_samples_that_are_not_finite_are_counted_and_left_out():
     x, y = halfspaces(200, 6, 2)
     spoiled = x.clone()
