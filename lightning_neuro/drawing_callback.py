@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 
 from lightning_neuro import loggers
 from lightning_neuro.figure_schedule import draws_in_between, progress_of
+from lightning_neuro.ranks import of_rank_zero
 from lightning_neuro.scheduled_callback import ScheduledCallback
 from lightning_neuro.session import session_of
 
@@ -44,8 +45,10 @@ class DrawingCallback(ScheduledCallback, Generic[R]):
         """Draw the result of an evaluation, or leave it for later."""
         self.figure_step = loggers.logging_step(trainer)
         progress = progress_of(trainer)
-        self._left_for_later = self.figures == "auto" and not self._is_due(trainer, progress)
-        if not self._left_for_later and self.figures != "never":
+        # Each rank has a clock of its own, and drawing may need the other ranks.
+        due = of_rank_zero(trainer, self.figures != "auto" or self._is_due(trainer, progress))
+        self._left_for_later = not due
+        if due and self.figures != "never":
             self._draw(trainer, progress)
 
     def end_training(self, trainer: "pl.Trainer") -> None:

@@ -25,12 +25,12 @@ class ProbeBatch:
         batch: The whole batch, as the model's steps receive it.
         num_samples: N.
         num_classes: Largest class label in the whole probe set, over all ranks, plus one; 0 without class labels.
-        classes: (K,) int64, sorted: the classes of which measures speak if they are only some; None: all. Other labels
-            are -1 in `targets`.
         labels: The targets in all their forms: classes, attributes, labels per position.
         rows: Layer name -> which samples and positions the rows of its activations belong to.
         sample_index: In the batch that `at` returns: (R,) int64, the sample of each row of the layer's activations;
             None if there is one row for each sample, in order.
+        classes: (K,) int64, sorted: the classes of which measures speak if they are only some; None: all. Other labels
+            are -1 in `targets`.
     """
 
     activations: dict[str, Tensor]
@@ -39,10 +39,10 @@ class ProbeBatch:
     batch: Any
     num_samples: int
     num_classes: int
-    classes: Tensor | None = None
     labels: Targets = Targets()  # noqa: RUF009 - immutable
     rows: Mapping[str, UnitRows] = field(default_factory=dict)
     sample_index: Tensor | None = None
+    classes: Tensor | None = None
 
     @property
     def numbered_targets(self) -> Tensor | None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
-from pytorch_lightning.utilities import CombinedLoader
 
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.probe import Probe
@@ -41,7 +40,12 @@ def _validation_loop(trainer: "pl.Trainer") -> Any:
 
 def _is_combined(loaders: Any) -> bool:
     """Whether each batch is made of those of several loaders, so that no single loader can give it."""
-    return isinstance(loaders, CombinedLoader) and loaders._mode != "sequential"
+    return _is_several(loaders) and loaders._mode != "sequential"
+
+
+def _is_several(loaders: Any) -> bool:
+    """Whether this is a `CombinedLoader`, of either of Lightning's namespaces."""
+    return hasattr(loaders, "flattened") and hasattr(loaders, "_mode")
 
 
 def find_source(trainer: "pl.Trainer", probe: Probe, *, quiet: bool = False) -> Any:
@@ -70,7 +74,7 @@ def find_source(trainer: "pl.Trainer", probe: Probe, *, quiet: bool = False) -> 
 
 def _first(loaders: Any) -> Any:
     """The first of one or several loaders; None without any."""
-    if isinstance(loaders, CombinedLoader):
+    if _is_several(loaders):
         loaders = loaders.flattened
     while isinstance(loaders, (list, tuple, dict)) and len(loaders) > 0:
         loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
@@ -82,6 +86,6 @@ def several_loaders(trainer: "pl.Trainer") -> int:
     loaders = _validation_loop(trainer)._combined_loader
     if _is_combined(loaders):
         return 1
-    if isinstance(loaders, CombinedLoader):
+    if _is_several(loaders):
         return len(loaders.flattened)
     return len(loaders) if isinstance(loaders, (list, tuple, dict)) else int(loaders is not None)

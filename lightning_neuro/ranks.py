@@ -29,6 +29,11 @@ def on_any_rank(trainer: "pl.Trainer", condition: bool) -> bool:
     return condition if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(condition, all=False)
 
 
+def of_rank_zero(trainer: "pl.Trainer", condition: bool) -> bool:
+    """Whether a condition holds on rank 0, for what depends on a clock."""
+    return on_any_rank(trainer, condition and trainer.global_rank == 0)
+
+
 def raise_on_all_ranks(trainer: "pl.Trainer", error: Exception | None) -> None:
     """Raise on every rank if there is an error on at least one of them.
 

@@ -114,7 +114,7 @@ class Named(Module):
 @pytest.mark.parametrize("given", ["unicode_Ünïcödé_中文", "a.b-c", "x..y"])
 def test_a_name_stays_in_the_log_directory(make: Make, given: str, tmp_path: Path) -> None:
     logs = tmp_path / "deep" / "logs"
-    callback = make(Probe(), name=given)
+    callback = make(Probe(), name=given, log_scalars="*")
     loggers = [TensorBoardLogger(logs, name="tb"), CSVLogger(logs, name="csv")]
     save = ModelCheckpoint(logs / "checkpoints")
     fit(Named(), callback, save, logger=loggers, enable_checkpointing=True)

@@ -153,7 +153,7 @@ def test_resumed_with_other_layers_there_are_keys_of_these_alone(make: Make, tmp
     first, second = HIDDEN
     probe = {"every_n_epochs": 3}
     train(make(Probe(first, **probe)), ModelCheckpoint(tmp_path, filename="last"), max_epochs=1)
-    resumed = make(Probe(second, **probe))
+    resumed = make(Probe(second, **probe), log_scalars="*")
     logger = train(resumed, max_epochs=2, enable_checkpointing=False, ckpt_path=tmp_path / "last.ckpt")
     keys = {key.split("/")[-1] for key in own(logger, resumed)} & set(HIDDEN)
     assert keys == {key.split("/")[-1] for key in resumed.scalars} & set(HIDDEN) <= {second}

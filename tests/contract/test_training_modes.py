@@ -84,7 +84,7 @@ def test_bf16_true_is_near_the_same_weights_in_full_precision(make: Make) -> Non
 @pytest.mark.parametrize(("options", "steps"), [({}, [0, 1, 3, 5, 7]), ({"accumulate_grad_batches": 2}, [0, 1, 3])])
 def test_every_n_steps_counts_optimiser_steps(make: Make, options: dict[str, Any], steps: list[int]) -> None:
     logger = MemoryLogger()
-    callback = make(listed_probe(every_n_steps=2))
+    callback = make(listed_probe(every_n_steps=2), log_scalars="*")
     fit(mlp(), callback, logger=logger, **options)
     for key in callback.initial:
         assert [step for step, _ in logger.curves[key]] == steps
@@ -92,7 +92,7 @@ def test_every_n_steps_counts_optimiser_steps(make: Make, options: dict[str, Any
 
 def test_manual_optimisation_counts_the_steps_of_both_optimizers(make: Make) -> None:
     logger = MemoryLogger()
-    callback = make(listed_probe(every_n_steps=4))
+    callback = make(listed_probe(every_n_steps=4), log_scalars="*")
     trainer = fit(Manual(), callback, logger=logger)
     assert trainer.global_step == 16
     assert all(len(logger.curves[key]) == 1 + 4 for key in callback.initial)
@@ -100,7 +100,7 @@ def test_manual_optimisation_counts_the_steps_of_both_optimizers(make: Make) -> 
 
 @over_activations
 def test_validate_alone(make: Make) -> None:
-    module, fitted, alone = mlp(), make(listed_probe()), make(listed_probe())
+    module, fitted, alone = mlp(), make(listed_probe()), make(listed_probe(), log_scalars="*")
     trainer = fit(module, fitted, train=loader())
     logger = MemoryLogger()
     validating = type(trainer)(

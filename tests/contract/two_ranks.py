@@ -62,7 +62,7 @@ def facts(callback: MetricCallback, module: Any, trainer: pl.Trainer) -> Fact:
 
 def trained(make: Make, directory: Path) -> Fact:
     """Monitors listed before ours, an uneven sample set (31), a logger on rank 0."""
-    module, callback, logger = mlp(), make(), MemoryLogger()
+    module, callback, logger = mlp(), make(log_scalars="*"), MemoryLogger()
     measures = {"communities": "modularity", "entropy": "dead_share", "observers": "balanced_accuracy"}
     measures |= {"refinement": "norm", "topology": "h0_total", "paths": "auroc", "dimension": "dimension"}
     monitor = f"{callback.name}/{measures.get(callback.name, 'value')}"
