@@ -9,18 +9,15 @@ counted: the ratio is that of the loops themselves. The bound is 1.01.
 """
 
 import argparse
-import itertools
 import logging
-import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from busy import busy_cores
 from data import load_images
 from networks import Classifier, resnet18, small_cnn
 from torch.utils.data import DataLoader, Subset
@@ -58,26 +55,6 @@ class EverySecond(NeuronCommunities):
     def is_due(self, event: Any) -> bool:
         """Whether this loop is one with hooks."""
         return event.epoch % 2 == 1 if event.kind == "validation" else super().is_due(event)
-
-
-@contextmanager
-def busy_cores(busy: bool) -> Iterator[None]:
-    """Keep all cores busy with other processes inside the block."""
-    processes = [
-        multiprocessing.Process(target=_spin, daemon=True) for _ in range(torch.get_num_threads() if busy else 0)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.terminate()
-
-
-def _spin() -> None:
-    for _ in itertools.count():
-        pass
 
 
 def measure(network: str, samples: int, rounds: int, device: str) -> list[float]:
