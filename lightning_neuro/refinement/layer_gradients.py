@@ -127,38 +127,55 @@ def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, source
         >>> source_gradients(layer, inputs, gradients, Sources(torch.tensor([0, 1]), 2))["weight"].tolist()
         [[[1.0, 2.0]], [[3.0, 4.0]]]
     """
+    dtype = torch.promote_types(gradients.dtype, torch.float32)
+    sums = {
+        name: torch.zeros(sources.num, *parameter.shape, dtype=dtype, device=gradients.device)
+        for name, parameter in parameters_of(module).items()
+    }
+    add_source_gradients(module, inputs, gradients, sources, sums)
+    return sums
+
+
+def add_source_gradients(
+    module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources, sums: Mapping[str, Tensor]
+) -> None:
+    """Add the gradients by source to earlier sums, in place; the arguments are those of `source_gradients`.
+
+    Args:
+        module: The layer.
+        inputs: Its input.
+        gradients: Gradient of the loss with respect to its output.
+        sources: The sources of the samples.
+        sums: `"weight"` and `"bias"`, as `source_gradients` returns them.
+    """
     # As under autocast: the layer multiplied in the lower precision, so its gradient consists of the rounded values.
     inputs = inputs.to(gradients.dtype)
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     inputs, gradients = inputs.to(dtype), gradients.to(dtype)
-    split: dict[str, Tensor] = {}
     if is_linear(module):
         inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients))
-        weight = _linear_weight(inputs, gradients, sources)
-        split["weight"] = weight.mT if is_transposed_linear(module) else weight
+        weight = sums["weight"].mT if is_transposed_linear(module) else sums["weight"]
+        _add_linear_weight(weight, inputs, gradients, sources)
         per_sample = gradients.sum(1)
     else:
         assert isinstance(module, CONVOLUTIONS)
-        split["weight"] = gradients.new_zeros(sources.num, *module.weight.shape)
         for source, members in sources.members.items():
-            split["weight"][source] = _conv_weight(module, inputs[members], gradients[members])
+            sums["weight"][source] += _conv_weight(module, inputs[members], gradients[members])
         per_sample = gradients.flatten(2).sum(2)
     if module.bias is not None:
-        split["bias"] = per_sample.new_zeros(sources.num, per_sample.shape[1]).index_add_(0, sources.rows, per_sample)
-    return split
+        sums["bias"].index_add_(0, sources.rows, per_sample.to(sums["bias"].dtype))
 
 
-def _linear_weight(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
-    """(B, positions, in) inputs and (B, positions, out) gradients -> (sources, out, in)."""
+def _add_linear_weight(sums: Tensor, inputs: Tensor, gradients: Tensor, sources: Sources) -> None:
+    """Add (B, positions, in) inputs times (B, positions, out) gradients by source to (sources, out, in)."""
     num_in, num_out = inputs.shape[-1], gradients.shape[-1]
     if sources.num * num_in * gradients.numel() <= ONE_PRODUCT:
-        chosen = F.one_hot(sources.rows, sources.num).to(inputs.dtype)
+        chosen = sources.one_hot.to(inputs.dtype)
         spread = torch.einsum("bk,bpo->bpko", chosen, gradients)
-        return (spread.reshape(-1, sources.num * num_out).T @ inputs.reshape(-1, num_in)).view(-1, num_out, num_in)
-    split = inputs.new_zeros(sources.num, num_out, num_in)
+        sums += (spread.reshape(-1, sources.num * num_out).T @ inputs.reshape(-1, num_in)).view(-1, num_out, num_in)
+        return
     for source, members in sources.members.items():
-        split[source] = gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
-    return split
+        sums[source] += gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
 
 
 def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:

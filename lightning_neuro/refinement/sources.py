@@ -33,6 +33,11 @@ class Sources:
         return ones.new_zeros(self.num).index_add_(0, self.rows, ones)
 
     @cached_property
+    def one_hot(self) -> Tensor:
+        """(B, num) bool: whether a sample is of a source. Unlike the function of torch, it reads nothing on the host."""
+        return self.rows[:, None] == torch.arange(self.num, device=self.rows.device)
+
+    @cached_property
     def members(self) -> dict[int, Tensor]:
         """Source -> positions of its samples in the batch. Reads the labels on the host."""
         order = torch.argsort(self.rows, stable=True)
