@@ -7,6 +7,7 @@ Processor seconds of one process. "All" includes the pass over the probe set; th
 """
 
 import argparse
+import itertools
 import logging
 import time
 import warnings
@@ -30,7 +31,7 @@ class Mlp(pl.LightningModule):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         sizes = [INPUTS, width, width, width]
-        hidden = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+        hidden = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
         self.net = nn.Sequential(*hidden, nn.Linear(width, classes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

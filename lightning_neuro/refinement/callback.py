@@ -60,8 +60,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
             comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
             "other". Default: the sources are the classes.
-        num_sources: Number of sources, at most 100; default: the number of classes in the probe set. Of more than 100
-            classes, the first 99 are followed, and all others count as "other".
+        num_sources: Number of sources, at most 100. If the sources are the classes, the most frequent ones are
+            followed, and all others count as "other". Default: all classes, or the 32 most frequent ones, or as many as
+            fit into `memory_limit`.
         track_samples: Whether to track how much each training sample refined the layers, r_i = learning rate x
             |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
             `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled
@@ -275,7 +276,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         """The `RefinementSummary` of one layer."""
         metric = self.layer_metrics.get(layer)
         if not isinstance(metric, RefinementSummary) or metric.ledger is not self.ledger[layer]:
-            metric = RefinementSummary(self.ledger[layer], own=self.needs_labels)
+            some = self.run is not None and self.run.classes.are_some
+            metric = RefinementSummary(self.ledger[layer], own=self.needs_labels, are_some=some)
             self.layer_metrics[layer] = metric
         return metric.to(device)
 
@@ -309,7 +311,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     def draw(self, results: Mapping[str, Divided]) -> dict[str, "Figure"]:
         """Draw which classes of training samples shaped the output for which classes, and when."""
         divided = {layer: result for layer, result in results.items() if isinstance(result, RefinementResult)}
-        return {"sources": plot_refinement(divided, self.class_names)} if divided else {}
+        # If only some classes are followed, the results know their names.
+        given = None if self.run is None or self.run.classes.labels is not None else self.class_names
+        return {"sources": plot_refinement(divided, given)} if divided else {}
 
     def log_extra(self, trainer: "pl.Trainer", results: Mapping[str, Divided]) -> None:
         """Draw samples of the probe set next to the training samples that moved them most."""

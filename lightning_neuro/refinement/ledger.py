@@ -106,8 +106,8 @@ class RefinementLedger:
     def num_bytes(self) -> int:
         """Memory in training: parts, running means, what steps and evaluations need, and phases (on the CPU)."""
         numel = sum(parts[0].numel() for parts in self._parts.values())
-        rows, size = self.num_sources + 2, next(iter(self._parts.values())).element_size()
-        return bytes_of_ledger(numel, rows, self.num_phases, size)
+        size = next(iter(self._parts.values())).element_size()
+        return bytes_of_ledger(numel, self.num_sources, self.num_phases, size)
 
     @property
     def untraced_share(self) -> float:
@@ -381,15 +381,16 @@ class RefinementLedger:
         self._counts = self._counts.to(device)
 
 
-def bytes_of_ledger(numel: int, rows: int, num_phases: int, size: int = 8) -> int:
+def bytes_of_ledger(numel: int, num_sources: int, num_phases: int, size: int = 8) -> int:
     """Memory of a ledger in training: parts, running means, what a step or an evaluation needs, and snapshots.
 
     Args:
         numel: Number of weights of the layer, with its bias.
-        rows: Number of parts: the sources, "other", and the initial weights.
+        num_sources: Number of sources, without "other".
         num_phases: Number of phases of training.
         size: Bytes of one number of a part.
     """
+    rows = num_sources + 2  # with "other" and the initial weights
     kept, step, evaluation = 2 * rows, 4 * rows, 2 * (rows - 1)
     return numel * ((kept + step + evaluation) * size + (num_phases - 1) * (rows - 1) * 4)
 

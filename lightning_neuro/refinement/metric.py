@@ -33,6 +33,7 @@ class RefinementSummary(ResultMetric):
     Args:
         ledger: The ledger of the layer.
         own: Whether the sources are the classes.
+        are_some: Whether there are further classes, which count as "other".
         kwargs: Further options of `torchmetrics.Metric`.
 
     Raises:
@@ -64,10 +65,13 @@ class RefinementSummary(ResultMetric):
     bias: Tensor
     num_samples: Tensor
 
-    def __init__(self, ledger: RefinementLedger | None = None, *, own: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, ledger: RefinementLedger | None = None, *, own: bool = True, are_some: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.ledger = ledger
         self.own = own
+        self.are_some = are_some
         parts = {} if ledger is None else ledger.weights()
         dtype = ledger_dtype(next(iter(parts.values())).device) if parts else torch.float64
         zero = torch.zeros((), dtype=dtype)
@@ -160,6 +164,7 @@ class RefinementSummary(ResultMetric):
             names=ledger.names,
             inexact=ledger.inexact,
             own=self.own,
+            are_some=self.are_some,
         )
 
     def _error(self) -> float:

@@ -68,6 +68,11 @@ class RunOptions:
         return parse_bytes("memory_limit", self.memory_limit)
 
     @property
+    def num_phases(self) -> int:
+        """Number of phases of training; fewer if the length of the training is not known."""
+        return self.phases if isinstance(self.phases, int) else len(self.phases) + 1
+
+    @property
     def are_defaults(self) -> bool:
         """Whether no option is given that a run may not be able to meet; `track_samples` and `phases` always can."""
         given = (self.layers, self.source_fn, self.num_sources, self.influence_every_n_steps)
