@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import stats
 from lightning_neuro.refinement import InfluenceTable, SampleTable, UpdateLogWriter, load_update_log
-from lightning_neuro.refinement.convolution_norms import Form, padded, possible_forms
+from lightning_neuro.refinement.convolution_norms import Form, possible_forms
+from lightning_neuro.refinement.patches import padded
 from lightning_neuro.refinement.position_sums import chunks
 from lightning_neuro.refinement.sample_norms import gradient_norms
 from lightning_neuro.refinement.training_steps import StepListener, TrainBatch

@@ -67,6 +67,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
             `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled
             samples.
+        sample_every_n_steps: Track samples in one of every n optimizer steps, drawn at random, for a lower cost. The
+            sums are then estimated from the visits of each sample in these steps; `recorded` is their number.
         sample_id_fn: Where a batch holds the id of each sample, its index in the training dataset: a key, an index, or
             a function of the batch; see `lightning_neuro.refinement.Indexed`. Default: the ids are found in the data
             loader, which works for map-style datasets under any sampler and number of workers.
@@ -152,6 +154,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         source_fn: BatchField | None = None,
         num_sources: int | None = None,
         track_samples: bool | str | Sequence[str] = True,
+        sample_every_n_steps: int = 1,
         sample_id_fn: BatchField | None = None,
         influence_every_n_steps: int | None = None,
         update_log: bool | str | Path = False,
@@ -168,6 +171,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             source_fn=source_fn,
             num_sources=num_sources,
             track_samples=track_samples,
+            sample_every_n_steps=sample_every_n_steps,
             sample_id_fn=sample_id_fn,
             influence_every_n_steps=influence_every_n_steps,
             update_log=update_log,
@@ -191,8 +195,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     def sample_table(self) -> Arrays:
         """The table of the training samples, over all ranks at the last evaluation: 1-D arrays of the same length.
 
-        `sample_id`, `target` (-1 where unknown), `visits`, and `refinement/<layer>` for each layer; empty if the
-        samples have no ids.
+        `sample_id`, `target` (-1 where unknown), `visits`, `recorded` (how many of them were tracked; all, unless
+        `sample_every_n_steps` is given), and `refinement/<layer>` for each layer; empty if the samples have no ids.
         """
         return {} if self._whole_table is None else self._whole_table.arrays()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_neuro.refinement import toom_cook
-from lightning_neuro.refinement.layer_gradients import Convolution
+from lightning_neuro.refinement.patches import Convolution, padded, patches_of
 from lightning_neuro.refinement.position_sums import (
     chunks,
     gram,
@@ -98,40 +98,6 @@ def possible_forms(module: Convolution, inputs: Tensor, gradients: Tensor) -> li
         moved = 2 * (toom_cook.PRODUCTS * area * (channels + out) + kept // groups)
         forms.append(Form(_by_rows, groups * kept * area, groups * moved))
     return forms
-
-
-def padded(module: Convolution, inputs: Tensor) -> Tensor:
-    """The input of a convolution with its padding."""
-    if not any(module._reversed_padding_repeated_twice):
-        return inputs
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-
-
-def patches_of(module: Convolution, inputs: Tensor) -> Tensor:
-    """The patches of the padded input under the kernel of a convolution, one for each position of the output.
-
-    Args:
-        module: The convolution.
-        inputs: (N, channels, ...), padded.
-
-    Returns:
-        (N, channels x kernel, positions). The output of the layer is its weight, flattened to (out, channels x kernel),
-        times the patches (group by group).
-
-    Example:
-        >>> import torch
-        >>> from lightning_neuro.refinement.convolution_norms import patches_of
-        >>> patches_of(torch.nn.Conv1d(1, 1, 2, stride=2), torch.arange(4.0).reshape(1, 1, 4)).tolist()
-        [[[0.0, 2.0], [1.0, 3.0]]]
-    """
-    patches, dims = inputs, len(module.kernel_size)
-    for dim, (kernel, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-    ):
-        patches = patches.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    return patches.permute(order).flatten(1 + dims + 1).flatten(1, 1 + dims)
 
 
 def _by_patches(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_neuro.refinement.patches import CONVOLUTIONS, Convolution, padded, patches_of
+from lightning_neuro.refinement.position_sums import chunks
 from lightning_neuro.refinement.sources import Sources
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Operator = nn.Linear | Convolution
 
 # Up to this many multiplications the gradient of a linear layer is split by one matrix product over all sources. It
@@ -152,30 +152,64 @@ def add_source_gradients(
     inputs = inputs.to(gradients.dtype)
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     inputs, gradients = inputs.to(dtype), gradients.to(dtype)
+    # On a GPU, the host would have to wait to read which samples are of a source.
+    reads = inputs.device.type == "cpu"
     if is_linear(module):
         inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients))
         weight = sums["weight"].mT if is_transposed_linear(module) else sums["weight"]
-        _add_linear_weight(weight, inputs, gradients, sources)
+        if sources.num * inputs.shape[2] * gradients.numel() <= ONE_PRODUCT:
+            weight += _in_one_product(inputs, gradients, sources)
+        elif reads:
+            for source, members in sources.members.items():
+                weight[source] += gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
+        else:
+            add_by_sample(weight, inputs, gradients, sources)
         per_sample = gradients.sum(1)
     else:
         assert isinstance(module, CONVOLUTIONS)
-        for source, members in sources.members.items():
-            sums["weight"][source] += _conv_weight(module, inputs[members], gradients[members])
+        if reads:
+            for source, members in sources.members.items():
+                sums["weight"][source] += _conv_weight(module, inputs[members], gradients[members])
+        else:
+            add_by_sample(sums["weight"], inputs, gradients, sources, module)
         per_sample = gradients.flatten(2).sum(2)
     if module.bias is not None:
         sums["bias"].index_add_(0, sources.rows, per_sample.to(sums["bias"].dtype))
 
 
-def _add_linear_weight(sums: Tensor, inputs: Tensor, gradients: Tensor, sources: Sources) -> None:
-    """Add (B, positions, in) inputs times (B, positions, out) gradients by source to (sources, out, in)."""
+def _in_one_product(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
+    """(B, positions, in) inputs and (B, positions, out) gradients -> (sources, out, in)."""
     num_in, num_out = inputs.shape[-1], gradients.shape[-1]
-    if sources.num * num_in * gradients.numel() <= ONE_PRODUCT:
-        chosen = sources.one_hot.to(inputs.dtype)
-        spread = torch.einsum("bk,bpo->bpko", chosen, gradients)
-        sums += (spread.reshape(-1, sources.num * num_out).T @ inputs.reshape(-1, num_in)).view(-1, num_out, num_in)
-        return
-    for source, members in sources.members.items():
-        sums[source] += gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
+    spread = torch.einsum("bk,bpo->bpko", sources.one_hot.to(inputs.dtype), gradients)
+    return (spread.reshape(-1, sources.num * num_out).T @ inputs.reshape(-1, num_in)).view(-1, num_out, num_in)
+
+
+def add_by_sample(
+    sums: Tensor, inputs: Tensor, gradients: Tensor, sources: Sources, convolution: Convolution | None = None
+) -> None:
+    """Add weight gradients by source, from that of each sample; the host reads nothing.
+
+    Args:
+        sums: (sources, *weight shape), changed in place.
+        inputs: (B, positions, in) for linear layers, (B, channels, ...) for a convolution.
+        gradients: Output gradients in the same layout.
+        sources: The sources of the samples.
+        convolution: The convolution; None for a linear layer.
+    """
+    groups = 1 if convolution is None else convolution.groups
+    rows, shape = sources.rows, sums.shape[1:]
+    elements = shape.numel()
+    if convolution is not None:
+        elements += shape[1:].numel() * groups * gradients.shape[2:].numel()
+    for a, d in chunks(inputs, gradients, elements):
+        mine, rows = rows[: len(a)], rows[len(a) :]
+        if convolution is None:
+            product = torch.bmm(d.mT, a)
+        else:
+            patches = patches_of(convolution, padded(convolution, a))
+            patches, d = (part.reshape(len(a) * groups, -1, patches.shape[2]) for part in (patches, d))
+            product = torch.bmm(d, patches.mT)
+        sums.index_add_(0, mine, product.reshape(len(a), *shape).to(sums.dtype))
 
 
 def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:

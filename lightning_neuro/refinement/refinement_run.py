@@ -22,7 +22,7 @@ from lightning_neuro.refinement.options import RunOptions, check_memory, parse_b
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.result import RefinementExplanation
 from lightning_neuro.refinement.sample_dims import SampleDims
-from lightning_neuro.refinement.sample_tracking import SampleTracking
+from lightning_neuro.refinement.sample_tracking import SampleTracking, is_recorded
 from lightning_neuro.refinement.sources import Sources, check_num_sources, source_rows
 from lightning_neuro.refinement.traced_layers import require_linear
 from lightning_neuro.refinement.training_steps import StepListener, TrainBatch, TrainingSteps
@@ -99,6 +99,7 @@ class RefinementRun:
         self.name = name
         self.classes = classes
         self.source_fn = options.source_fn
+        self._sample_every = options.sample_every_n_steps
         self._ids = attachment.ids
         self.sample_dims = sample_dims
         layers = {layer: attachment.hooks.layers[layer][0] for layer in attachment.traced}
@@ -232,7 +233,8 @@ class RefinementRun:
         ids = None if self._ids is None else self._ids.of_batch(batch)
         ids = None if ids is None else ids.to(device, non_blocking=True)
         targets = None if targets is None else targets.to(device, non_blocking=True)
-        self._steps.begin(TrainBatch(ids, targets), Sources(rows, self.classes.num + 1))
+        recorded = is_recorded(self.num_steps, self._sample_every)
+        self._steps.begin(TrainBatch(ids, targets, recorded), Sources(rows, self.classes.num + 1))
 
     def end_batch(self, global_step: int) -> None:
         """Finish the training micro-batch, and end the phase if this was its last step.

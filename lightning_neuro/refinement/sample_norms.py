@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_neuro.checks import ArgumentError, describe, require
 from lightning_neuro.refinement.convolution_norms import convolution_squares
-from lightning_neuro.refinement.layer_gradients import CONVOLUTIONS, is_linear, is_transposed_linear
+from lightning_neuro.refinement.layer_gradients import is_linear, is_transposed_linear
+from lightning_neuro.refinement.patches import CONVOLUTIONS
 from lightning_neuro.refinement.position_sums import chunks, num_elements, square, square_of_sum, wide
 
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_neuro.refinement import position_sums as norms
-from lightning_neuro.refinement.convolution_norms import padded, patches_of, possible_forms
+from lightning_neuro.refinement.convolution_norms import possible_forms
+from lightning_neuro.refinement.patches import padded, patches_of
 from lightning_neuro.refinement.sample_norms import gradient_norms
 
 LAYERS = {
