@@ -22,6 +22,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import stats
 from lightning_neuro.refinement import InfluenceTable, SampleTable, UpdateLogWriter, load_update_log
-from lightning_neuro.refinement import sample_norms as norms
+from lightning_neuro.refinement.convolution_norms import Form, possible_forms
+from lightning_neuro.refinement.patches import padded
+from lightning_neuro.refinement.position_sums import chunks
+from lightning_neuro.refinement.sample_norms import gradient_norms
 from lightning_neuro.refinement.training_steps import StepListener, TrainBatch
 
 RATE, FLIPPED, INPUTS, TOP = 0.05, 0.1, 50, 10
@@ -223,31 +227,29 @@ LAYERS = {  # as in ResNet-18 at 32 x 32, in a small CNN, and in a transformer
 def norms_of_layers(samples: int = 32, repeats: int = 10) -> None:
     """Part 3."""
     print(f"\nper-sample norms over the layer's weight gradient, batch {samples}, {torch.get_num_threads()} threads")
-    print(f"  {'layer':<36}{'ours':>8}{'Gram':>8}{'material.':>10}{'vmap(grad)':>12}")
-    cheaper = norms._gram_is_cheaper
+    print(f"  {'layer':<36}{'ours':>8}{'vmap(grad)':>12}   the forms of a convolution")
     for name, (module, shape) in LAYERS.items():
         x = torch.randn(samples, *shape)
         output = module(x)
         d = torch.randn_like(output)
+        ways: dict[str, Callable[[], object]] = {
+            "weight": partial(torch.autograd.grad, output, module.weight, d, retain_graph=True),
+            "ours": partial(gradient_norms, module, x, d),
+            "vmap": partial(vmap_norms, module, x, d),
+        }
+        if isinstance(module, nn.Conv2d):
+            for form in possible_forms(module, x, d):
+                ways[form.squares.__name__.removeprefix("_by_")] = partial(in_chunks, form, module, x, d)
+        times = torch.tensor([[timed(way) for way in ways.values()] for _ in range(repeats + 1)][1:]).min(0).values
+        _, ours, vmap, *forms = (times / times[0]).tolist()
+        in_words = ", ".join(f"{form} {ratio:.2f}" for form, ratio in zip(list(ways)[3:], forms, strict=True))
+        print(f"  {name:<36}{ours:>8.2f}{vmap:>12.2f}   {in_words}")
 
-        def weight_gradient(output: Tensor = output, d: Tensor = d, module: nn.Module = module) -> None:
-            torch.autograd.grad(output, module.weight, d, retain_graph=True)
 
-        def ours(form: bool | None, module: nn.Module = module, x: Tensor = x, d: Tensor = d) -> None:
-            norms._gram_is_cheaper = cheaper if form is None else lambda *_: form
-            norms.gradient_norms(module, x, d)
-
-        ways = [
-            weight_gradient,
-            lambda: ours(None),
-            lambda: ours(True),
-            lambda: ours(False),
-            lambda module=module, x=x, d=d: vmap_norms(module, x, d),
-        ]
-        times = torch.tensor([[timed(way) for way in ways] for _ in range(repeats + 1)][1:]).min(0).values
-        ratios = (times[1:] / times[0]).tolist()
-        print(f"  {name:<36}{ratios[0]:>8.2f}{ratios[1]:>8.2f}{ratios[2]:>10.2f}{ratios[3]:>12.2f}")
-    norms._gram_is_cheaper = cheaper
+def in_chunks(form: Form, module: nn.Conv2d, x: Tensor, d: Tensor) -> None:
+    """The norms by one form."""
+    for inputs, gradients in chunks(x, d, form.elements):
+        form.squares(module, padded(module, inputs), gradients)
 
 
 def vmap_norms(module: nn.Module, x: Tensor, d: Tensor) -> Tensor:

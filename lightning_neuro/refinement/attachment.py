@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import pytorch_lightning as pl
 
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
+from lightning_neuro.refinement.ledger import bytes_of_ledger
 from lightning_neuro.refinement.options import RunOptions
 from lightning_neuro.refinement.sample_ids import SampleIds
 from lightning_neuro.refinement.traced_layers import find_layers, require_linear
@@ -50,7 +52,9 @@ def attach(
     Raises:
         ArgumentError: If a layer cannot be traced, or an option needs a linear layer.
     """
-    layers = find_layers(pl_module, options.layers, "layers", order=order)
+    # A head of many classes may be too large; a limit that the user has set is not evaded by taking another layer.
+    most = options.memory_bytes / bytes_of_ledger(1, 1, options.num_phases) if options.are_defaults else inf
+    layers = find_layers(pl_module, options.layers, "layers", order=order, max_weights=most)
     traced = tuple(layers)
     if not isinstance(options.track_samples, bool):
         layers |= find_layers(pl_module, options.track_samples, "track_samples")

@@ -49,6 +49,7 @@ class BackwardPasses:
         self._counts = counts
         self._held: dict[int, dict[str, LayerPass]] = {}
         self._watched: dict[tuple[str, nn.Parameter], RemovableHandle] = {}
+        self._states: dict[int, tuple[int, int]] = {}
 
     def watch(self, layer: str, module: Operator) -> None:
         """Notice when a backward pass adds to the gradients of a layer; may be called any number of times."""
@@ -72,7 +73,7 @@ class BackwardPasses:
             Variable._execution_engine.queue_callback(partial(self._pass_ended, number))
         passes = self._held[number]
         if layer not in passes:
-            after_reset = may_follow_reset and all(_is_zero(p.grad) for p in parameters_of(call.module).values())
+            after_reset = may_follow_reset and all(map(self._was_reset, parameters_of(call.module).values()))
             passes[layer] = LayerPass(after_reset)
         passes[layer].calls.append(call)
 
@@ -85,18 +86,31 @@ class BackwardPasses:
         for handle in self._watched.values():
             handle.remove()
         self._watched.clear()
+        self._states.clear()
         self.release()
 
     def _pass_ended(self, number: int) -> None:
         self._held.pop(number, None)
 
+    def _was_reset(self, parameter: nn.Parameter) -> bool:
+        """Whether a gradient is None or zero; reads it only if it was changed in place since the last pass added to it.
+
+        So the host does not wait for the device if gradients are accumulated.
+        """
+        gradient = parameter.grad
+        if gradient is None:
+            return True
+        return self._states.get(id(parameter)) != _state(gradient) and not bool(gradient.any())
+
     def _added(self, layer: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._states[id(parameter)] = _state(parameter.grad)
         # All calls of the layer come before: a pass adds to a parameter once, when the sum over its uses is complete.
         passes = self._held.get(torch._C._current_graph_task_id(), {})
         if (found := passes.pop(layer, None)) is not None:
             self._counts(layer, found)
 
 
-def _is_zero(gradient: Tensor | None) -> bool:
-    """Whether a gradient was reset; waits for the device only if the gradient is accumulated or zeroed in place."""
-    return gradient is None or not bool(gradient.any())
+def _state(gradient: Tensor) -> tuple[int, int]:
+    """Changes with every operation in place, and if another tensor takes its place."""
+    return gradient.data_ptr(), gradient._version

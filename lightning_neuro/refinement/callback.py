@@ -61,12 +61,15 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
             comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
             "other". Default: the sources are the classes.
-        num_sources: Number of sources, at most 100; default: the number of classes in the probe set. Of more than 100
-            classes, the first 99 are followed, and all others count as "other".
+        num_sources: Number of sources, at most 100. If the sources are the classes, the most frequent ones are
+            followed, and all others count as "other". Default: all classes, or the 32 most frequent ones, or as many as
+            fit into `memory_limit`.
         track_samples: Whether to track how much each training sample refined the layers, r_i = learning rate x
             |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
             `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled
             samples.
+        sample_every_n_steps: Track samples in one of every n optimizer steps, drawn at random, for a lower cost. The
+            sums are then estimated from the visits of each sample in these steps; `recorded` is their number.
         sample_id_fn: Where a batch holds the id of each sample, its index in the training dataset: a key, an index, or
             a function of the batch; see `lightning_neuro.refinement.Indexed`. Default: the ids are found in the data
             loader, which works for map-style datasets under any sampler and number of workers.
@@ -156,6 +159,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         source_fn: BatchField | None = None,
         num_sources: int | None = None,
         track_samples: bool | str | Sequence[str] = True,
+        sample_every_n_steps: int = 1,
         sample_id_fn: BatchField | None = None,
         influence_every_n_steps: int | None = None,
         update_log: bool | str | Path = False,
@@ -174,6 +178,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             source_fn=source_fn,
             num_sources=num_sources,
             track_samples=track_samples,
+            sample_every_n_steps=sample_every_n_steps,
             sample_id_fn=sample_id_fn,
             influence_every_n_steps=influence_every_n_steps,
             update_log=update_log,
@@ -205,8 +210,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     def sample_table(self) -> Arrays:
         """The table of the training samples, over all ranks at the last evaluation: 1-D arrays of the same length.
 
-        `sample_id`, `target` (-1 where unknown), `visits`, and `refinement/<layer>` for each layer; empty if the
-        samples have no ids.
+        `sample_id`, `target` (-1 where unknown), `visits`, `recorded` (how many of them were tracked; all, unless
+        `sample_every_n_steps` is given), and `refinement/<layer>` for each layer; empty if the samples have no ids.
         """
         return {} if self._whole_table is None else self._whole_table.arrays()
 
@@ -290,7 +295,8 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         """The `RefinementSummary` of one layer."""
         metric = self.layer_metrics.get(layer)
         if not isinstance(metric, RefinementSummary) or metric.ledger is not self.ledger[layer]:
-            metric = RefinementSummary(self.ledger[layer], own=self.needs_labels)
+            some = self.run is not None and self.run.classes.are_some
+            metric = RefinementSummary(self.ledger[layer], own=self.needs_labels, are_some=some)
             self.layer_metrics[layer] = metric
         return metric.to(device)
 
@@ -324,7 +330,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     def draw(self, results: Mapping[str, Divided]) -> dict[str, "Figure"]:
         """Draw which classes of training samples shaped the output for which classes, and when."""
         divided = {layer: result for layer, result in results.items() if isinstance(result, RefinementResult)}
-        return {"sources": plot_refinement(divided, self.class_names)} if divided else {}
+        # If only some classes are followed, the results know their names.
+        given = None if self.run is None or self.run.classes.labels is not None else self.class_names
+        return {"sources": plot_refinement(divided, given)} if divided else {}
 
     def log_figures(self, trainer: "pl.Trainer") -> None:
         """Draw also samples of the probe set next to the training samples that moved them most."""

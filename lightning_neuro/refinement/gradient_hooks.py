@@ -1,6 +1,6 @@
 """Forward hooks on the traced layers: their inputs and output gradients in training, their outputs in an evaluation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,7 @@ class GradientHooks:
     Attributes:
         receiver: What backward passes are delivered to, once `deliver_to` has named it.
         tracing: Whether the calls of the layers are followed to their backward passes.
+        idle: Names of layers that are not followed now, although `tracing` is on.
         recorded: Layer -> (inputs, outputs) of each call in the latest forward pass, while recording is on.
     """
 
@@ -49,6 +50,7 @@ class GradientHooks:
         self.layers = dict(layers)
         self.receiver: Receiver | None = None
         self.tracing = False
+        self.idle: Collection[str] = ()
         self.recorded: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._pass_number: Callable[[], int | None] = _no_pass
         self._last_pass: int | None = None
@@ -103,7 +105,7 @@ class GradientHooks:
         """Record a call of a layer, or wait for the gradient of its output; called by the hooks."""
         if self.recording:
             self._record_call(layer, inputs, output)
-        elif self.tracing and output.requires_grad and any(p.requires_grad for p in parameters_of(module).values()):
+        elif self._follows(layer, module) and output.requires_grad:
             self._awaiting_gradient.add(layer)
             self._passes.watch(layer, module)
             inputs = inputs.detach()
@@ -117,6 +119,10 @@ class GradientHooks:
                     self._passes.hold(layer, call, may_follow_reset=layer in self._awaiting_gradient)
 
             output.register_hook(hold)  # type: ignore[no-untyped-call]
+
+    def _follows(self, layer: str, module: Operator) -> bool:
+        trained = any(parameter.requires_grad for parameter in parameters_of(module).values())
+        return self.tracing and layer not in self.idle and trained
 
     def _record_call(self, layer: str, inputs: Tensor, output: Tensor) -> None:
         if (number := self._pass_number()) != self._last_pass:

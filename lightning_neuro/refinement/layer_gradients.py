@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_neuro.refinement.patches import CONVOLUTIONS, Convolution, padded, patches_of
+from lightning_neuro.refinement.position_sums import chunks
 from lightning_neuro.refinement.sources import Sources
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Operator = nn.Linear | Convolution
 
 # Up to this many multiplications the gradient of a linear layer is split by one matrix product over all sources. It
@@ -127,38 +127,89 @@ def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, source
         >>> source_gradients(layer, inputs, gradients, Sources(torch.tensor([0, 1]), 2))["weight"].tolist()
         [[[1.0, 2.0]], [[3.0, 4.0]]]
     """
+    dtype = torch.promote_types(gradients.dtype, torch.float32)
+    sums = {
+        name: torch.zeros(sources.num, *parameter.shape, dtype=dtype, device=gradients.device)
+        for name, parameter in parameters_of(module).items()
+    }
+    add_source_gradients(module, inputs, gradients, sources, sums)
+    return sums
+
+
+def add_source_gradients(
+    module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources, sums: Mapping[str, Tensor]
+) -> None:
+    """Add the gradients by source to earlier sums, in place; the arguments are those of `source_gradients`.
+
+    Args:
+        module: The layer.
+        inputs: Its input.
+        gradients: Gradient of the loss with respect to its output.
+        sources: The sources of the samples.
+        sums: `"weight"` and `"bias"`, as `source_gradients` returns them.
+    """
     # As under autocast: the layer multiplied in the lower precision, so its gradient consists of the rounded values.
     inputs = inputs.to(gradients.dtype)
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     inputs, gradients = inputs.to(dtype), gradients.to(dtype)
-    split: dict[str, Tensor] = {}
+    # On a GPU, the host would have to wait to read which samples are of a source.
+    reads = inputs.device.type == "cpu"
     if is_linear(module):
         inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients))
-        weight = _linear_weight(inputs, gradients, sources)
-        split["weight"] = weight.mT if is_transposed_linear(module) else weight
+        weight = sums["weight"].mT if is_transposed_linear(module) else sums["weight"]
+        if sources.num * inputs.shape[2] * gradients.numel() <= ONE_PRODUCT:
+            weight += _in_one_product(inputs, gradients, sources)
+        elif reads:
+            for source, members in sources.members.items():
+                weight[source] += gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
+        else:
+            add_by_sample(weight, inputs, gradients, sources)
         per_sample = gradients.sum(1)
     else:
         assert isinstance(module, CONVOLUTIONS)
-        split["weight"] = gradients.new_zeros(sources.num, *module.weight.shape)
-        for source, members in sources.members.items():
-            split["weight"][source] = _conv_weight(module, inputs[members], gradients[members])
+        if reads:
+            for source, members in sources.members.items():
+                sums["weight"][source] += _conv_weight(module, inputs[members], gradients[members])
+        else:
+            add_by_sample(sums["weight"], inputs, gradients, sources, module)
         per_sample = gradients.flatten(2).sum(2)
     if module.bias is not None:
-        split["bias"] = per_sample.new_zeros(sources.num, per_sample.shape[1]).index_add_(0, sources.rows, per_sample)
-    return split
+        sums["bias"].index_add_(0, sources.rows, per_sample.to(sums["bias"].dtype))
 
 
-def _linear_weight(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
+def _in_one_product(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
     """(B, positions, in) inputs and (B, positions, out) gradients -> (sources, out, in)."""
     num_in, num_out = inputs.shape[-1], gradients.shape[-1]
-    if sources.num * num_in * gradients.numel() <= ONE_PRODUCT:
-        chosen = F.one_hot(sources.rows, sources.num).to(inputs.dtype)
-        spread = torch.einsum("bk,bpo->bpko", chosen, gradients)
-        return (spread.reshape(-1, sources.num * num_out).T @ inputs.reshape(-1, num_in)).view(-1, num_out, num_in)
-    split = inputs.new_zeros(sources.num, num_out, num_in)
-    for source, members in sources.members.items():
-        split[source] = gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
-    return split
+    spread = torch.einsum("bk,bpo->bpko", sources.one_hot.to(inputs.dtype), gradients)
+    return (spread.reshape(-1, sources.num * num_out).T @ inputs.reshape(-1, num_in)).view(-1, num_out, num_in)
+
+
+def add_by_sample(
+    sums: Tensor, inputs: Tensor, gradients: Tensor, sources: Sources, convolution: Convolution | None = None
+) -> None:
+    """Add weight gradients by source, from that of each sample; the host reads nothing.
+
+    Args:
+        sums: (sources, *weight shape), changed in place.
+        inputs: (B, positions, in) for linear layers, (B, channels, ...) for a convolution.
+        gradients: Output gradients in the same layout.
+        sources: The sources of the samples.
+        convolution: The convolution; None for a linear layer.
+    """
+    groups = 1 if convolution is None else convolution.groups
+    rows, shape = sources.rows, sums.shape[1:]
+    elements = shape.numel()
+    if convolution is not None:
+        elements += shape[1:].numel() * groups * gradients.shape[2:].numel()
+    for a, d in chunks(inputs, gradients, elements):
+        mine, rows = rows[: len(a)], rows[len(a) :]
+        if convolution is None:
+            product = torch.bmm(d.mT, a)
+        else:
+            patches = patches_of(convolution, padded(convolution, a))
+            patches, d = (part.reshape(len(a) * groups, -1, patches.shape[2]) for part in (patches, d))
+            product = torch.bmm(d, patches.mT)
+        sums.index_add_(0, mine, product.reshape(len(a), *shape).to(sums.dtype))
 
 
 def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:

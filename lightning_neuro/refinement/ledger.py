@@ -99,15 +99,15 @@ class RefinementLedger:
         self._rest = torch.zeros((), dtype=dtype, device=value.device)
         self._used = torch.zeros((), dtype=dtype, device=value.device)
         self._pending: Parts = {}
+        self._sums: tuple[Parts, Parts] | None = None
         self._counts = torch.zeros(num_sources + 1, dtype=dtype, device=value.device)
 
     @property
     def num_bytes(self) -> int:
         """Memory in training: parts, running means, what steps and evaluations need, and phases (on the CPU)."""
         numel = sum(parts[0].numel() for parts in self._parts.values())
-        rows, size = self.num_sources + 2, next(iter(self._parts.values())).element_size()
-        kept, step, evaluation = 2 * rows, 4 * rows, 2 * (rows - 1)
-        return numel * ((kept + step + evaluation) * size + (self.num_phases - 1) * (rows - 1) * 4)
+        size = next(iter(self._parts.values())).element_size()
+        return bytes_of_ledger(numel, self.num_sources, self.num_phases, size)
 
     @property
     def untraced_share(self) -> float:
@@ -177,6 +177,7 @@ class RefinementLedger:
         if not mine:
             return None
         self.inexact = self.inexact or why_inexact(optimizer)
+        self._sums = None
         pending, counts = self._pending_rows(mean_over_ranks)
         weight_scale: Tensor | None = None
         for name, parameter, group in mine:
@@ -191,7 +192,7 @@ class RefinementLedger:
             self._rest = self._rest + rest.square().sum()
             self._used = self._used + used.square().sum()
             # Make the rows add up to the used gradient: Adam amplifies rounding errors where it divides by almost 0.
-            split[:-1] += counts.view(-1, *[1] * rest.ndim) * rest
+            split[:-1].addcmul_(counts.view(-1, *[1] * rest.ndim), rest)
             if self.inexact:
                 self._credit(name, parameter, split)
             else:
@@ -230,9 +231,11 @@ class RefinementLedger:
 
     def _pending_rows(self, mean_over_ranks: Callable[[Tensor], Tensor] | None) -> tuple[Parts, Tensor]:
         """Gradients by source, with zeros for the initial weights, and the fraction of samples per source."""
-        split = {name: torch.zeros_like(parts) for name, parts in self._parts.items()}
-        for name, part in self._pending.items():
-            split[name][:-1] = part
+        split: Parts = {}
+        for name, parts in self._parts.items():
+            split[name] = torch.empty_like(parts)
+            split[name][:-1] = self._pending.get(name, 0)
+            split[name][-1] = 0
         counts = self._counts
         if mean_over_ranks is not None:
             flat = mean_over_ranks(torch.cat([*(part.flatten() for part in split.values()), counts]))
@@ -268,6 +271,16 @@ class RefinementLedger:
         """The current parts, `"weight"` and `"bias"`: (num_sources + 2, *shape). Do not change them."""
         return dict(self._parts)
 
+    def sums(self) -> tuple[Parts, Parts]:
+        """The part of the initial weights, and the sum of all other parts: `"weight"` and `"bias"` of each.
+
+        Summed in double precision because parts may cancel, and kept until the next step.
+        """
+        if self._sums is None:
+            initial = {name: parts[-1] for name, parts in self._parts.items()}
+            self._sums = initial, {name: parts[:-1].sum(0) for name, parts in self._parts.items()}
+        return self._sums
+
     def by_phase(self) -> Parts:
         """What each source contributed to the weights in each phase: (phases, num_sources + 1, *shape)."""
         found: Parts = {}
@@ -278,6 +291,24 @@ class RefinementLedger:
             found[name][: len(ends)] = ends
             found[name][1 : len(ends)] -= ends[:-1]
         return found
+
+    def phase_products(self, directions: Parts) -> Tensor:
+        """Inner products of what each source contributed in each phase with one matrix: (phases, num_sources + 1).
+
+        Args:
+            directions: `"weight"` and `"bias"`, each in the shape of the parameter.
+        """
+        ends = [self._products(parts, directions) for parts in (*self._snapshots, self._parts)]
+        found = torch.zeros(self.num_phases, self.num_sources + 1, dtype=ends[0].dtype, device=ends[0].device)
+        # Of the ends of phases, so that no copy of the parts is made for each phase.
+        found[: len(ends)] = torch.stack(ends)
+        found[1 : len(ends)] -= torch.stack(ends)[:-1]
+        return found
+
+    def _products(self, parts: Parts, directions: Parts) -> Tensor:
+        rows = self.num_sources + 1
+        products = [parts[name][:rows].flatten(1).to(along) @ along.flatten() for name, along in directions.items()]
+        return torch.stack(products).sum(0)
 
     @torch.no_grad()
     def explain(self, inputs: Tensor) -> RefinementExplanation:
@@ -342,11 +373,26 @@ class RefinementLedger:
 
     def to(self, device: torch.device) -> None:
         """Move the parts to a device. The phases stay on the CPU."""
+        self._sums = None
         for parts in (self._parts, self._means):
             parts.update({name: part.to(device) for name, part in parts.items()})
         self._rest = self._rest.to(device)
         self._used = self._used.to(device)
         self._counts = self._counts.to(device)
+
+
+def bytes_of_ledger(numel: int, num_sources: int, num_phases: int, size: int = 8) -> int:
+    """Memory of a ledger in training: parts, running means, what a step or an evaluation needs, and snapshots.
+
+    Args:
+        numel: Number of weights of the layer, with its bias.
+        num_sources: Number of sources, without "other".
+        num_phases: Number of phases of training.
+        size: Bytes of one number of a part.
+    """
+    rows = num_sources + 2  # with "other" and the initial weights
+    kept, step, evaluation = 2 * rows, 4 * rows, 2 * (rows - 1)
+    return numel * ((kept + step + evaluation) * size + (num_phases - 1) * (rows - 1) * 4)
 
 
 def _used_over_raw(used: Tensor, split: Tensor, elementwise: bool, rounding: float) -> tuple[Tensor, Tensor]:
@@ -366,5 +412,5 @@ def _used_over_raw(used: Tensor, split: Tensor, elementwise: bool, rounding: flo
     scale = torch.where(square > 0, (used * raw).sum() / square, 0.0)
     if not rounding:
         return scale, scale
-    traced = raw.abs() > _CANCELLED * rounding * split.abs().sum(0)
+    traced = raw.abs() > _CANCELLED * rounding * torch.linalg.vector_norm(split, 1, dim=0)
     return torch.where(traced, used / raw if elementwise else scale, 0.0), scale

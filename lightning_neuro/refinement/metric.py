@@ -7,7 +7,12 @@ from torch import Tensor
 
 from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_rows
 from lightning_neuro.layer_result import ResultMetric
-from lightning_neuro.refinement.layer_gradients import layer_output, layer_samples_first, num_outputs, source_gradients
+from lightning_neuro.refinement.layer_gradients import (
+    add_source_gradients,
+    layer_output,
+    layer_samples_first,
+    num_outputs,
+)
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.result import RefinementResult
 from lightning_neuro.refinement.sources import Sources, ledger_dtype
@@ -28,6 +33,7 @@ class RefinementSummary(ResultMetric):
     Args:
         ledger: The ledger of the layer.
         own: Whether the sources are the classes.
+        are_some: Whether there are further classes, which count as "other".
         kwargs: Further options of `torchmetrics.Metric`.
 
     Raises:
@@ -59,10 +65,13 @@ class RefinementSummary(ResultMetric):
     bias: Tensor
     num_samples: Tensor
 
-    def __init__(self, ledger: RefinementLedger | None = None, *, own: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, ledger: RefinementLedger | None = None, *, own: bool = True, are_some: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.ledger = ledger
         self.own = own
+        self.are_some = are_some
         parts = {} if ledger is None else ledger.weights()
         dtype = ledger_dtype(next(iter(parts.values())).device) if parts else torch.float64
         zero = torch.zeros((), dtype=dtype)
@@ -94,7 +103,7 @@ class RefinementSummary(ResultMetric):
             ValueError: If the samples are not in the first dimension.
         """
         ledger = self._opened()
-        module, weights = ledger.module, ledger.weights()
+        module = ledger.module
         inputs, outputs = torch.as_tensor(inputs), torch.as_tensor(outputs)
         labels = torch.full((len(inputs),), -1) if targets is None else as_labels(targets, len(targets))
         assert labels is not None
@@ -106,12 +115,10 @@ class RefinementSummary(ResultMetric):
         if not len(labels):
             return
 
-        def output_of(rows: slice) -> Tensor:
-            # Summed in double precision because parts may cancel, then applied in the precision of the layer.
-            summed = {name: parts[rows].sum(0).to(inputs) for name, parts in weights.items()}
-            return layer_output(module, inputs, summed["weight"], summed.get("bias"))
-
-        initial, refined = output_of(slice(-1, None)), output_of(slice(None, -1))
+        initial, refined = (
+            layer_output(module, inputs, summed["weight"], summed.get("bias"))
+            for summed in ({name: part.to(inputs) for name, part in parts.items()} for parts in ledger.sums())
+        )
         error = (initial + refined - outputs).abs().max()
         initial, refined, outputs = (part.flatten(1).to(self.norms.dtype) for part in (initial, refined, outputs))
         self.num_samples = self.num_samples + len(labels)
@@ -128,24 +135,20 @@ class RefinementSummary(ResultMetric):
         rows = torch.where((labels >= 0) & (labels < num), labels, num)
         module = ledger.module
         shape = layer_output(module, inputs, module.weight, module.bias).shape
-        split = source_gradients(module, inputs, refined.view(shape).to(inputs.dtype), Sources(rows, num + 1))
-        self.weight = self.weight + split["weight"]
-        if "bias" in split:
-            self.bias = self.bias + split["bias"]
+        sums = {"weight": self.weight, "bias": self.bias}
+        add_source_gradients(module, inputs, refined.view(shape).to(inputs.dtype), Sources(rows, num + 1), sums)
         self.counts = self.counts.index_add(0, rows, torch.ones_like(rows, dtype=self.counts.dtype))
         self.squares = self.squares.index_add(0, rows, refined.square().sum(1))
 
     def compute(self) -> RefinementResult:
         """The result for all samples since the last reset."""
         ledger = self._opened()
-        weights, phases = ledger.weights(), ledger.by_phase()
-        classes, sources = len(self.counts), ledger.num_sources + 1
-        shares = self.counts.new_zeros(classes, sources)
-        by_phase = self.counts.new_zeros(ledger.num_phases, sources)
+        weights = ledger.weights()
+        seen: dict[str, Tensor] = {name: getattr(self, name) for name in weights}
+        shares = self.counts.new_zeros(len(self.counts), ledger.num_sources + 1)
         for name, parts in weights.items():
-            seen = getattr(self, name).flatten(1)
-            shares += seen @ parts[:-1].flatten(1).to(seen).T
-            by_phase += phases[name].flatten(2).to(seen) @ seen.sum(0)
+            shares += seen[name].flatten(1) @ parts[:-1].flatten(1).to(shares).T
+        by_phase = ledger.phase_products({name: products.sum(0) for name, products in seen.items()})
         return RefinementResult(
             num_units=num_outputs(ledger.module),
             num_samples=int(self.num_samples),
@@ -161,6 +164,7 @@ class RefinementSummary(ResultMetric):
             names=ledger.names,
             inexact=ledger.inexact,
             own=self.own,
+            are_some=self.are_some,
         )
 
     def _error(self) -> float:

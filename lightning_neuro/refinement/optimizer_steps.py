@@ -79,10 +79,10 @@ def step_parts(
 def _sgd(group: dict[str, Any], parts: Tensor, means: Tensor | None, gradients: Tensor, first: bool) -> None:
     lr, momentum = group["lr"], group["momentum"]
     if group["weight_decay"]:
-        gradients.add_(parts * group["weight_decay"])
+        gradients.add_(parts, alpha=group["weight_decay"])
     if momentum:
         assert means is not None
-        means.mul_(momentum).add_(gradients * (1.0 if first else 1 - group["dampening"]))
+        means.mul_(momentum).add_(gradients, alpha=1.0 if first else 1 - group["dampening"])
         gradients = gradients + momentum * means if group["nesterov"] else means
     parts.sub_(lr * gradients)
 
@@ -94,10 +94,11 @@ def _adam(
     if decay and decoupled:
         parts.mul_(1 - lr * decay)
     elif decay:
-        gradients.add_(parts * decay)
-    means.mul_(beta1).add_(gradients * (1 - beta1))
+        gradients.add_(parts, alpha=decay)
+    means.mul_(beta1).add_(gradients, alpha=1 - beta1)
     # In double precision: 1 - beta2 ** 1 is .001, and single precision would lose four digits of it.
     step = torch.as_tensor(state["step"], device=parts.device, dtype=parts.dtype)
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].to(parts.dtype)
     denominator = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    parts.sub_(means * (lr / (1 - beta1**step)) / denominator)
+    # One division for all parts.
+    parts.addcmul_(means, denominator.reciprocal_().mul_(lr / (beta1**step - 1)))

@@ -36,6 +36,7 @@ class RunOptions:
     source_fn: BatchField | None
     num_sources: int | None
     track_samples: bool | str | Sequence[str]
+    sample_every_n_steps: int
     sample_id_fn: BatchField | None
     influence_every_n_steps: int | None
     update_log: bool | str | Path
@@ -54,6 +55,7 @@ class RunOptions:
         if not isinstance(self.track_samples, bool):
             layers = check_patterns("track_samples", self.track_samples)
             require(layers is not None, "track_samples", "be True, False, or names or globs of layers", layers)
+        check_int("sample_every_n_steps", self.sample_every_n_steps, minimum=1)
         check_field("sample_id_fn", self.sample_id_fn)
         if self.influence_every_n_steps is not None:
             check_int("influence_every_n_steps", self.influence_every_n_steps, minimum=1)
@@ -66,6 +68,11 @@ class RunOptions:
     def memory_bytes(self) -> int:
         """Maximum memory of the ledgers, of the tables of samples and of the records of steps, each, in bytes."""
         return parse_bytes("memory_limit", self.memory_limit)
+
+    @property
+    def num_phases(self) -> int:
+        """Number of phases of training; fewer if the length of the training is not known."""
+        return self.phases if isinstance(self.phases, int) else len(self.phases) + 1
 
     @property
     def are_defaults(self) -> bool:

@@ -16,12 +16,13 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.isolation import evaluation_mode
 from lightning_neuro.ranks import reduced
 from lightning_neuro.refinement.attachment import Attachment
+from lightning_neuro.refinement.followed_classes import FollowedClasses
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.options import RunOptions, check_memory, parse_bytes
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.result import RefinementExplanation
 from lightning_neuro.refinement.sample_dims import SampleDims
-from lightning_neuro.refinement.sample_tracking import SampleTracking
+from lightning_neuro.refinement.sample_tracking import SampleTracking, is_recorded
 from lightning_neuro.refinement.sources import Sources, check_num_sources, source_rows
 from lightning_neuro.refinement.traced_layers import require_linear
 from lightning_neuro.refinement.training_steps import StepListener, TrainBatch, TrainingSteps
@@ -63,7 +64,7 @@ class RefinementRun:
         attachment: Hooks and sample ids.
         options: What to trace.
         name: First part of the keys of the callback, and name of its folder.
-        num_sources: Number of sources.
+        classes: The sources, if they are classes; else their number.
         class_names: Names of the classes, if known.
         saved: The state of an earlier part of the run; empty at its beginning.
         sample_dims: In which dimension of the layers' inputs the samples lie.
@@ -88,29 +89,28 @@ class RefinementRun:
         options: RunOptions,
         *,
         name: str,
-        num_sources: int,
+        classes: FollowedClasses,
         class_names: Sequence[str] | None,
         saved: Mapping[str, Any],
         sample_dims: SampleDims,
         report: Callable[[str, Exception], None],
     ) -> None:
-        check_num_sources(num_sources)
+        check_num_sources(classes.num)
         self.name = name
-        self.num_sources = num_sources
+        self.classes = classes
         self.source_fn = options.source_fn
+        self._sample_every = options.sample_every_n_steps
         self._ids = attachment.ids
         self.sample_dims = sample_dims
         layers = {layer: attachment.hooks.layers[layer][0] for layer in attachment.traced}
         num_phases, self._phase_ends = plan_phases(trainer, options.phases)
-        names = None
-        if options.source_fn is None and class_names is not None and len(class_names) >= num_sources:
-            names = class_names[:num_sources]
+        names = None if options.source_fn is not None else classes.names(class_names)
         self.ledgers = {
-            layer: RefinementLedger(module, num_sources=num_sources, names=names, num_phases=num_phases)
+            layer: RefinementLedger(module, num_sources=classes.num, names=names, num_phases=num_phases)
             for layer, module in layers.items()
         }
         sizes = {layer: ledger.num_bytes for layer, ledger in self.ledgers.items()}
-        rank_zero_info(f"{name}: ledgers of {check_memory(sizes, options.memory_bytes)}.")
+        rank_zero_info(f"{name}: ledgers of {check_memory(sizes, options.memory_bytes)}{classes.in_words()}.")
         self.num_steps = self._first_step = max(trainer.global_step, saved.get("num_steps", 0))
         self._continue(saved)
         self.tracking = self._open_tracking(trainer, attachment, layers, options, saved)
@@ -223,7 +223,7 @@ class RefinementRun:
 
     def rows(self, batch: Any, targets: Tensor | None) -> Tensor:
         """The ledger row of each sample in a batch."""
-        return source_rows(batch, targets, self.source_fn, self.num_sources)
+        return source_rows(batch, targets, self.source_fn, self.classes.num, self.classes.labels)
 
     def begin_batch(self, batch: Any, targets: Tensor | None, device: torch.device) -> None:
         """Start a training micro-batch, which is about to run on this device."""
@@ -233,7 +233,8 @@ class RefinementRun:
         ids = None if self._ids is None else self._ids.of_batch(batch)
         ids = None if ids is None else ids.to(device, non_blocking=True)
         targets = None if targets is None else targets.to(device, non_blocking=True)
-        self._steps.begin(TrainBatch(ids, targets), Sources(rows, self.num_sources + 1))
+        recorded = is_recorded(self.num_steps, self._sample_every)
+        self._steps.begin(TrainBatch(ids, targets, recorded), Sources(rows, self.classes.num + 1))
 
     def end_batch(self, global_step: int) -> None:
         """Finish the training micro-batch, and end the phase if this was its last step.
@@ -302,6 +303,7 @@ class RefinementRun:
             self._log.flush()
         return {
             "num_steps": self.num_steps,
+            "classes": self.classes.state_dict(),
             "ledgers": {layer: ledger.state_dict() for layer, ledger in self.ledgers.items()},
             "tracking": {} if self.tracking is None else self.tracking.state_dict(trainer),
             "step_scores": {layer: scores.state_dict() for layer, scores in self.step_scores.items()},

@@ -42,6 +42,7 @@ class RefinementResult:
         inexact: Why the optimizer steps could only be divided approximately; empty if they were divided exactly.
         own: Whether the sources are the classes.
         sample_gini: Gini coefficient of the refinement of the layer by single training samples; NaN if not tracked.
+        are_some: Whether there are further classes, which count as "other".
     """
 
     num_units: int
@@ -59,6 +60,7 @@ class RefinementResult:
     inexact: str
     own: bool
     sample_gini: float = float("nan")
+    are_some: bool = False
 
     @property
     def own_class_share(self) -> float:
@@ -119,7 +121,7 @@ class RefinementResult:
                 " (weight averaging, pruning, a reload), or are kept in half precision."
             )
         other = float(self.phase_shares[-1].sum())
-        if self.own and abs(other) > UNTRACED:
+        if self.own and not self.are_some and abs(other) > UNTRACED:
             notes["other"] = (
                 f"{other:.0%} of its refinement came from training samples whose class label is missing or is not one"
                 " of the classes that are followed, or from gradients that could not be assigned to a sample (source"

@@ -5,18 +5,14 @@ the layer at this position (for a convolution: the patch under the kernel) and d
 a weight with a constant input of 1.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lightning_neuro.checks import ArgumentError, describe, require
-from lightning_neuro.refinement.layer_gradients import CONVOLUTIONS, Convolution, is_linear, is_transposed_linear
-
-# One chunk should fit into the cache of a CPU; a GPU needs enough work for all of its cores.
-_CPU_CHUNK_BYTES = 4 * 2**20
-_GPU_CHUNK_BYTES = 256 * 2**20
+from lightning_neuro.refinement.convolution_norms import convolution_squares
+from lightning_neuro.refinement.layer_gradients import is_linear, is_transposed_linear
+from lightning_neuro.refinement.patches import CONVOLUTIONS
+from lightning_neuro.refinement.position_sums import chunks, num_elements, square, square_of_sum, wide
 
 
 def gradient_norms(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tensor:
@@ -54,97 +50,25 @@ def gradient_norms(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Tens
     _check(module, inputs, gradients)
     inputs = inputs.to(gradients.dtype)
     if isinstance(module, CONVOLUTIONS):
-        squares, bias = _convolution(module, inputs, gradients), gradients.flatten(2).sum(2, dtype=_wide(gradients))
+        squares, bias = (
+            convolution_squares(module, inputs, gradients),
+            gradients.flatten(2).sum(2, dtype=wide(gradients)),
+        )
     elif inputs.ndim == 2:
-        squares, bias = _square(inputs) * _square(gradients), gradients
+        squares, bias = square(inputs) * square(gradients), gradients
     else:
         inputs, gradients = inputs.flatten(1, -2), gradients.flatten(1, -2)
-        squares, bias = _tokens(inputs, gradients), gradients.sum(1, dtype=_wide(gradients))
+        squares, bias = _tokens(inputs, gradients), gradients.sum(1, dtype=wide(gradients))
     if module.bias is not None:
-        squares = squares + _square(bias)
+        squares = squares + square(bias)
     # If its terms cancel, rounding can make the Gram form negative.
     norms: Tensor = squares.clamp(min=0).sqrt()
     return norms
 
 
 def _tokens(inputs: Tensor, gradients: Tensor) -> Tensor:
-    size = _cost(inputs.shape[2], gradients.shape[2], inputs.shape[1]) * inputs.element_size()
-    return torch.cat([_square_of_sum(a.mT, d.mT) for a, d in _chunks(inputs, gradients, size)])
-
-
-def _convolution(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:
-    groups, out, positions = module.groups, gradients.shape[1], gradients.shape[2:].numel()
-    patch = module.weight.shape[1:].numel()
-    size = (groups * patch * positions + groups * _cost(patch, out // groups, positions)) * inputs.element_size()
-    squares = []
-    for a, d in _chunks(inputs, gradients, size):
-        patches = unfold(module, a).reshape(len(a) * groups, patch, positions)
-        by_group = _square_of_sum(patches, d.reshape(len(d) * groups, out // groups, positions))
-        squares.append(by_group.view(len(a), groups).sum(1))
-    return torch.cat(squares)
-
-
-def _square_of_sum(inputs: Tensor, gradients: Tensor) -> Tensor:
-    """|sum_p d_p a_p^T|^2 of (N, in, P) and (N, out, P)."""
-    if not _gram_is_cheaper(inputs.shape[1], gradients.shape[1], inputs.shape[2]):
-        return _square(torch.bmm(gradients, inputs.mT).flatten(1))
-    # Its terms have both signs, so they must not be rounded to half precision.
-    inputs, gradients = inputs.to(_wide(inputs)), gradients.to(_wide(gradients))
-    return (torch.bmm(inputs.mT, inputs) * torch.bmm(gradients.mT, gradients)).sum((1, 2))
-
-
-def _gram_is_cheaper(features: int, out: int, positions: int) -> bool:
-    """Whether P^2 (in + out) multiplications are fewer than P in out; the measured times cross at the same point."""
-    return positions * (features + out) <= features * out
-
-
-def _cost(features: int, out: int, positions: int) -> int:
-    """Number of elements in the products of one sample."""
-    return 2 * positions**2 if _gram_is_cheaper(features, out, positions) else features * out
-
-
-def _chunks(inputs: Tensor, gradients: Tensor, bytes_per_sample: int) -> Iterator[tuple[Tensor, Tensor]]:
-    limit = _CPU_CHUNK_BYTES if inputs.device.type == "cpu" else _GPU_CHUNK_BYTES
-    samples = max(1, limit // max(1, bytes_per_sample))
-    return zip(torch.split(inputs, samples), torch.split(gradients, samples), strict=True)
-
-
-def unfold(module: Convolution, inputs: Tensor) -> Tensor:
-    """The patches of the input under the kernel of a convolution, one for each position of the output.
-
-    Args:
-        module: The convolution.
-        inputs: (N, channels, ...).
-
-    Returns:
-        (N, channels x kernel, positions). The output of the layer is its weight, flattened to (out, channels x kernel),
-        times the patches (group by group).
-
-    Example:
-        >>> import torch
-        >>> from lightning_neuro.refinement.sample_norms import unfold
-        >>> unfold(torch.nn.Conv1d(1, 1, 2, stride=2), torch.arange(4.0).reshape(1, 1, 4)).tolist()
-        [[[0.0, 2.0], [1.0, 3.0]]]
-    """
-    if any(module._reversed_padding_repeated_twice):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-    patches, dims = inputs, len(module.kernel_size)
-    for dim, (kernel, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-    ):
-        patches = patches.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    return patches.permute(order).flatten(1 + dims + 1).flatten(1, 1 + dims)
-
-
-def _square(vectors: Tensor) -> Tensor:
-    """|v|^2 of each row, (N, n) -> (N,)."""
-    return vectors.to(_wide(vectors)).square().sum(1)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    size = num_elements(inputs.shape[2], gradients.shape[2], inputs.shape[1])
+    return torch.cat([square_of_sum(a.mT, d.mT) for a, d in chunks(inputs, gradients, size)])
 
 
 def _check(module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:

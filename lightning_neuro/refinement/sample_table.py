@@ -4,6 +4,9 @@ A step changes the weights of a layer; the part of the change that sample i caus
 gradient and rate = learning rate x (gradient that the optimizer used / raw gradient). Its refinement of the layer is
 the length of this part, r_i = rate |G_i|, summed over the steps. The effect of this part on later steps, through
 momentum or adaptive learning rates, is not included: the table ranks samples; exact contributions are in the ledgers.
+
+If only some steps are recorded, the sum over all visits of a sample is estimated by the mean over its recorded visits
+times the number of its visits. Samples without a recorded visit are left out.
 """
 
 import csv
@@ -32,7 +35,7 @@ class SampleTable:
     """Accumulates over training how much each sample refined each layer.
 
     It is a `StepListener` of training steps. Until the optimizer makes its step, one number per sample is kept; nothing
-    waits for the device. Memory: 8 bytes x (layers + 2) x samples, on the device of the model.
+    waits for the device. Memory: 8 bytes x (layers + 3) x samples, on the device of the model.
 
     A sample is counted as visited once per micro-batch, when the first of the layers is committed. Gradients of several
     micro-batches before a step add up. If a module is called several times in a pass, the sum of the norms of its calls
@@ -54,7 +57,7 @@ class SampleTable:
         >>> table.see("fc", layer, torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.ones(2, 1), batch)
         >>> table.commit("fc", torch.tensor(0.1))
         >>> {name: array.round(2).tolist() for name, array in table.arrays().items()}
-        {'sample_id': [1, 3], 'target': [1, 0], 'visits': [1, 1], 'refinement/fc': [0.1, 0.5]}
+        {'sample_id': [1, 3], 'target': [1, 0], 'visits': [1, 1], 'recorded': [1, 1], 'refinement/fc': [0.1, 0.5]}
     """
 
     def __init__(self, layers: Sequence[str], num_samples: int) -> None:
@@ -64,10 +67,11 @@ class SampleTable:
         # One more row than samples, for ids that have no row, so that the host never has to read the ids.
         self._refinement = {layer: torch.zeros(num_samples + 1, dtype=torch.float64) for layer in layers}
         self._visits = torch.zeros(num_samples + 1, dtype=torch.int64)
+        self._recorded = torch.zeros(num_samples + 1, dtype=torch.int64)
         self._targets = torch.full((num_samples + 1,), -1, dtype=torch.int64)
         self._num_nonfinite = torch.zeros((), dtype=torch.int64)
         self._num_without_id = 0
-        self._pending: dict[str, list[tuple[TrainBatch, Tensor]]] = {}
+        self._pending: dict[str, list[tuple[TrainBatch, Tensor | None]]] = {}
         self._counted: WeakSet[TrainBatch] = WeakSet()
 
     @property
@@ -78,7 +82,7 @@ class SampleTable:
     @property
     def num_bytes(self) -> int:
         """Memory on the device."""
-        return 8 * (len(self._refinement) + 2) * (self.num_samples + 1)
+        return 8 * (len(self._refinement) + 3) * (self.num_samples + 1)
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
         """Keep the gradient norms of the samples until the optimizer makes its step."""
@@ -88,41 +92,52 @@ class SampleTable:
         if batch.ids is None or len(batch.ids) != len(inputs):
             self._num_without_id += len(inputs)
         else:
-            self._pending.setdefault(layer, []).append((batch, gradient_norms(module, inputs, gradients)))
+            norms = gradient_norms(module, inputs, gradients) if batch.recorded else None
+            self._pending.setdefault(layer, []).append((batch, norms))
 
     def commit(self, layer: str, rate: Tensor) -> None:
         """Add the pending norms, times `rate`."""
         for batch, norms in self._pending.pop(layer, ()):
-            self._move(norms.device)
-            rows = batch.rows(self.num_samples, norms.device)
-            values = norms.to(self._refinement[layer].dtype) * rate
-            finite = values.isfinite()
-            self._refinement[layer].index_add_(0, rows, torch.where(finite, values, 0.0))
-            self._num_nonfinite += (~finite).sum()
+            self._move(rate.device)
+            rows = batch.rows(self.num_samples, rate.device)
+            if norms is not None:
+                values = norms.to(self._refinement[layer].dtype) * rate
+                finite = values.isfinite()
+                self._refinement[layer].index_add_(0, rows, torch.where(finite, values, 0.0))
+                self._num_nonfinite += (~finite).sum()
             if batch not in self._counted:
-                self._counted.add(batch)
-                self._visits.index_add_(0, rows, torch.ones_like(rows))
-                if batch.targets is not None:
-                    self._targets.index_copy_(0, rows, batch.targets)
+                self._count(batch, rows)
+
+    def _count(self, batch: TrainBatch, rows: Tensor) -> None:
+        self._counted.add(batch)
+        once = torch.ones_like(rows)
+        self._visits.index_add_(0, rows, once)
+        if batch.recorded:
+            self._recorded.index_add_(0, rows, once)
+        if batch.targets is not None:
+            self._targets.index_copy_(0, rows, batch.targets)
 
     def drop(self, layer: str) -> None:
         """Discard the pending norms."""
         self._pending.pop(layer, None)
 
     def values(self, layer: str) -> Tensor:
-        """How much each visited sample refined one layer, in the order of their ids: (visited,)."""
-        return self._refinement[layer][:-1][self._visits[:-1] > 0]
+        """How much each recorded sample refined one layer over its visits, in the order of their ids: (recorded,)."""
+        found = self._recorded[:-1] > 0
+        return self._refinement[layer][:-1][found] * (self._visits[:-1][found] / self._recorded[:-1][found])
 
     def arrays(self) -> Arrays:
-        """The table of the visited samples.
+        """The table of the samples with a recorded visit.
 
         Returns:
-            1-D arrays of the same length: `sample_id` (int64), `target` (int64, -1 where unknown), `visits` (int64) and
-            `refinement/<layer>` (float64) for each layer, in the order of the ids.
+            1-D arrays of the same length: `sample_id` (int64), `target` (int64, -1 where unknown), `visits` (int64),
+            `recorded` (int64, visits in recorded steps) and `refinement/<layer>` (float64, over all visits) for each
+            layer, in the order of the ids.
         """
-        visited = (self._visits[:-1] > 0).nonzero().flatten()
-        columns = {"sample_id": visited, "target": self._targets[visited], "visits": self._visits[visited]}
-        columns |= {f"{_PREFIX}{layer}": values[visited] for layer, values in self._refinement.items()}
+        found = (self._recorded[:-1] > 0).nonzero().flatten()
+        counts = {"target": self._targets, "visits": self._visits, "recorded": self._recorded}
+        columns = {"sample_id": found} | {name: values[found] for name, values in counts.items()}
+        columns |= {f"{_PREFIX}{layer}": self.values(layer) for layer in self._refinement}
         return {name: column.cpu().numpy() for name, column in columns.items()}
 
     def notes(self) -> dict[str, str]:
@@ -147,6 +162,7 @@ class SampleTable:
         whole = SampleTable(self.layers, self.num_samples)
         whole._refinement = {layer: reduced(trainer, values, "sum") for layer, values in self._refinement.items()}
         whole._visits = reduced(trainer, self._visits, "sum")
+        whole._recorded = reduced(trainer, self._recorded, "sum")
         whole._targets = reduced(trainer, self._targets, "max")
         whole._num_nonfinite = reduced(trainer, self._num_nonfinite, "sum")
         whole._num_without_id = over_ranks(trainer, self._num_without_id, "sum")
@@ -157,6 +173,7 @@ class SampleTable:
         return {
             "refinement": {layer: values.to("cpu", copy=True) for layer, values in self._refinement.items()},
             "visits": self._visits.to("cpu", copy=True),
+            "recorded": self._recorded.to("cpu", copy=True),
             "targets": self._targets.to("cpu", copy=True),
             "num_nonfinite": self._num_nonfinite.to("cpu", copy=True),
             "num_without_id": self._num_without_id,
@@ -179,6 +196,7 @@ class SampleTable:
             )
         self._refinement = {layer: values.clone() for layer, values in state["refinement"].items()}
         self._visits = state["visits"].clone()
+        self._recorded = state.get("recorded", state["visits"]).clone()
         self._targets = state["targets"].clone()
         self._num_nonfinite = state["num_nonfinite"].clone()
         self._num_without_id = state["num_without_id"]
@@ -199,6 +217,7 @@ class SampleTable:
             layer: values.to(device, ledger_dtype(device)) for layer, values in self._refinement.items()
         }
         self._visits = self._visits.to(device)
+        self._recorded = self._recorded.to(device)
         self._targets = self._targets.to(device)
         self._num_nonfinite = self._num_nonfinite.to(device)
 

@@ -1,6 +1,7 @@
 """Tracking of single training samples in a fit: their table, their influence on a few inputs, and the files."""
 
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -195,6 +196,15 @@ class SampleTracking:
         if trainer is not None:
             tables = {name: table.over_ranks(trainer) for name, table in tables.items()}
         return {name: table.state_dict() for name, table in tables.items()}
+
+
+def is_recorded(step: int, every: int) -> bool:
+    """Whether the gradients of single samples are looked at in a step: in one of every `every` steps.
+
+    Which one is drawn at random, but the same in each run. If it were always the first, a loader that does not shuffle
+    would show the same samples again in each epoch.
+    """
+    return every == 1 or step % every == Random(step // every).randrange(every)
 
 
 def _log_top_samples(

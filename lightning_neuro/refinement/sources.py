@@ -33,6 +33,11 @@ class Sources:
         return ones.new_zeros(self.num).index_add_(0, self.rows, ones)
 
     @cached_property
+    def one_hot(self) -> Tensor:
+        """(B, num) bool: whether a sample is of a source. Unlike torch's function, it reads nothing on the host."""
+        return self.rows[:, None] == torch.arange(self.num, device=self.rows.device)
+
+    @cached_property
     def members(self) -> dict[int, Tensor]:
         """Source -> positions of its samples in the batch. Reads the labels on the host."""
         order = torch.argsort(self.rows, stable=True)
@@ -43,11 +48,6 @@ class Sources:
 def ledger_dtype(device: torch.device) -> torch.dtype:
     """The dtype of sums: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def default_num_sources(num_classes: int) -> int:
-    """The number of classes to follow: all of them or, if they are too many, the first 99, without "other"."""
-    return num_classes if num_classes <= MAX_SOURCES else MAX_SOURCES - 1
 
 
 def check_num_sources(num_sources: int) -> None:
@@ -69,7 +69,13 @@ def check_num_sources(num_sources: int) -> None:
         )
 
 
-def source_rows(batch: Any, targets: Tensor | None, source_fn: BatchField | None, num_sources: int) -> Tensor:
+def source_rows(
+    batch: Any,
+    targets: Tensor | None,
+    source_fn: BatchField | None,
+    num_sources: int,
+    labels: Tensor | None = None,
+) -> Tensor:
     """The ledger row of each sample; the last row, "other", is for samples without a valid source.
 
     Args:
@@ -77,6 +83,7 @@ def source_rows(batch: Any, targets: Tensor | None, source_fn: BatchField | None
         targets: (N,) class labels, or None.
         source_fn: Where the batch holds the sources of its samples; None: the sources are the classes.
         num_sources: Number of sources, without "other".
+        labels: (num_sources,) the class label of each source, in increasing order; None: the rows are the labels.
 
     Returns:
         (N,) int64.
@@ -90,4 +97,8 @@ def source_rows(batch: Any, targets: Tensor | None, source_fn: BatchField | None
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
         raise ArgumentError(f"`source_fn` must return (N,) integers, one for each sample; got {describe(rows)}.")
     rows = rows.long()
+    if labels is not None:
+        labels = labels.to(rows.device)
+        place = torch.searchsorted(labels, rows).clamp(max=len(labels) - 1)
+        return torch.where(labels[place] == rows, place, num_sources)
     return torch.where((rows >= 0) & (rows < num_sources), rows, num_sources)

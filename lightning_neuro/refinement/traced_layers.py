@@ -1,6 +1,7 @@
 """Which layers of a model can be traced, each with all modules that share its weight."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
@@ -18,6 +19,7 @@ def find_layers(
     argument: str = "layers",
     *,
     order: Sequence[str] | None = None,
+    max_weights: float = inf,
 ) -> dict[str, list[Operator]]:
     """The layers to trace, each with all modules that share its weight.
 
@@ -26,13 +28,14 @@ def find_layers(
         patterns: Names or globs; None for the classifier head, see `default_layer`.
         argument: Name of the argument that holds the patterns, for messages.
         order: Names of the layers in the order in which a forward pass called them, for the default.
+        max_weights: Number of weights that the default layer may have.
 
     Raises:
         ArgumentError: If a layer that is named in full cannot be traced (globs skip such layers), or none is left.
     """
     layers = named_layers(model)
     if patterns is None:
-        patterns = default_layer(model, order)
+        patterns = default_layer(model, order, max_weights)
     named = {patterns} if isinstance(patterns, str) else set(patterns)
     matched = resolve_layers(model, patterns)
     for wrapper in [name for name, module in matched.items() if name not in named and _is_adapter(module)]:
@@ -52,12 +55,13 @@ def find_layers(
     return chosen
 
 
-def default_layer(model: nn.Module, order: Sequence[str] | None = None) -> str:
+def default_layer(model: nn.Module, order: Sequence[str] | None = None, max_weights: float = inf) -> str:
     """The classifier head: the last trained linear or convolution layer that can be traced.
 
     Args:
         model: The model.
         order: Names of the layers in the order in which a forward pass called them; default: as they are registered.
+        max_weights: Number of weights that it may have.
 
     Raises:
         ArgumentError: If no layer can be traced.
@@ -69,7 +73,11 @@ def default_layer(model: nn.Module, order: Sequence[str] | None = None) -> str:
         module = layers[name]
         if not (is_linear(module) or isinstance(module, LINEAR_OR_CONV)) or not _is_trained(module):
             continue
-        if not (reason := _why_not(name, module, layers)):
+        num_weights = sum(parameter.numel() for parameter in module._parameters.values() if parameter is not None)
+        reason = _why_not(name, module, layers)
+        if not reason and num_weights > max_weights:
+            reason = f"the ledger of its {num_weights:,} weights would take more memory than `memory_limit`"
+        if not reason:
             if skipped:
                 rank_zero_info(f"The refinement of layer '{name}' is traced, because {_in_words(skipped)}.")
             return name

@@ -15,13 +15,13 @@ from lightning_neuro.model_calls import is_compiled_anywhere
 from lightning_neuro.probe import interval_passed
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.refinement.attachment import Attachment, attach
+from lightning_neuro.refinement.followed_classes import FollowedClasses, choose_classes
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.options import RunOptions
 from lightning_neuro.refinement.refinement_run import RefinementRun
 from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_ids import SampleIds
 from lightning_neuro.refinement.sample_tracking import SampleTracking
-from lightning_neuro.refinement.sources import default_num_sources
 from lightning_neuro.refinement.traced_layers import find_layers
 from lightning_neuro.session import session_of
 
@@ -126,19 +126,20 @@ class TrainingHooksCallback(MetricCallback[R]):
             self.warn_once("off", f"{self.name}: nothing is logged in this run. {error}")
 
     def _open_run(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", attachment: Attachment) -> None:
-        num_classes = 0 if self.options.num_sources else self.probe_pass.count_classes(trainer, pl_module)
-        num_sources = self.options.num_sources or default_num_sources(num_classes)
+        if not self.options.num_sources:
+            self.probe_pass.count_classes(trainer, pl_module)
         unlabelled = not self.probe_pass.has_class_labels and self.probe.target_fn is None
         if unlabelled and not self.options.num_sources:
             # Then all training samples are one source, "other".
             rank_zero_info(f"{self.name}: no class labels are known, so the refinement is not divided among classes.")
-            num_classes, num_sources, self.needs_labels = 0, 1, False
-        if num_classes > num_sources:
-            self.warn_once(
-                "classes",
-                f"{self.name}: the probe set has {num_classes} classes, so the first {num_sources} are followed, and"
-                " all others count as 'other'. Group them with `source_fn` and `num_sources`.",
-            )
+            self.needs_labels = False
+            classes = FollowedClasses(1)
+        elif (saved := self.saved_run.get("classes")) and self.options.num_sources in (None, saved["num"]):
+            classes = FollowedClasses(**saved)
+        else:
+            weights = [attachment.hooks.layers[layer][0].parameters() for layer in attachment.traced]
+            num_weights = sum(weight.numel() for layer in weights for weight in layer)
+            classes = choose_classes(trainer, self.probe_pass, self.options, num_weights)
         sample_dims = SampleDims()
         with suppress(Exception):  # the evaluation will report what is wrong with the pass
             sample_dims.probe(trainer, pl_module, self.probe_pass, attachment.hooks)
@@ -147,7 +148,7 @@ class TrainingHooksCallback(MetricCallback[R]):
             attachment,
             self.options,
             name=self.name,
-            num_sources=num_sources,
+            classes=classes.to(pl_module.device),
             class_names=self.probe_pass.class_names(trainer),
             saved=self.saved_run,
             sample_dims=sample_dims,

@@ -23,10 +23,12 @@ class TrainBatch:
     Attributes:
         ids: (B,) int64 index of each sample in the dataset, on the device of the model; None if it is not known.
         targets: (B,) int64 class labels on the same device; None if the targets are not class labels.
+        recorded: Whether the gradients of single samples are looked at in this step.
     """
 
     ids: Tensor | None = None
     targets: Tensor | None = None
+    recorded: bool = True
 
     def rows(self, num_samples: int, device: torch.device) -> Tensor:
         """The rows of the samples in a table of `num_samples` + 1 rows; the last row is for ids that have none.
@@ -128,6 +130,7 @@ class TrainingSteps:
         """Start a training micro-batch, which is about to run."""
         self._batch = batch or TrainBatch()
         self._sources = sources
+        self.hooks.idle = set() if self._batch.recorded else self.hooks.layers.keys() - self.ledgers.keys()
         self.hooks.tracing = True
 
     def end(self) -> None:

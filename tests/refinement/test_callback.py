@@ -277,7 +277,7 @@ def test_table_update_log_and_figures_are_written(tmp_path):
     fit(mlp(), callback, logger=logger)
     (table,) = tmp_path.rglob("samples.csv")
     header, *rows = table.read_text().splitlines()
-    names = {"sample_id", "target", "visits", "refinement/net.1", "refinement/net.3", "refinement/net.5"}
+    names = {"sample_id", "target", "visits", "recorded", "refinement/net.1", "refinement/net.3", "refinement/net.5"}
     assert set(header.split(",")) == names
     assert len(rows) == 64
     assert callback.sample_table["visits"].tolist() == [2] * 64
@@ -378,8 +378,8 @@ SMALL = {"num_sources": 1, "phases": 1, "track_samples": False}  # a ledger of 3
     [
         # In double precision: parts, means, four times the parts in a step, twice two of its rows in an evaluation.
         ({}, 36 * (2 * 3 + 4 * 3 + 2 * 2) * 8),
-        # Three layers, visits and class of 640 samples, and a row for samples without one.
-        ({"track_samples": "*"}, 8 * (3 + 2) * 641),
+        # Three layers, both kinds of visits and class of 640 samples, and a row for samples without one.
+        ({"track_samples": "*"}, 8 * (3 + 3) * 641),
         # A vector of 4 numbers for each of 16 inputs, class and flag.
         ({"influence_every_n_steps": 1}, 641 * (8 * 16 * 4 + 9)),
         # All weights in single precision, in each of 80 steps.

@@ -115,21 +115,3 @@ def test_off_in_one_fit_is_not_off_in_the_next():
     warned(Module(Recurrent()), callback)
     fit(mlp(), callback)
     assert callback.scalars["refinement/completeness_error"] < 1e-5
-
-
-def test_of_many_classes_the_first_are_followed():
-    x = torch.randn(240, 64, generator=torch.Generator().manual_seed(0))
-    data = DataLoader(TensorDataset(x, torch.arange(240) % 120), batch_size=24)
-    module = Module(nn.Sequential(nn.Linear(64, 120)))
-    callback = RepresentationRefinement(Probe(num_samples=240))
-    messages = warned(module, callback, train=data, val=False)
-    assert sum("120 classes, so the first 99 are followed" in message for message in messages) == 1
-    assert callback.scalars["refinement/completeness_error"] < 1e-5
-    assert callback.scalars["refinement/untraced_share"] < 1e-4
-    weight = callback.ledger["net.0"].weights()["weight"]
-    assert weight.flatten(1).norm(dim=1)[:100].min() > 0
-    # Samples of class 99 and above are credited to "other": their bias is raised by no source but this one.
-    raised = callback.ledger["net.0"].weights()["bias"][:-1, 99:].argmax(0)
-    assert (raised == 99).all()
-    with pytest.raises(ArgumentError, match="at most 100"):
-        fit(module, RepresentationRefinement(num_sources=120), train=data, val=False)

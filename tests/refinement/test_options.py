@@ -68,6 +68,12 @@ def test_when_elements_may_be_changed():
     assert asked(module=Clips(mlp().net)).elementwise
 
 
+@pytest.mark.parametrize("every", [0, -1, 2.5, True, "ten", None])
+def test_wrong_steps_of_samples(every):
+    with pytest.raises(ArgumentError, match="`sample_every_n_steps`"):
+        RepresentationRefinement(sample_every_n_steps=every)
+
+
 @pytest.mark.parametrize("phases", [0, -1, 2.5, True, "ten", None, [3, 3], [5, 2], [0, 2], [1.5]])
 def test_wrong_phases(phases):
     with pytest.raises(ArgumentError, match="`phases`"):

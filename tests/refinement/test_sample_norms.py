@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from lightning_neuro.refinement import sample_norms as norms
-from lightning_neuro.refinement.sample_norms import gradient_norms, unfold
+from lightning_neuro.refinement import position_sums as norms
+from lightning_neuro.refinement.convolution_norms import possible_forms
+from lightning_neuro.refinement.patches import padded, patches_of
+from lightning_neuro.refinement.sample_norms import gradient_norms
 
 LAYERS = {
     "linear": (nn.Linear(7, 5), (7,)),
@@ -27,6 +29,7 @@ LAYERS = {
     "conv2d Gram": (nn.Conv2d(16, 24, 3), (16, 4, 4)),
     "conv2d Gram groups": (nn.Conv2d(32, 32, 3, groups=2), (32, 4, 4)),
     "conv3d": (nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0)), (2, 3, 5, 4)),
+    "conv2d rows with groups": (nn.Conv2d(4, 6, (3, 2), padding=(2, 1), dilation=(1, 3), groups=2), (4, 9, 7)),
     "one pixel left": (nn.Conv2d(3, 4, 5, stride=3, padding=1), (3, 4, 4)),
 }
 
@@ -63,7 +66,7 @@ def test_against_vmap_of_grad(name):
 def test_chunks_change_nothing(name, limit, monkeypatch):
     module, shape = LAYERS[name]
     inputs, gradients, truth = batch(module, shape, samples=5)
-    monkeypatch.setattr(norms, "_CPU_CHUNK_BYTES", limit)
+    monkeypatch.setattr(norms, "CPU_CHUNK_BYTES", limit)
     assert torch.allclose(gradient_norms(module, inputs, gradients), truth, rtol=1e-10)
 
 
@@ -72,15 +75,58 @@ def test_chunks_change_nothing(name, limit, monkeypatch):
 def test_both_forms_agree(name, gram, monkeypatch):
     module, shape = LAYERS[name]
     inputs, gradients, truth = batch(module, shape)
-    monkeypatch.setattr(norms, "_gram_is_cheaper", lambda *_: gram)
+    monkeypatch.setattr(norms, "gram_is_cheaper", lambda *_: gram)
     assert torch.allclose(gradient_norms(module, inputs, gradients), truth, rtol=1e-10)
 
 
-def test_the_form_with_fewer_multiplications_is_taken():
-    # A 3 x 3 convolution of 64, 128, 256 and 512 channels as in ResNet-18 at 32 x 32; then the very border.
-    for channels, positions, gram in ((64, 1024, False), (128, 256, False), (256, 64, True), (512, 16, True)):
-        assert norms._gram_is_cheaper(9 * channels, channels, positions) is gram
-    assert norms._gram_is_cheaper(10, 10, 5) and not norms._gram_is_cheaper(10, 10, 6)
+CASES = {
+    # 3 x 3 convolutions as in ResNet-18 at 32 x 32: channels, side, stride -> the form that was measured to be best.
+    "64 channels": (64, 64, 32, 1, "_by_rows"),
+    "128 channels": (128, 128, 16, 1, "_by_pixels"),
+    "256 channels": (256, 256, 8, 1, "_by_pixels"),
+    "512 channels": (512, 512, 4, 1, "_by_pixels"),
+    "one input channel": (1, 64, 32, 1, "_by_patches"),
+    "stride": (128, 256, 16, 2, "_by_patches"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fastest_form_is_taken(name):
+    channels, out, side, stride, expected = CASES[name]
+    module = nn.Conv2d(channels, out, 3, stride, padding=1, device="meta")
+    inputs = torch.empty(1, channels, side, side, device="meta")
+    forms = possible_forms(module, inputs, module(inputs))
+    assert min(forms, key=lambda form: form.cost).squares.__name__ == expected
+
+
+def test_the_gram_form_is_taken_for_few_positions():
+    assert norms.gram_is_cheaper(10, 10, 5) and not norms.gram_is_cheaper(10, 10, 6)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith(("conv", "one pixel"))])
+def test_all_forms_of_a_convolution_agree(name):
+    module, shape = LAYERS[name]
+    inputs, gradients, truth = batch(module, shape)
+    forms = possible_forms(module, inputs, gradients)
+    assert len(forms) == 1 or all(stride == 1 for stride in module.stride)
+    for form in forms:
+        squares = form.squares(module, padded(module, inputs), gradients)
+        if module.bias is not None:
+            squares = squares + gradients.flatten(2).sum(2).square().sum(1)
+        assert torch.allclose(squares.sqrt(), truth, rtol=1e-10), form.squares.__name__
+
+
+def test_all_forms_are_tested():
+    names = set()
+    for module, shape in (LAYERS["conv2d"], LAYERS["conv2d rows with groups"]):
+        names |= {form.squares.__name__ for form in possible_forms(module, *batch(module, shape)[:2])}
+    assert names == {"_by_patches", "_by_pixels", "_by_rows"}
+
+
+def test_half_precision_is_never_interpolated():
+    module, shape = LAYERS["conv2d"]
+    inputs, gradients, _ = batch(module, shape, dtype=torch.float16)
+    assert "_by_rows" not in {form.squares.__name__ for form in possible_forms(module, inputs, gradients)}
 
 
 def test_a_loop_of_backward_passes_through_a_network():
@@ -143,7 +189,9 @@ def test_the_patches_are_those_of_the_convolution():
     for name in ("conv1d", "conv2d same", "conv3d", "conv2d circular"):
         module, shape = LAYERS[name]
         inputs, _, _ = batch(module, shape)
-        patches = unfold(module, inputs).reshape(len(inputs), module.groups, -1, module(inputs).flatten(2).shape[2])
+        patches = patches_of(module, padded(module, inputs)).reshape(
+            len(inputs), module.groups, -1, module(inputs).flatten(2).shape[2]
+        )
         weight = module.weight.reshape(module.groups, module.out_channels // module.groups, -1)
         output = torch.einsum("goc,ngcp->ngop", weight, patches).flatten(1, 2) + module.bias[:, None]
         assert torch.allclose(output, module(inputs).flatten(2))

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_neuro import Probe, RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.sample_table import SampleTable, gini, top_rows, top_samples, write_csv
+from lightning_neuro.refinement.sample_tracking import is_recorded
 from lightning_neuro.refinement.training_steps import TrainBatch
+from tests.models import fit, loader, mlp
 
 
 def batch(ids, targets=None):
@@ -44,6 +47,7 @@ def test_what_is_seen_counts_when_it_is_committed_times_the_rate():
         "sample_id": [2, 4, 7],
         "target": [0, 1, 1],
         "visits": [1, 1, 1],
+        "recorded": [1, 1, 1],
         "refinement/a": [1.0, 1.5, 0.5],
         "refinement/b": [5.0, 7.5, 2.5],
     }
@@ -116,7 +120,10 @@ def test_what_has_no_row_is_counted_and_left_out():
 def over_ranks(mine, other):
     """The table of two ranks, as the first one sees it."""
     theirs = iter(
-        [*other._refinement.values(), other._visits, other._targets, other._num_nonfinite, other._num_without_id]
+        [
+            *other._refinement.values(),
+            *(other._visits, other._recorded, other._targets, other._num_nonfinite, other._num_without_id),
+        ]
     )
 
     class Strategy:
@@ -198,7 +205,7 @@ def test_wrong_sizes_are_refused():
     for layers, samples, name in (([], 3, "layers"), (["a"], 0, "num_samples")):
         with pytest.raises(ArgumentError, match=name):
             SampleTable(layers, samples)
-    assert SampleTable(["a", "b"], 999).num_bytes == 8 * 4 * 1000
+    assert SampleTable(["a", "b"], 999).num_bytes == 8 * 5 * 1000
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -237,3 +244,53 @@ def test_the_csv_holds_the_table(tmp_path):
     for name, column in table.arrays().items():
         assert [float(row[name]) for row in rows] == column.tolist()
     assert [file.name for file in tmp_path.iterdir()] == ["samples.csv"]
+
+
+def test_visits_in_other_steps_are_estimated_by_those_in_recorded_steps():
+    table = SampleTable(["a", "b"], 4)
+    for step, who in enumerate(([0, 1], [0, 2], [0, 1])):
+        recorded = step != 1
+        micro = TrainBatch(torch.tensor(who), torch.tensor([1, 0]), recorded)
+        show(table, "a", [1.0 + step, 4.0], micro)
+        if recorded:  # layers that only the table needs are not followed in other steps
+            show(table, "b", [10.0, 10.0], micro)
+        table.commit("a", rate(1.0))
+        table.commit("b", rate(1.0))
+    found = {name: column.tolist() for name, column in table.arrays().items()}
+    assert found == {
+        "sample_id": [0, 1],  # of sample 2 nothing is known
+        "target": [1, 0],
+        "visits": [3, 2],
+        "recorded": [2, 2],
+        "refinement/a": [(1.0 + 3.0) / 2 * 3, 8.0],
+        "refinement/b": [30.0, 20.0],
+    }
+    again = SampleTable(["a", "b"], 4)
+    again.load_state_dict(table.state_dict())
+    assert again.arrays()["recorded"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_one_of_every_n_steps_is_recorded_and_not_always_the_same(every):
+    steps = [step for step in range(100 * every) if is_recorded(step, every)]
+    assert [step // every for step in steps] == list(range(100))
+    places = torch.tensor([step % every for step in steps]).bincount(minlength=every)
+    assert places.min() > 100 / every / 2
+
+
+def test_estimates_of_a_fit_are_those_of_all_steps():
+    tables, followed = {}, {}
+    for every in (1, 2):
+        callback = RepresentationRefinement(Probe(num_samples=16), track_samples="*", sample_every_n_steps=every)
+        fit(mlp(), callback, train=loader(64), max_epochs=20)
+        tables[every] = callback.sample_table
+        followed[every] = callback.ledger["net.5"].weights()["weight"]
+    full, some = tables[1], tables[2]
+    assert torch.equal(followed[1], followed[2])  # the ledger does not depend on it
+    assert full["sample_id"].tolist() == some["sample_id"].tolist() == list(range(64))
+    assert (full["recorded"] == 20).all() and (some["visits"] == 20).all()
+    assert 0.3 < some["recorded"].mean() / 20 < 0.7
+    for layer in ("net.1", "net.3", "net.5"):
+        one, other = full[f"refinement/{layer}"], some[f"refinement/{layer}"]
+        assert other.sum() == pytest.approx(one.sum(), rel=0.2)
+        assert torch.corrcoef(torch.tensor(np.stack([one, other])))[0, 1] > 0.5
