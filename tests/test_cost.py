@@ -69,6 +69,7 @@ def test_every_callback_measures_itself() -> None:
     callbacks = [make(Probe(num_samples=16)) for make in SIX.values()]
     fit(mlp(), *callbacks)
     assert all(callback.cost.seconds["compute"] > 0 for callback in callbacks)
+    assert [callback.name for callback in callbacks if callback.cost.seconds.get("step", 0) > 0] == ["refinement"]
     assert all(0 < callback.cost.share < 1 for callback in callbacks)
 
 

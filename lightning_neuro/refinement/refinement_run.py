@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_neuro import loggers
 from lightning_neuro.capture import uncompiled
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.cost import Cost
 from lightning_neuro.isolation import evaluation_mode
 from lightning_neuro.ranks import reduced
 from lightning_neuro.refinement.attachment import Attachment
@@ -69,6 +70,7 @@ class RefinementRun:
         saved: The state of an earlier part of the run; empty at its beginning.
         sample_dims: In which dimension of the layers' inputs the samples lie.
         report: Called with the layer and the error if something fails in a training step.
+        cost: Where the time of the training steps is added.
 
     Attributes:
         ledgers: Layer -> ledger.
@@ -94,6 +96,7 @@ class RefinementRun:
         saved: Mapping[str, Any],
         sample_dims: SampleDims,
         report: Callable[[str, Exception], None],
+        cost: Cost | None = None,
     ) -> None:
         check_num_sources(classes.num)
         self.name = name
@@ -127,6 +130,7 @@ class RefinementRun:
             world_size=trainer.world_size,
             mean_over_ranks=partial(reduced, trainer, reduce_op="mean") if trainer.world_size > 1 else None,
             sample_dims=sample_dims,
+            cost=cost,
         )
 
     # Opening, in the order of the constructor

@@ -153,6 +153,7 @@ class TrainingHooksCallback(MetricCallback[R]):
             saved=self.saved_run,
             sample_dims=sample_dims,
             report=lambda layer, error: self.report(f"layer '{layer}' in a training step", error),
+            cost=self.cost,
         )
         self.saved_run = {}
 

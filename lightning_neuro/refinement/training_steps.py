@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.cost import Cost
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.layer_gradients import Operator, parameters_of, why_unsupported
 from lightning_neuro.refinement.ledger import RefinementLedger
@@ -84,6 +85,7 @@ class TrainingSteps:
         world_size: Number of processes that train together.
         mean_over_ranks: Averages a tensor over these processes.
         sample_dims: In which dimension of the layers' inputs the samples lie, as far as it is known.
+        cost: Where the time that this takes is added.
 
     Attributes:
         num_steps: Number of optimizer steps so far.
@@ -105,7 +107,9 @@ class TrainingSteps:
         world_size: int = 1,
         mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
         sample_dims: SampleDims | None = None,
+        cost: Cost | None = None,
     ) -> None:
+        self.cost = Cost() if cost is None else cost
         self.hooks = hooks
         self.ledgers = dict(ledgers)
         self.listeners = list(listeners)
@@ -156,15 +160,16 @@ class TrainingSteps:
                 self.broken[layer] = ValueError(f"In this run, {reason}")
                 self.report(layer, self.broken[layer])
             return
-        try:
-            num_samples = len(self._sources.rows)
-            inputs, gradients = self.sample_dims.samples_first(layer, module, inputs, gradients, num_samples)
-            if layer in self.ledgers:
-                self.ledgers[layer].see(module, inputs, gradients, self._sources)
-            for listener in self.listeners:
-                listener.see(layer, module, inputs, gradients, self._batch)
-        except Exception as error:
-            self.report(layer, error)
+        with self.cost.timing("step"):
+            try:
+                num_samples = len(self._sources.rows)
+                inputs, gradients = self.sample_dims.samples_first(layer, module, inputs, gradients, num_samples)
+                if layer in self.ledgers:
+                    self.ledgers[layer].see(module, inputs, gradients, self._sources)
+                for listener in self.listeners:
+                    listener.see(layer, module, inputs, gradients, self._batch)
+            except Exception as error:
+                self.report(layer, error)
 
     def drop(self, layer: str) -> None:
         """Discard the pending data of a layer, because its gradients did not reach the optimizer."""
@@ -182,8 +187,12 @@ class TrainingSteps:
                     f" distinguished; got '{layer}'. Leave this layer out."
                 )
 
-    @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad(), self.cost.timing("step"):
+            self._follow(optimizer)
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Repeat a step of an optimizer."""
         rates = _learning_rates(optimizer)
         if _was_skipped(optimizer):
             for layer, owners in self.hooks.layers.items():
