@@ -42,7 +42,7 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
 
     Keys:
         Each as `communities/<measure>/<layer>`, and as `communities/<measure>` for the mean over layers. By default,
-        `modularity_excess`, `largest_share`, `nmi_runs` and `constant_share` are not logged; they are in
+        `modularity_excess`, `largest_share`, `nmi_runs`, `dead_share` and `constant_share` are not logged; they are in
         `callback.scalars`.
 
         | measure | meaning | range | better when |
@@ -81,7 +81,7 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
     family = "communities"
     curves = (
         *("modularity", "modularity_null", "modularity_z", "class_modularity"),
-        *("num_communities", "nmi_previous", "dead_share"),
+        *("num_communities", "nmi_previous"),
     )
     baselines = ("modularity",)
     charts = {  # noqa: RUF012

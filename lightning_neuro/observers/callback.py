@@ -76,7 +76,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         `observers/balanced_accuracy/<attribute>/whole_network`. With more than `max_attributes` attributes these are
         `lowest_3` and `highest_3`, the means of the three lowest and highest scores of the moment: their keys exist
         from the first evaluation, and do not depend on which attributes they are. All other measures of single
-        attributes are in `result`.
+        attributes are in `result`. By default, `mcc` and `information_bits` are not logged; they are in `scalars`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -118,6 +118,10 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     """
 
     family = "observers"
+    curves = (
+        *("balanced_accuracy", "balanced_accuracy_input", "auroc", "selectivity", "num_denoting_units"),
+        *("label_proportion", "proportion_depth_rho", "proportion_depth_rho_null", "proportion_depth_rho_p"),
+    )
     charts = {  # noqa: RUF012
         "balanced accuracy, before training": ("balanced_accuracy", "balanced_accuracy_initial"),
         "units that denote an attribute": ("num_denoting_units",),

@@ -35,7 +35,6 @@ _GRAPH_CHARTS = {
 }
 _HOMOLOGY_CHARTS = {
     "loops' total lifetime, in a Gaussian cloud": ("h1_total", "h1_total_null"),
-    "components' total lifetime, in a Gaussian cloud": ("h0_total", "h0_total_null"),
     "drift since the previous and the first evaluation": ("drift", "drift_from_initial"),
 }
 
@@ -65,8 +64,8 @@ class ActivationTopology(MetricCallback[TopologyResult]):
 
     Keys:
         Each as `topology/<measure>/<layer>`, and as `topology/<measure>` for the mean over layers. Lengths are relative
-        to the .9 quantile of the layer's distances. By default, `num_nodes`, `coverage`, `purity`, `h0_total`,
-        `h1_total`, their nulls and the drifts are logged; the others are in `callback.scalars`.
+        to the .9 quantile of the layer's distances. By default, `num_nodes`, `coverage`, `purity`, `h1_total`,
+        their nulls and the drifts are logged; the others are in `callback.scalars`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -110,8 +109,8 @@ class ActivationTopology(MetricCallback[TopologyResult]):
 
     family = "topology"
     curves = (
-        *("num_nodes", "coverage", "purity", "purity_null", "h0_total", "h0_total_null"),
-        *("h1_total", "h1_total_null", "drift", "drift_from_initial"),
+        *("num_nodes", "coverage", "purity", "purity_null", "h1_total", "h1_total_null"),
+        *("drift", "drift_from_initial"),
     )
     baselines = ("purity",)
     charts = _GRAPH_CHARTS | _HOMOLOGY_CHARTS

@@ -30,7 +30,7 @@ def probes(*args, denotation=False, **options):
 
 
 def test_every_documented_key_is_there():
-    callback = probes(attributes=bright, denotation=True)
+    callback = probes(attributes=bright, denotation=True, log_scalars="*")
     log = MemoryLogger()
     fit(mlp(), callback, logger=log)
     key = "observers/balanced_accuracy/{}/{}"
