@@ -151,7 +151,10 @@ class ObserverResult:
         if undefined:
             named = "; ".join(f"'{name}' is {why}" for name, why in list(undefined.items())[:_NAMED])
             more = f"; and {len(undefined) - _NAMED} more" if len(undefined) > _NAMED else ""
-            notes["undefined"] = f"Some attributes have no score, because they do not vary: {named}{more}."
+            none = len(undefined) == len(self.names)
+            subject = "No attribute has a score" if none else "Some attributes have no score"
+            remedy = " Use more samples, `Probe(num_samples=...)`, or other `attributes`." if none else ""
+            notes["undefined"] = f"{subject}, because they vary too little: {named}{more}.{remedy}"
         return notes
 
     def histogram(self) -> Tensor:
