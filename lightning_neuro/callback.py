@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
-from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, describe
+from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, describe, require
 from lightning_neuro.drawing_callback import DrawingCallback, R
 from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
@@ -26,6 +26,7 @@ from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import names_on_all_ranks
 from lightning_neuro.scheduled_callback import OnError
 from lightning_neuro.session import Event
+from lightning_neuro.summary import measure_table
 from lightning_neuro.threads import threads_for
 
 if TYPE_CHECKING:
@@ -229,6 +230,21 @@ class MetricCallback(DrawingCallback[R]):
         else:
             self._disabled = True
             self.warn_once("disabled", f"{self.name} is disabled in this run. {error}")
+
+    def summary(self, layer: str | None = None) -> str:
+        """A table of the main measures: before training, now, and what they mean.
+
+        Args:
+            layer: Name of a layer of `result`; default: the last one.
+
+        Returns:
+            Text with one line per measure, empty before the first evaluation.
+        """
+        if not self.result:
+            return ""
+        layer = list(self.result)[-1] if layer is None else layer
+        require(layer in self.result, "layer", f"be one of {', '.join(self.result)}", layer)
+        return measure_table(self.name, layer, self.meanings, self.initial, self.scalars)
 
     # One evaluation, as the session calls it
 

@@ -21,6 +21,7 @@ from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.paths.callback import ConceptPaths
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
+from lightning_neuro.summary import HEADER
 from lightning_neuro.topology.callback import ActivationTopology
 
 
@@ -115,17 +116,8 @@ def _print_summary(callbacks: Sequence[MetricCallback[Any]], trainer: "pl.Traine
     accuracy_reached = float(trainer.callback_metrics["val/accuracy"])
     print(f"\nValidation accuracy {accuracy_reached:.3f} after {trainer.current_epoch} epochs.")
     print("The measures of the last layer that each callback uses:\n")
-    print(f"{'measure':<42}{'untrained':>10}{'trained':>10}  meaning")
-    for callback in callbacks:
-        layer = list(callback.result)[-1]
-        for measure, meaning in callback.meanings.items():
-            key = f"{callback.name}/{measure}/{layer}"
-            print(f"{key:<42}{_number(callback.initial.get(key))}{_number(callback.scalars.get(key))}  {meaning}")
+    print("\n".join([HEADER, *(callback.summary() for callback in callbacks)]))
     print(f"\nTo see the curves and figures of all layers:\n\n    {_tensorboard_command()} --logdir {logdir}\n")
-
-
-def _number(value: float | None) -> str:
-    return f"{'-':>10}" if value is None else f"{value:>10.3f}"
 
 
 def _tensorboard_command() -> str:

@@ -22,6 +22,12 @@ class LayerResult(Protocol):
         """The values whose distribution is logged."""
 
 
+def short_repr(result: LayerResult) -> str:
+    """The type of a result and its scalars, for `__repr__`: its tensors would fill pages."""
+    values = ", ".join(f"{name}={value:.4g}" for name, value in result.scalars().items())
+    return f"{type(result).__name__}({values})"
+
+
 def nonfinite_note(num_nonfinite: int, num_samples: int) -> str:
     """The note on samples that were left out.
 

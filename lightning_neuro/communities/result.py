@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_neuro.layer_result import nonfinite_note
+from lightning_neuro.layer_result import nonfinite_note, short_repr
 
 if TYPE_CHECKING:
     import networkx
@@ -69,6 +69,8 @@ class CommunityResult:
     num_samples: int = 0
     num_nonfinite: int = 0
     reason: str = ""
+
+    __repr__ = short_repr
 
     @property
     def defined(self) -> bool:

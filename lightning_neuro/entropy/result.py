@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_neuro.entropy.options import Mode
-from lightning_neuro.layer_result import nonfinite_note
+from lightning_neuro.layer_result import nonfinite_note, short_repr
 
 MAX_CLASSES = 256
 
@@ -44,6 +44,8 @@ class EntropyResult:
     class_information: Tensor | None = None
     num_labelled: int = 0
     largest_label: int = -1
+
+    __repr__ = short_repr
 
     @property
     def num_units(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_neuro.layer_result import nonfinite_note
+from lightning_neuro.layer_result import nonfinite_note, short_repr
 from lightning_neuro.observers.denotation import Denotation
 
 MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
@@ -72,6 +72,8 @@ class ObserverResult:
     num_nonfinite: int = 0
     num_constant: int = 0
     denotation: Denotation | None = field(default=None, repr=False)
+
+    __repr__ = short_repr
 
     @property
     def selectivity(self) -> Tensor:

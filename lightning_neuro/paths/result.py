@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_neuro.layer_result import short_repr
 from lightning_neuro.paths.class_tree import hierarchy_correlation
 from lightning_neuro.paths.similarity import TOP, confusion_top3, cosine, mean_between, path_similarity, reuse
 
@@ -42,6 +43,8 @@ class PathResult:
     stability: float = math.nan
     labels: tuple[int, ...] | None = None
     num_nonfinite: int = 0
+
+    __repr__ = short_repr
 
     @property
     def masks(self) -> Tensor:

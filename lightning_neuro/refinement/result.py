@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_neuro.layer_result import short_repr
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -61,6 +63,8 @@ class RefinementResult:
     own: bool
     sample_gini: float = float("nan")
     are_some: bool = False
+
+    __repr__ = short_repr
 
     @property
     def own_class_share(self) -> float:

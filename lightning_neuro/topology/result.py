@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_neuro.layer_result import nonfinite_note
+from lightning_neuro.layer_result import nonfinite_note, short_repr
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.persistence import Persistence
 
@@ -41,6 +41,8 @@ class TopologyResult:
     num_units: int = 0
     num_samples: int = 0
     num_nonfinite: int = 0
+
+    __repr__ = short_repr
 
     def scalars(self) -> dict[str, float]:
         """Measure -> value of the graph and the homology; undefined measures are left out."""
