@@ -7,9 +7,11 @@
 
 Each variant is a fit with the same weights and batches. The table lists the median over the steps of the ratio to the
 plain step of the same round: of wall time and, on a CPU, of the time of the process, in which other processes do not
-count. "vmap(grad)" computes the gradient of every sample with torch.func, of which only the norms are kept. It cannot
-train a network with BatchNorm, so it runs the network in evaluation mode. Memory is the growth of the peak of the
-process (on a GPU, of the device), with each variant in a process of its own.
+count. These differ by several percent between equal steps, so the last column is the time of the process inside the
+hooks of the callback, relative to the rest of the step: it leaves out only what the hooks do to the caches.
+"vmap(grad)" computes the gradient of every sample with torch.func, of which only the norms are kept. It cannot train a
+network with BatchNorm, so it runs the network in evaluation mode. Memory is the growth of the peak of the process (on a
+GPU, of the device), with each variant in a process of its own.
 """
 
 import argparse
@@ -17,11 +19,12 @@ import logging
 import multiprocessing
 import re
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from turns import Steps, take_turns
 
 from lightning_neuro import Probe, RepresentationRefinement
+from lightning_neuro.refinement.backward_passes import BackwardPasses
+from lightning_neuro.refinement.training_hooks import TrainingHooksCallback
+from lightning_neuro.refinement.training_steps import TrainingSteps
 
 CLASSES = 10
 EVERY: dict[str, Any] = {"track_samples": "*"}
@@ -64,6 +70,44 @@ def options_of(name: str, variant: str) -> dict[str, Any] | None:
     if found is not None and name == "small" and "layers" in found:
         return found | {"layers": SMALL_CONVOLUTIONS[found["layers"]]}
     return found
+
+
+class OwnWork(pl.Callback):
+    """The time of the process inside the methods that training steps call, by variant; only one fit runs at a time."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.variants: dict[int, str] = {}
+        self._inside = False
+        for owner, names in (
+            (TrainingHooksCallback, ("on_train_batch_start", "on_train_batch_end")),
+            (TrainingSteps, ("_stepped",)),
+            (BackwardPasses, ("hold", "_added")),
+        ):
+            for name in names:
+                setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget the first step."""
+        if batch_idx == 1:
+            self.seconds[self.variants[threading.get_ident()]] = 0.0
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return method(*args, **kwargs)
+            self._inside, begin = True, time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._inside = False
+                variant = self.variants[threading.get_ident()]
+                self.seconds[variant] = self.seconds.get(variant, 0.0) + time.process_time() - begin
+
+        return timed
 
 
 def fit(name: str, variant: str, batch: int, steps: int, device: str, *callbacks: pl.Callback) -> None:
@@ -155,11 +199,12 @@ def spread(ratios: Sequence[float]) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def row(variant: str, steps: Steps, plain: Steps) -> str:
-    """One line of the table."""
+def row(variant: str, steps: Steps, plain: Steps, own: float) -> str:
+    """One line of the table; `own` are the seconds of our work in all steps."""
     wall = spread([one / other for one, other in zip(steps.wall, plain.wall, strict=True)])
     cpu = spread([one / other for one, other in zip(steps.cpu, plain.cpu, strict=True)])
-    return f"| {variant} | {wall} | {cpu} |"
+    mine = own / len(steps.cpu)
+    return f"| {variant} | {wall} | {cpu} | {mine / (statistics.fmean(steps.cpu) - mine):.3f} |"
 
 
 def main() -> None:
@@ -180,17 +225,23 @@ def main() -> None:
     variants = list(dict.fromkeys(["plain", *options.variants]))
     shared = (options.batch, options.steps, options.device)
     with busy_cores(options.busy):
-        fits = [partial(fit, options.network, variant, *shared) for variant in variants]
+        own = OwnWork()
+
+        def run(variant: str, turn: pl.Callback) -> None:
+            own.variants[threading.get_ident()] = variant
+            fit(options.network, variant, *shared, turn, own)
+
+        fits = [partial(run, variant) for variant in variants]
         found = take_turns(fits, partial(now, options.device))
     plain = statistics.median(found[0].wall)
     load = "busy" if options.busy else "idle"
     print(f"{options.network}, batch {options.batch}, {len(found[0].wall)} rounds, {load}; plain {1e3 * plain:.0f} ms")
-    print("| variant | step / plain step, wall: median (quartiles) | process |\n|---|---|---|")
+    print("| variant | step / plain step, wall: median (quartiles) | process | own |\n|---|---|---|---|")
     for variant, steps in zip(variants, found, strict=True):
-        print(row(variant, steps, found[0]), flush=True)
+        print(row(variant, steps, found[0], own.seconds.get(variant, 0.0)), flush=True)
     if not options.no_vmap:
         ratio = seconds(vmap_step(options.network, options.batch, options.device), options.device) / min(found[0].wall)
-        print(f"| torch.func vmap(grad), norms only | {ratio:.2f} | |")
+        print(f"| torch.func vmap(grad), norms only | {ratio:.2f} | | |")
     if not options.no_memory:
         context = multiprocessing.get_context("spawn")
         base = 0.0
