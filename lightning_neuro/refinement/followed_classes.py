@@ -1,4 +1,4 @@
-"""Which classes are sources: all or, if they are many, the most frequent ones; the rest is the source "other"."""
+"""Which classes are sources: all or, if they are many, those that are explained; the rest is the source "other"."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,15 +59,16 @@ class FollowedClasses:
         """The choice, to be added to a sentence; empty if all classes are followed."""
         if not self.are_some:
             return ""
-        return f", for the {self.num} most frequent of {self.num_classes:,} classes, the rest being 'other'"
+        return f", for {self.num} of {self.num_classes:,} classes, the rest being 'other'"
 
 
-def follow(labels: Tensor, most: int) -> FollowedClasses:
+def follow(labels: Tensor, most: int, first: Sequence[int] = ()) -> FollowedClasses:
     """Choose the classes to follow.
 
     Args:
         labels: (N,) class labels of the training samples, or of those that are known; negative ones are no classes.
         most: Number of classes that can be followed.
+        first: Classes that come before all others.
 
     Returns:
         All classes if there are at most that many, else the most frequent ones.
@@ -75,6 +76,8 @@ def follow(labels: Tensor, most: int) -> FollowedClasses:
     Example:
         >>> follow(torch.tensor([0, 7, 7, 3, 3, 9]), 2).labels
         tensor([3, 7])
+        >>> follow(torch.tensor([0, 7, 7, 3, 3, 9]), 2, first=[9]).labels
+        tensor([3, 9])
         >>> follow(torch.tensor([0, 2, 2]), 3)
         FollowedClasses(num=3, labels=None, num_classes=3)
     """
@@ -84,6 +87,7 @@ def follow(labels: Tensor, most: int) -> FollowedClasses:
     largest = int(classes[-1]) + 1
     if largest <= most:
         return FollowedClasses(largest, num_classes=largest)
+    counts += (counts.max() + 1) * torch.isin(classes, torch.tensor(first, dtype=classes.dtype))
     chosen = classes[counts.argsort(descending=True, stable=True)[:most]].sort().values
     return FollowedClasses(len(chosen), chosen, len(classes))
 
@@ -127,9 +131,10 @@ def choose_classes(
     known = training_labels(trainer) if probe_pass.probe.target_fn is None else None
     if options.num_sources is not None:
         num = options.num_sources
-        found = follow(known, num) if options.source_fn is None and known is not None else FollowedClasses(0)
+        found = FollowedClasses(0)
+        if options.source_fn is None and known is not None:
+            found = follow(known, num, probe_pass.classes)
         return found if found.are_some else FollowedClasses(num)
     explained = explained_labels(trainer, probe_pass)
-    # Counted twice, those that are explained come first among equally frequent classes.
     labels = explained if known is None else torch.cat([known, explained])
-    return follow(labels, affordable_sources(num_weights, options))
+    return follow(labels, affordable_sources(num_weights, options), probe_pass.classes)
