@@ -63,7 +63,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
             "other". Default: the sources are the classes.
         num_sources: Number of sources, at most 100. Of more classes, those of which the probe set holds enough samples
             are followed (see `Probe`), then the most frequent ones; all others count as "other". Default: all classes,
-            but at most 32, and as many as fit into `memory_limit`.
+            but at most 32, and fewer if the layer is large.
         track_samples: Whether to track how much each training sample refined the layers, r_i = learning rate x
             |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
             `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled

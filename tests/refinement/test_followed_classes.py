@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_neuro import Probe, RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.refinement.followed_classes import DEFAULT_SOURCES, follow
+from lightning_neuro.refinement.followed_classes import DEFAULT_NUMBERS, DEFAULT_SOURCES, follow
 from lightning_neuro.refinement.traced_layers import default_layer
 from tests.models import Module, fit
 
@@ -45,7 +45,8 @@ def test_any_number_of_classes_runs_without_arguments(classes, caplog):
         warnings.simplefilter("always")
         callback = trained(samples(labels), classes)
     assert_complete(callback)
-    assert callback.ledger["net.0"].num_sources == min(classes, DEFAULT_SOURCES)
+    affordable = max(2, DEFAULT_NUMBERS // (9 * classes) - 2)
+    assert callback.ledger["net.0"].num_sources == min(classes, DEFAULT_SOURCES, affordable)
     assert "refinement/own_class_share" in callback.scalars
     said = [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]
     said = [text for text in said if text.startswith("refinement: ") and "the rest being" in text]
