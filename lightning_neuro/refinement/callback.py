@@ -61,9 +61,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         source_fn: Where a batch holds the source of each sample, (N,) integers, such as the number of the dataset it
             comes from: a key, an index, or a function of the batch. Numbers outside 0 .. num_sources - 1 count as
             "other". Default: the sources are the classes.
-        num_sources: Number of sources, at most 100. If the sources are the classes, the most frequent ones are
-            followed, and all others count as "other". Default: all classes, or the 32 most frequent ones, or as many as
-            fit into `memory_limit`.
+        num_sources: Number of sources, at most 100. Of more classes, those of which the probe set holds enough samples
+            are followed (see `Probe`), then the most frequent ones; all others count as "other". Default: all classes,
+            but at most 32, and fewer if the layer is large.
         track_samples: Whether to track how much each training sample refined the layers, r_i = learning rate x
             |gradient of sample i|, summed over training: for the layers above (True), for these layers (names or globs,
             `"*"` for all that are supported), or not at all (False). Large values belong to hard, rare or mislabelled

@@ -1,4 +1,4 @@
-"""Which classes are sources: all or, if they are many, the most frequent ones; the rest is the source "other"."""
+"""Which classes are sources: all or, if they are many, those that are explained; the rest is the source "other"."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +15,11 @@ from lightning_neuro.refinement.drawn_indices import training_loaders
 from lightning_neuro.refinement.ledger import bytes_of_ledger
 from lightning_neuro.refinement.options import RunOptions
 
-# Each source is one more copy of the weights that every step moves: 32 of them cost a few percent of a training step
-# where 100 cost a tenth, and a figure shows 20.
+# Each source is one more copy of the weights that every step moves. A figure shows 20.
 DEFAULT_SOURCES = 32
+# All copies of the default layer together: on one core of a CPU a step moves so many numbers in 40 ms, which is 2 % of
+# the step of a ResNet-18 on 64 small images.
+DEFAULT_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +61,16 @@ class FollowedClasses:
         """The choice, to be added to a sentence; empty if all classes are followed."""
         if not self.are_some:
             return ""
-        return f", for the {self.num} most frequent of {self.num_classes:,} classes, the rest being 'other'"
+        return f", for {self.num} of {self.num_classes:,} classes, the rest being 'other'"
 
 
-def follow(labels: Tensor, most: int) -> FollowedClasses:
+def follow(labels: Tensor, most: int, first: Sequence[int] = ()) -> FollowedClasses:
     """Choose the classes to follow.
 
     Args:
         labels: (N,) class labels of the training samples, or of those that are known; negative ones are no classes.
         most: Number of classes that can be followed.
+        first: Classes that come before all others.
 
     Returns:
         All classes if there are at most that many, else the most frequent ones.
@@ -75,6 +78,8 @@ def follow(labels: Tensor, most: int) -> FollowedClasses:
     Example:
         >>> follow(torch.tensor([0, 7, 7, 3, 3, 9]), 2).labels
         tensor([3, 7])
+        >>> follow(torch.tensor([0, 7, 7, 3, 3, 9]), 2, first=[9]).labels
+        tensor([3, 9])
         >>> follow(torch.tensor([0, 2, 2]), 3)
         FollowedClasses(num=3, labels=None, num_classes=3)
     """
@@ -84,6 +89,7 @@ def follow(labels: Tensor, most: int) -> FollowedClasses:
     largest = int(classes[-1]) + 1
     if largest <= most:
         return FollowedClasses(largest, num_classes=largest)
+    counts += (counts.max() + 1) * torch.isin(classes, torch.tensor(first, dtype=classes.dtype))
     chosen = classes[counts.argsort(descending=True, stable=True)[:most]].sort().values
     return FollowedClasses(len(chosen), chosen, len(classes))
 
@@ -107,8 +113,11 @@ def explained_labels(trainer: "pl.Trainer", probe_pass: ProbePass) -> Tensor:
 
 
 def affordable_sources(num_weights: int, options: RunOptions) -> int:
-    """How many classes are followed if nobody says: at most 32, and as many as fit into the memory limit."""
-    numbers = range(DEFAULT_SOURCES, 1, -1)
+    """How many classes are followed if nobody says: at most 32, fewer if they cost too much memory or time."""
+    most = DEFAULT_SOURCES
+    if options.layers is None:
+        most = min(most, max(2, DEFAULT_NUMBERS // num_weights - 2))
+    numbers = range(most, 1, -1)
     fits = (num for num in numbers if bytes_of_ledger(num_weights, num, options.num_phases) <= options.memory_bytes)
     return next(fits, 1)
 
@@ -127,9 +136,10 @@ def choose_classes(
     known = training_labels(trainer) if probe_pass.probe.target_fn is None else None
     if options.num_sources is not None:
         num = options.num_sources
-        found = follow(known, num) if options.source_fn is None and known is not None else FollowedClasses(0)
+        found = FollowedClasses(0)
+        if options.source_fn is None and known is not None:
+            found = follow(known, num, probe_pass.classes)
         return found if found.are_some else FollowedClasses(num)
     explained = explained_labels(trainer, probe_pass)
-    # Counted twice, those that are explained come first among equally frequent classes.
     labels = explained if known is None else torch.cat([known, explained])
-    return follow(labels, affordable_sources(num_weights, options))
+    return follow(labels, affordable_sources(num_weights, options), probe_pass.classes)

@@ -137,7 +137,13 @@ def source_gradients(module: Operator, inputs: Tensor, gradients: Tensor, source
 
 
 def add_source_gradients(
-    module: Operator, inputs: Tensor, gradients: Tensor, sources: Sources, sums: Mapping[str, Tensor]
+    module: Operator,
+    inputs: Tensor,
+    gradients: Tensor,
+    sources: Sources,
+    sums: Mapping[str, Tensor],
+    *,
+    may_wait: bool = False,
 ) -> None:
     """Add the gradients by source to earlier sums, in place; the arguments are those of `source_gradients`.
 
@@ -147,21 +153,23 @@ def add_source_gradients(
         gradients: Gradient of the loss with respect to its output.
         sources: The sources of the samples.
         sums: `"weight"` and `"bias"`, as `source_gradients` returns them.
+        may_wait: Whether the host may wait for the device, which is faster for many sources.
     """
     # As under autocast: the layer multiplied in the lower precision, so its gradient consists of the rounded values.
     inputs = inputs.to(gradients.dtype)
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     inputs, gradients = inputs.to(dtype), gradients.to(dtype)
     # On a GPU, the host would have to wait to read which samples are of a source.
-    reads = inputs.device.type == "cpu"
+    reads = may_wait or inputs.device.type == "cpu"
     if is_linear(module):
         inputs, gradients = (part.reshape(len(part), -1, part.shape[-1]) for part in (inputs, gradients))
         weight = sums["weight"].mT if is_transposed_linear(module) else sums["weight"]
-        if sources.num * inputs.shape[2] * gradients.numel() <= ONE_PRODUCT:
+        if not may_wait and sources.num * inputs.shape[2] * gradients.numel() <= ONE_PRODUCT:
             weight += _in_one_product(inputs, gradients, sources)
         elif reads:
+            a, d = (part.to(weight.dtype) for part in (inputs, gradients))
             for source, members in sources.members.items():
-                weight[source] += gradients[members].flatten(0, 1).T @ inputs[members].flatten(0, 1)
+                weight[source].addmm_(d[members].flatten(0, 1).T, a[members].flatten(0, 1))
         else:
             add_by_sample(weight, inputs, gradients, sources)
         per_sample = gradients.sum(1)

@@ -412,5 +412,5 @@ def _used_over_raw(used: Tensor, split: Tensor, elementwise: bool, rounding: flo
     scale = torch.where(square > 0, (used * raw).sum() / square, 0.0)
     if not rounding:
         return scale, scale
-    traced = raw.abs() > _CANCELLED * rounding * torch.linalg.vector_norm(split, 1, dim=0)
+    traced = raw.abs() > _CANCELLED * rounding * split.abs().sum(0)
     return torch.where(traced, used / raw if elementwise else scale, 0.0), scale

@@ -136,7 +136,8 @@ class RefinementSummary(ResultMetric):
         module = ledger.module
         shape = layer_output(module, inputs, module.weight, module.bias).shape
         sums = {"weight": self.weight, "bias": self.bias}
-        add_source_gradients(module, inputs, refined.view(shape).to(inputs.dtype), Sources(rows, num + 1), sums)
+        gradients = refined.view(shape).to(inputs.dtype)
+        add_source_gradients(module, inputs, gradients, Sources(rows, num + 1), sums, may_wait=True)
         self.counts = self.counts.index_add(0, rows, torch.ones_like(rows, dtype=self.counts.dtype))
         self.squares = self.squares.index_add(0, rows, refined.square().sum(1))
 

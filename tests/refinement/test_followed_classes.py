@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_neuro import Probe, RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.refinement.followed_classes import DEFAULT_SOURCES, follow
+from lightning_neuro.refinement.followed_classes import DEFAULT_NUMBERS, DEFAULT_SOURCES, follow
 from lightning_neuro.refinement.traced_layers import default_layer
 from tests.models import Module, fit
 
@@ -45,10 +45,11 @@ def test_any_number_of_classes_runs_without_arguments(classes, caplog):
         warnings.simplefilter("always")
         callback = trained(samples(labels), classes)
     assert_complete(callback)
-    assert callback.ledger["net.0"].num_sources == min(classes, DEFAULT_SOURCES)
+    affordable = max(2, DEFAULT_NUMBERS // (9 * classes) - 2)
+    assert callback.ledger["net.0"].num_sources == min(classes, DEFAULT_SOURCES, affordable)
     assert "refinement/own_class_share" in callback.scalars
     said = [str(warning.message) for warning in caught] + [record.getMessage() for record in caplog.records]
-    said = [text for text in said if text.startswith("refinement: ") and "most frequent" in text]
+    said = [text for text in said if text.startswith("refinement: ") and "the rest being" in text]
     assert len(said) == (classes > DEFAULT_SOURCES)
 
 
@@ -99,6 +100,14 @@ def test_own_class_shares_are_those_of_the_followed_classes():
     assert result.own_class_share == pytest.approx(own / total, rel=1e-4)
     assert result.shares.shape == (5, 5)
     assert not result.notes()  # "other" is no sign of missing labels here
+
+
+def test_classes_that_are_explained_come_before_more_frequent_ones():
+    callback = trained(samples(IMBALANCED), 50, Probe(num_samples=90, classes=[3, 5, 48]), num_sources=4)
+    labels = callback.run.classes.labels.tolist()
+    assert {3, 5, 48} < set(labels) and len({7, 13, 20, 41} & set(labels)) == 1
+    assert callback.result["net.0"].counts[:-1].count_nonzero() == 3
+    assert_complete(callback)
 
 
 def test_sources_are_the_classes_of_the_data_and_not_the_outputs():

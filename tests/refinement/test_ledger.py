@@ -291,6 +291,17 @@ def test_fallback_total_is_exact():
     assert follower.residual() < 1e-12
 
 
+def test_sums_follow_the_steps():
+    follower, optimizer = followed(AdamW)
+    for _ in range(2):
+        train(follower, optimizer, 2)
+        for ledger in follower.ledgers.values():
+            initial, refined = ledger.sums()
+            for name, parts in ledger.weights().items():
+                assert torch.equal(initial[name], parts[-1])
+                assert torch.equal(refined[name], parts[:-1].sum(0))
+
+
 # Size and refusals
 
 
