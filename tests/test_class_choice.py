@@ -147,7 +147,7 @@ def test_samples_of_known_classes_come_from_few_batches_of_a_long_loop() -> None
             super().validation_step(batch, batch_idx)
 
     module = Step(classifier(4).net)
-    entropy = ActivationEntropy(Probe(num_samples=64))
+    entropy = ActivationEntropy(Probe(num_samples=66))  # not equally many of each class
     loaders = DataLoader(data, batch_size=64), DataLoader(data, batch_size=20)
     fit(module, entropy, train=loaders[0], val=loaders[1], num_sanity_val_steps=0, max_epochs=1)
     assert len(seen) <= 16 < len(loaders[1]) and max(seen) - min(seen) > 80
