@@ -28,6 +28,9 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/refinement.py
 	$(BIN)/python benchmarks/refinement_samples.py
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/riding.py
+	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/overhead.py --network resnet18
 

@@ -221,14 +221,20 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     rows: list[dict[str, Any]] = []
     parts = options.part or ["demo", "evaluations"]
-    if "demo" in parts:
-        measure_demo(options.rounds, options.epochs, rows)
-    if "evaluations" in parts:
-        measure_evaluations(options.rounds, rows)
-    if "growth" in parts:
-        measure_growth(options.rounds, rows)
-    if options.csv is not None:
-        with options.csv.open("w", newline="") as file:
+    try:
+        if "demo" in parts:
+            measure_demo(options.rounds, options.epochs, rows)
+        if "evaluations" in parts:
+            measure_evaluations(options.rounds, rows)
+        if "growth" in parts:
+            measure_growth(options.rounds, rows)
+    finally:  # also what was measured before an interruption
+        _write(options.csv, rows)
+
+
+def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path is not None and rows:
+        with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
