@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -28,9 +28,6 @@ from lightning_neuro.scheduled_callback import OnError
 from lightning_neuro.session import Event
 from lightning_neuro.summary import measure_table
 from lightning_neuro.threads import threads_for
-
-if TYPE_CHECKING:
-    pass
 
 Memory = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Of which classes the probe set holds enough samples: class-based measures speak of these."""
+"""Which classes the probe set holds enough samples of: those that class-based measures cover."""
 
 from dataclasses import dataclass
 

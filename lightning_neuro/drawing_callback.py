@@ -58,6 +58,11 @@ class DrawingCallback(ScheduledCallback, Generic[R]):
             self._left_for_later = False
             self._draw(trainer, progress_of(trainer))
 
+    def release(self) -> None:
+        """Called at the end of a run and after an exception: the next run begins with figures."""
+        super().release()
+        self._drawn_at, self._left_for_later = None, False
+
     def _is_due(self, trainer: "pl.Trainer", progress: float) -> bool:
         if self._drawn_at is None:
             return True

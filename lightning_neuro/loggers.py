@@ -80,12 +80,13 @@ def unmatched(patterns: Iterable[str], keys: Collection[str]) -> dict[str, str]:
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
     """Whether a key is one of some keys or globs."""
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
+    return any(key == pattern or fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def monitored(trainer: "pl.Trainer") -> list[str]:
-    """The keys that other callbacks monitor, such as EarlyStopping and ModelCheckpoint."""
-    found = (getattr(callback, "monitor", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    """The keys that callbacks such as EarlyStopping and ModelCheckpoint monitor, or learning rate schedulers."""
+    watchers = [*trainer.callbacks, *trainer.lr_scheduler_configs]  # type: ignore[attr-defined]
+    found = (getattr(watcher, "monitor", None) for watcher in watchers)
     return [key for key in found if isinstance(key, str)]
 
 

@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Restore = Callable[[], object]
+
+
+def has_lazy_weights(model: nn.Module) -> bool:
+    """Whether a module makes its weights in its first pass, which must be one of the run and not one of our own.
+
+    Such a pass makes the weights, draws random numbers and changes the class of the module.
+    """
+    return any(map(is_lazy, model.parameters()))
 
 
 @contextmanager

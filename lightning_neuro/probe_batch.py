@@ -46,13 +46,13 @@ class ProbeBatch:
 
     @property
     def numbered_targets(self) -> Tensor | None:
-        """The targets, numbered from 0 where only some classes are spoken of: the position of each in `classes`."""
+        """The targets, numbered from 0 where only some classes are covered: the position of each in `classes`."""
         if self.targets is None or self.classes is None:
             return self.targets
         return self.numbered(self.targets)
 
     def numbered(self, labels: Tensor) -> Tensor:
-        """The position of each class label in `classes`, -1 if it is not there; unchanged if all are spoken of."""
+        """The position of each class label in `classes`, -1 if it is not there; unchanged if all are covered."""
         if self.classes is None:
             return labels
         number = torch.searchsorted(self.classes, labels).clamp(max=len(self.classes) - 1)

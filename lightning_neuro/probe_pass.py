@@ -20,6 +20,7 @@ from lightning_neuro.kept_batch import KeptBatch, copied
 from lightning_neuro.layer_reading import BatchShape
 from lightning_neuro.layers import resolve_layers
 from lightning_neuro.model_calls import is_compiled_anywhere
+from lightning_neuro.module_state import has_lazy_weights
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_set import ProbeSet
@@ -110,16 +111,17 @@ class ProbePass:
             where = "validation samples" if loaders == 1 else f"samples of the first of {loaders} validation loaders"
         layers = f", layers {', '.join(self.layers)}" if self.layers else ""
         each = " on the first rank" if trainer.world_size > 1 else ""
-        rank_zero_info(f"{names}: {self.samples.num_samples} {where}{each}{layers}.{self._spoken_of()}")
+        rank_zero_info(f"{names}: {self.samples.num_samples} {where}{each}{layers}.{self._covered()}")
 
-    def _spoken_of(self) -> str:
+    def _covered(self) -> str:
         if self.samples is None or self.samples.classes is None:
             return ""
         labels = self.samples.classes.tolist()
         shown = ", ".join(map(str, labels[:8])) + (", ..." if len(labels) > 8 else "")
         return (
-            f" Measures of classes speak of {len(labels)} classes ({shown}), of which the set can hold enough samples;"
-            " more with `Probe(num_samples=...)`, others with `Probe(classes=[...])`."
+            f" Class-based measures cover {len(labels)} classes ({shown}), because the set holds only"
+            f" {self.samples.num_samples} samples. For more classes, pass `Probe(num_samples=...)`; to choose them,"
+            " `Probe(classes=[...])`."
         )
 
     def call_order(self) -> list[str]:
@@ -210,6 +212,8 @@ class ProbePass:
         self.source.load(trainer, pl_module)
         if self.samples is None:
             raise NoSamplesYetError("the samples are not known before the first validation")
+        if trainer.global_step == 0 and has_lazy_weights(pl_module):
+            raise NoSamplesYetError("the weights of lazy modules are made in the first step")
         seen: list[dict[str, UnitRows]] = []
         with undisturbed(trainer, pl_module):
             for kept in self.samples.batches[:max_batches]:
@@ -264,7 +268,7 @@ class ProbePass:
         """See in a pass over some samples which modules the model calls, if no step has shown it and they are known."""
         if self.samples is None and not why_no_replay(trainer):
             self.source.load(trainer, pl_module)
-        if self.samples is not None and self.source.trace is None:
+        if self.samples is not None and self.source.trace is None and not has_lazy_weights(pl_module):
             with undisturbed(trainer, pl_module):
                 self._trace(trainer, pl_module, self.samples.batches[0])
 
@@ -301,8 +305,8 @@ class ProbePass:
         classes = None
         if self.samples.classes is not None and labels.classes is not None:
             classes = self.samples.classes.to(labels.classes.device)
-            spoken_of = torch.isin(labels.classes, classes)
-            labels = replace(labels, classes=labels.classes.where(spoken_of, IGNORED))
+            covered = torch.isin(labels.classes, classes)
+            labels = replace(labels, classes=labels.classes.where(covered, IGNORED))
         return ProbeBatch(
             activations={layer: rows.values for layer, rows in units.items()},
             inputs=kept.inputs,

@@ -42,7 +42,7 @@ class ProbeSet:
         batches: The samples.
         targets: The form of their targets, the same on all ranks.
         num_classes: Largest class label plus one, over all ranks; 0 without class labels.
-        classes: The classes that class-based measures speak of, over all ranks, sorted; None: all.
+        classes: The classes that class-based measures cover, over all ranks, sorted; None: all.
         places: Number of a batch of the validation loader -> rows of its samples that belong to the set, and their
             numbers in it; rows None: all. Empty if the samples are not taken from the validation loop.
     """
@@ -266,7 +266,7 @@ def choose(
         drawn = drawn[torch.randperm(len(drawn), generator=generator)]
         order = torch.tensor([candidates[number] for number in drawn.tolist()])
     if labels is not None:
-        # Of the whole dataset, so that all ranks speak of the same classes.
+        # Of the whole dataset, so that all ranks choose the same classes.
         classes = class_choice.among(labels)
         return order[order_by_class(labels[index_of(order)], classes)[:num_samples]], torch.unique(labels)
     found = torch.zeros(0, dtype=torch.long)

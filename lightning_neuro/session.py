@@ -12,12 +12,15 @@ from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_neuro.checks import NothingToDoError
 from lightning_neuro.compat import MISCONFIGURATIONS
 from lightning_neuro.cost import cost_report
 from lightning_neuro.isolation import isolated_random_state, why_no_replay, without_inference_mode
 from lightning_neuro.model_runner import GuessError
+from lightning_neuro.module_state import has_lazy_weights
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.probe_pass import NoReplayError, ProbePass
@@ -85,11 +88,11 @@ class Session:
         return time.perf_counter() - self._start
 
     def report_cost(self, callback: "ScheduledCallback") -> None:
-        """Note what a callback has cost in this fit; the last one says what all of them have cost."""
+        """Note what the callbacks have cost in this fit; the last that Lightning calls says it."""
         for one in self.callbacks:
             one.cost.seconds["pass"] = self.passes[one.probe].cost.total
             one.cost.fit_seconds = self.elapsed
-        if self.callbacks and callback is self.callbacks[-1]:
+        if self._in_order and callback is self._in_order[-1]:
             costs = {one.name: one.cost for one in self.callbacks}
             rank_zero_info(cost_report(costs, [one.cost for one in self.passes.values()], self.elapsed))
 
@@ -148,13 +151,20 @@ class Session:
         """Evaluate all callbacks that are due; the first callback whose hook runs does this for all of them."""
         event = Event(kind, trainer.current_epoch, trainer.global_step)
         groups = self._groups(event)
-        size = sum(parameter.numel() for parameter in pl_module.parameters())
-        # A small model, too, runs faster on one thread; a large one on those of the training.
-        with isolated_random_state(pl_module.device), without_inference_mode(), threads_for(size):
-            for probe_pass, group in groups:
-                if group:
-                    _evaluate_group(trainer, pl_module, event, probe_pass, group)
-                probe_pass.source.units = None
+        if any(group for _, group in groups):  # not in every training step, if the schedule counts steps
+            # A small model, too, runs faster on one thread; a large one on those of the training.
+            threads = threads_for(_num_weights(pl_module))
+            with isolated_random_state(pl_module.device), without_inference_mode(), threads:
+                for probe_pass, group in groups:
+                    if group:
+                        _evaluate_group(trainer, pl_module, event, probe_pass, group)
+        for probe_pass, _ in groups:
+            probe_pass.source.units = None
+
+
+def _num_weights(model: nn.Module) -> int:
+    """Number of weights, as far as they exist: those of lazy modules are made in the first pass."""
+    return sum(weight.numel() for weight in model.parameters() if not is_lazy(weight))
 
 
 def _evaluate_group(
@@ -223,10 +233,11 @@ def _is_ready(
     """Whether the samples and the layers are known; if they cannot be found, the callbacks are told."""
     try:
         probe_pass.source.load(trainer, pl_module)
-        if probe_pass.samples is None:
+        is_lazy_still = event.kind == "start" and has_lazy_weights(pl_module)
+        if probe_pass.samples is None or is_lazy_still:
             if event.kind == "start":
-                names = _names(group)
-                rank_zero_info(f"{names}: no values before training, because the samples are not known yet.")
+                why = "the weights of lazy modules do not exist" if is_lazy_still else "the samples are not known"
+                rank_zero_info(f"{_names(group)}: no values before training, because {why} yet.")
                 for callback in group:
                     callback.skip_evaluation(event)
             return False

@@ -109,7 +109,7 @@ def test_measures_speak_of_whole_classes_however_the_samples_are_found(kind: str
     counts = torch.bincount(targets[targets >= 0])
     assert len(targets) == 256
     assert (counts > 0).sum() == 16 and counts[counts > 0].min() >= per_class
-    assert caplog.text.count("Measures of classes speak of 16 classes") == 1
+    assert caplog.text.count("Class-based measures cover 16 classes") == 1
     assert entropy.scalars["entropy/class_information/net.1"] > 0
     result = paths.result["net.1"]
     assert len(result.masks) == 16 and result.labels == tuple(torch.unique(targets[targets >= 0]).tolist())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_neuro import ActivationEntropy, ConceptPaths, MetricCallback, Probe
+from lightning_neuro import session as session_file
 from lightning_neuro.cost import Cost, cost_report
 from tests.contract.callbacks import SIX
 from tests.models import fit, mlp
@@ -111,3 +112,27 @@ def test_the_analysis_runs_on_one_thread_and_gives_the_setting_back(monkeypatch:
         assert seen == {"update": 2, "compute": 2, "step": 2}
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_comes_at_the_end_of_the_fit_is_in_the_report(caplog: Any) -> None:
+    class SlowAtTheEnd(ActivationEntropy):
+        def end_training(self, trainer: Any) -> None:
+            super().end_training(trainer)
+            self.cost.add("draw", 100.0)
+
+    # The refinement is shown each batch first, and yet is not the first that Lightning calls.
+    for callbacks in ([SlowAtTheEnd(), SIX["refinement"]()], [SIX["refinement"](), SlowAtTheEnd()]):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            fit(mlp(), *callbacks, max_epochs=1)
+        (line,) = [record.message for record in caplog.records if "lightning_neuro took" in record.message]
+        assert "entropy 100." in line
+
+
+def test_nothing_is_prepared_in_a_training_step_without_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    original = session_file.threads_for
+    monkeypatch.setattr(session_file, "threads_for", lambda size: (entered.append(size), original(size))[1])
+    fit(mlp(), ActivationEntropy(Probe(num_samples=16, every_n_steps=4)), max_epochs=2)
+    # Before training and after steps 4 and 8, each for the model and for its activations.
+    assert len(entered) == 6

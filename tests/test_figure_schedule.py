@@ -1,5 +1,6 @@
 """When figures are drawn."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, Event
 from lightning_neuro import ActivationEntropy, ArgumentError, Probe
 from lightning_neuro import drawing_callback as drawing_file
 from lightning_neuro.figure_schedule import draws_in_between, progress_of
-from tests.models import fit, mlp
+from tests.models import fit, loader, mlp
 
 
 def test_drawing_stays_below_its_share_of_the_time() -> None:
@@ -47,6 +48,12 @@ def test_progress_counts_what_ends_first(max_steps: int, max_epochs: int | None,
     assert progress_of(trainer) == pytest.approx(expected)
 
 
+def test_each_of_ten_epochs_is_a_tenth() -> None:
+    tenths = [epoch / 10 for epoch in range(11)]
+    for last, now in pairwise(tenths):
+        assert draws_in_between(elapsed=1.0, drawn=0.0, expected=0.0, progress=now, last_progress=last)
+
+
 def steps_of_images(folder: Any) -> list[int]:
     events = EventAccumulator(str(folder), size_guidance={IMAGES: 0})
     events.Reload()
@@ -76,6 +83,16 @@ def test_what_was_drawn_last_is_not_drawn_again_at_the_end(tmp_path: Any) -> Non
     callback = ActivationEntropy(Probe(num_samples=16, every_n_epochs=100))
     fit(mlp(), callback, logger=logger, max_epochs=3)
     assert steps_of_images(logger.log_dir) == [0]
+
+
+def test_a_validation_after_the_fit_is_drawn(tmp_path: Any) -> None:
+    callback, logger = ActivationEntropy(Probe(num_samples=16)), TensorBoardLogger(tmp_path)
+    module = mlp()
+    trainer = fit(module, callback, logger=logger, max_epochs=2)
+    drawn: list[int] = []
+    callback.log_figures = lambda trainer: drawn.append(1)  # type: ignore[method-assign]
+    trainer.validate(module, loader(32), verbose=False)
+    assert drawn == [1]
 
 
 def test_the_time_of_all_callbacks_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from lightning_neuro import ActivationTopology, ArgumentError, NeuronCommunities, Probe
 from tests.contract.callbacks import SIX
-from tests.models import MemoryLogger, fit, mlp
+from tests.models import MemoryLogger, Module, fit, mlp
 
 
 def logged(callback: Any, *others: Any) -> set[str]:
@@ -34,6 +35,21 @@ def test_what_is_monitored_or_shown_is_logged() -> None:
     stop = EarlyStopping("topology/eps/net.2", patience=50)
     callback = ActivationTopology(Probe(num_samples=16), prog_bar="topology/h1_peak", log_scalars=())
     assert logged(callback, stop) == {"topology/eps/net.2", "topology/h1_peak"}
+
+
+def test_what_a_learning_rate_scheduler_monitors_is_logged() -> None:
+    class Reduced(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "monitor": "communities/nmi_runs/net.2"},
+            }
+
+    logger = MemoryLogger()
+    fit(Reduced(mlp().net), NeuronCommunities(Probe(num_samples=16)), logger=logger)
+    assert "communities/nmi_runs/net.2" in logger.curves and "communities/nmi_runs" not in logger.curves
 
 
 def test_a_glob_that_matches_nothing_is_said_once() -> None:

@@ -51,7 +51,7 @@ def read_concepts(batch: ProbeBatch, concept_fn: BatchField | None, *, numbered:
     Args:
         batch: The batch.
         concept_fn: Finds the concepts in it.
-        numbered: Whether to number the classes without gaps if only some of them are spoken of.
+        numbered: Whether to number the classes without gaps if only some of them are covered.
 
     Raises:
         ArgumentError: If `concept_fn` does not return one integer per sample.

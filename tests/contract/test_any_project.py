@@ -219,3 +219,16 @@ def test_what_is_called_counts_and_not_what_is_registered(sanity_steps: int) -> 
         fit(Module(HeadFirst()), communities, refinement, num_sanity_val_steps=sanity_steps)
     assert list(communities.result) == ["net.trunk.2"] and list(refinement.result) == ["net.head"]
     assert not [w for w in caught if "lightning_neuro" in w.filename]
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("name", SIX)
+def test_lazy_modules_make_their_weights_in_the_runs_own_steps(name: str, sanity: int) -> None:
+    weights = []
+    for callbacks in ([], [SIX[name](Probe(num_samples=16))]):
+        torch.manual_seed(0)
+        module = Module(nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 4)))
+        fit(module, *callbacks, num_sanity_val_steps=sanity)
+        weights.append([weight.detach().clone() for weight in module.parameters()])
+    assert all(map(torch.equal, *weights))
+    assert callbacks[0].scalars
