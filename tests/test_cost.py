@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_neuro import ActivationEntropy, ConceptPaths, MetricCallback, Probe
+from lightning_neuro import ActivationEntropy, ConceptPaths, MetricCallback, Probe, RepresentationRefinement
 from lightning_neuro import session as session_file
 from lightning_neuro.cost import Cost, cost_report
 from tests.contract.callbacks import SIX
@@ -115,18 +115,18 @@ def test_the_analysis_runs_on_one_thread_and_gives_the_setting_back(monkeypatch:
 
 
 def test_what_comes_at_the_end_of_the_fit_is_in_the_report(caplog: Any) -> None:
-    class SlowAtTheEnd(ActivationEntropy):
+    class SlowAtTheEnd(RepresentationRefinement):
         def end_training(self, trainer: Any) -> None:
             super().end_training(trainer)
             self.cost.add("draw", 100.0)
 
     # The refinement is shown each batch first, and yet is not the first that Lightning calls.
-    for callbacks in ([SlowAtTheEnd(), SIX["refinement"]()], [SIX["refinement"](), SlowAtTheEnd()]):
+    for callbacks in ([SlowAtTheEnd(), ActivationEntropy()], [ActivationEntropy(), SlowAtTheEnd()]):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             fit(mlp(), *callbacks, max_epochs=1)
         (line,) = [record.message for record in caplog.records if "lightning_neuro took" in record.message]
-        assert "entropy 100." in line
+        assert "refinement 100." in line
 
 
 def test_nothing_is_prepared_in_a_training_step_without_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
