@@ -46,7 +46,8 @@ class ActivationTopology(MetricCallback[TopologyResult]):
     groups are connected; persistent homology counts the connected components and loops of the points over all
     distances. The samples are the same throughout the run. Purity far above its null means that the layer separates
     classes. Whether topology should become simpler or richer during training is an open question: published reports
-    disagree, so neither direction is better. Loops and branches are meaningful only above their null.
+    disagree, so neither direction is better. Loops and branches of a graph are
+    meaningful only above their null, which `num_null_samples=3` computes.
 
     Args:
         probe: Selects the samples, the layers and the schedule; see `Probe`. For the points of the paper, one random
@@ -71,8 +72,8 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         |---|---|---|---|
         | `num_nodes`, `num_edges` | number of clusters; of pairs that share samples | 0 .. | neither |
         | `num_components` | connected components of the graph | 0 .. | neither |
-        | `num_loops`, `_null` | cycles through nodes of 10 or more samples; mean of 3 Gaussian clouds | 0 .. | > null |
-        | `num_branches`, `_null` | such nodes with 3 or more edges; mean of 3 Gaussian clouds | 0 .. | > null |
+        | `num_loops`, `_null` | cycles through nodes of 10+ samples; in Gaussian clouds, if asked | 0 .. | > null |
+        | `num_branches`, `_null` | such nodes with 3 or more edges; in Gaussian clouds, if asked | 0 .. | > null |
         | `coverage` | fraction of the samples that are in a cluster | 0 .. 1 | high: trust the graph |
         | `eps` | radius of the clusters | 0 .. | (parameter) |
         | `purity`, `_null` | mean over nodes of 1 / (classes in the node); with permuted labels | 0 .. 1 | > null |
@@ -88,8 +89,8 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         | `h1_entropy` | evenness of the loops' lifetimes; 0 with fewer than two | 0 .. 1 | neither |
         | `h1_peak` | largest number of loops alive at one distance | 0 .. | neither |
         | `h1_unfinished` | loops not followed to their end; their lifetimes are lower bounds | 0 .. | low |
-        | `..._std` | standard deviation of totals, longest and entropies over random halves | 0 .. | (error bar) |
-        | `drift` | RTD-Lite to the previous evaluation, on at most 256 samples | 0 .. | low: stable |
+        | `..._std` | the same over random halves of the samples, if `num_subsamples` is given | 0 .. | (error bar) |
+        | `drift` | RTD-Lite to the previous evaluation, on the samples of the homology | 0 .. | low: stable |
         | `drift_from_initial` | RTD-Lite to the first evaluation | 0 .. | neither |
 
         Also logged: figures (`topology/graphs`, `topology/homology` and, for image inputs, `topology/members`: samples

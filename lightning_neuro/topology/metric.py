@@ -32,8 +32,6 @@ from lightning_neuro.topology.sample_choice import content_order, number_hashes,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HOMOLOGY_POINTS = 1000
-DRIFT_POINTS = 256
 _SPREAD = ("h0_total", "h0_longest", "h0_entropy", "h1_total", "h1_longest", "h1_entropy")
 
 
@@ -48,8 +46,10 @@ class ActivationShape(ResultMetric):
     `metric.sync_on_compute = False`.
 
     Args:
-        mapper: See `TopologyOptions`, as for the next four.
+        mapper: See `TopologyOptions`, as for the next six.
         homology: See `TopologyOptions`.
+        homology_points: See `TopologyOptions`.
+        num_null_samples: See `TopologyOptions`.
         num_subsamples: See `TopologyOptions`.
         warm_up: See `TopologyOptions`.
         max_points: See `TopologyOptions`.
@@ -80,7 +80,9 @@ class ActivationShape(ResultMetric):
         *,
         mapper: bool = True,
         homology: bool = True,
-        num_subsamples: int = 3,
+        homology_points: int = 256,
+        num_null_samples: int = 0,
+        num_subsamples: int = 0,
         warm_up: int = 1,
         max_points: int = 10_000,
         **options: Unpack[MapperOptions],
@@ -88,6 +90,8 @@ class ActivationShape(ResultMetric):
         check_bool("mapper", mapper)
         check_bool("homology", homology)
         require(mapper or homology, "homology", "be True if `mapper` is False", homology)
+        check_int("homology_points", homology_points, minimum=2)
+        check_int("num_null_samples", num_null_samples, minimum=0)
         check_int("num_subsamples", num_subsamples, minimum=0)
         require(num_subsamples != 1, "num_subsamples", "be 0, or at least 2 for a standard deviation", num_subsamples)
         check_int("warm_up", warm_up, minimum=0)
@@ -95,6 +99,8 @@ class ActivationShape(ResultMetric):
         super().__init__()
         self.mapper = mapper
         self.homology = homology
+        self.homology_points = homology_points
+        self.num_null_samples = num_null_samples
         self.num_subsamples = num_subsamples
         self.warm_up = warm_up
         self.max_points = max_points
@@ -134,7 +140,7 @@ class ActivationShape(ResultMetric):
         samples, labels, points = table[:, 0].long().cpu(), table[:, 1].long().cpu(), table[:, 2:]
         targets = labels if (labels >= 0).any() else None
         finite = finite_rows(points)
-        order = random_order(samples, labels)[:HOMOLOGY_POINTS].to(points.device)
+        order = random_order(samples, labels)[: self.homology_points].to(points.device)
         chosen = order[finite[order]]
         distances = distance_matrix(points[chosen])
         # Angles do not grow with the activations, so cosine distances need no scale.
@@ -143,7 +149,9 @@ class ActivationShape(ResultMetric):
         null: dict[str, float] = {}
         if self.mapper:
             graph = self._graph(points, targets, scale)
-            null = null_measures(points[finite], self._measures_without_structure, num_null_samples=3)
+            if self.num_null_samples:
+                measure = self._measures_without_structure
+                null = null_measures(points[finite], measure, num_null_samples=self.num_null_samples)
         result = TopologyResult(
             samples,
             graph,
@@ -202,14 +210,13 @@ class ActivationShape(ResultMetric):
         null = null_measures(points[chosen], _homology_without_structure, num_null_samples=1)
         used = chosen.cpu()
         samples = result.samples[used]
-        near = scaled(pairs_of(distances[:DRIFT_POINTS, :DRIFT_POINTS]))
         return replace(
             result,
             homology=persistence_of_distances(distances, num_nonfinite=num_asked - len(chosen)),
             null=dict(result.null) | null,
             spread=self._spread(distances, samples, labels[used]),
-            drift_samples=samples[:DRIFT_POINTS],
-            drift_distances=torch.from_numpy(near).float(),
+            drift_samples=samples,
+            drift_distances=torch.from_numpy(scaled(pairs_of(distances))).float(),
         )
 
     def _spread(self, distances: Matrix, samples: Tensor, labels: Tensor) -> dict[str, float]:

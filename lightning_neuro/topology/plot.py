@@ -159,7 +159,7 @@ def _title(name: str, result: TopologyResult, graph: MapperGraph) -> list[str]:
         lines.append(f"{graph.coverage:.0%} in {nodes}, {components}")
         if graph.purity is not None:
             lines.append(f"purity {graph.purity.node_wise:.2f}, permuted labels {graph.purity.node_wise_null:.2f}")
-        if null := result.null:
+        if "num_loops_null" in (null := result.null):
             lines.append(f"loops {graph.num_loops()} (Gaussian {null['num_loops_null']:.1f})")
             lines.append(f"branches {len(graph.branches())} (Gaussian {null['num_branches_null']:.1f})")
     return lines

@@ -121,6 +121,8 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
     "topology": [
         ("mapper", 1),
         ("homology", None),
+        ("homology_points", 1),
+        ("num_null_samples", -1),
         ("num_subsamples", -1),
         ("num_subsamples", 1),
         ("num_subsamples", 2.0),

@@ -124,7 +124,8 @@ def test_refreeze_holds_after_a_resume_too(tmp_path):
 
 def test_every_option_reaches_the_metric():
     options: TopologyOptions = {
-        **{"mapper": True, "homology": False, "num_subsamples": 2, "warm_up": 3, "max_points": 77, "lens": "pc1"},
+        **{"mapper": True, "homology": False, "homology_points": 99, "num_null_samples": 4, "num_subsamples": 2},
+        **{"warm_up": 3, "max_points": 77, "lens": "pc1"},
         **{"num_intervals": 4, "overlap_fraction": 0.4, "cover": "quantile", "distance": "cosine", "eps": 0.5},
         "min_samples": 6,
     }
@@ -225,7 +226,7 @@ def _area(corners):
 
 
 def test_the_titles_hold_the_numbers_and_their_nulls():
-    result = results()
+    result = results(num_null_samples=2)
     graphs = texts(plot_graphs({"fc1": result}))
     purity, null = result.graph.purity, result.null
     for number in (purity.node_wise, purity.node_wise_null):
@@ -233,6 +234,7 @@ def test_the_titles_hold_the_numbers_and_their_nulls():
     for measure in ("num_loops_null", "num_branches_null"):
         assert f"Gaussian {null[measure]:.1f}" in graphs
     assert "fc1: 200 samples" in graphs
+    assert "loops" not in texts(plot_graphs({"fc1": results()}))  # without a null they would be misread
     homology = texts(plot_homology({"fc1": result}))
     assert f"{result.homology.total(1):.2f}, Gaussian {null['h1_total_null']:.2f}" in homology
     assert f"{len(result.homology.diagrams[1])} loops" in homology

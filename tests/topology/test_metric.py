@@ -23,8 +23,11 @@ def cloud(n=300, units=6, seed=0):
     return (centres[targets] + torch.randn(n, units, generator=generator)).relu(), targets
 
 
+EVERYTHING = {"homology_points": 1000, "num_null_samples": 3, "num_subsamples": 3}
+
+
 def of(activations, targets=None, metric=None, size=64):
-    metric = metric or ActivationShape()
+    metric = metric or ActivationShape(**EVERYTHING)
     parts = [None] * len(activations) if targets is None else targets.split(size)
     for part, labels in zip(activations.split(size), parts, strict=False):
         metric.update(part, labels)
@@ -56,7 +59,10 @@ def test_it_is_the_functions_on_all_samples():
 
 def test_the_parts_can_be_left_out():
     x, y = cloud()
-    only_graph, only_homology = of(x, y, ActivationShape(homology=False)), of(x, y, ActivationShape(mapper=False))
+    only_graph, only_homology = (
+        of(x, y, ActivationShape(homology=False, **EVERYTHING)),
+        of(x, y, ActivationShape(mapper=False, **EVERYTHING)),
+    )
     assert only_graph.homology is None and not any(name.startswith("h0") for name in only_graph.scalars())
     assert only_graph.histogram().tolist() == only_graph.graph.sizes.tolist()
     assert only_homology.graph is None and "num_nodes" not in only_homology.scalars()
@@ -68,11 +74,11 @@ def test_shards_and_any_order_give_the_whole(monkeypatch):
     x[7, 2] = math.nan
     whole = of(x, y)
     # As two ranks: every other sample each, gathered one rank after the other.
-    joined = ActivationShape()
+    joined = ActivationShape(**EVERYTHING)
     rows = []
     for rank in range(2):
         monkeypatch.setattr("lightning_neuro.topology.metric.rank_and_world", lambda rank=rank: (rank, 2))
-        shard = ActivationShape()
+        shard = ActivationShape(**EVERYTHING)
         for part, labels in zip(x[rank::2].split(40), y[rank::2].split(40), strict=True):
             shard.update(part, labels)
         rows += shard.rows
@@ -93,16 +99,16 @@ def test_shards_and_any_order_give_the_whole(monkeypatch):
 
 def test_merged_metrics_give_the_whole():
     x, y = cloud()
-    first, second = ActivationShape(), ActivationShape()
+    first, second = ActivationShape(**EVERYTHING), ActivationShape(**EVERYTHING)
     of(x[:100], y[:100], first), of(x[100:], y[100:], second)
     second.merge_state(first)
     second._computed, second._update_count = None, 1
     assert_same(second.compute(), of(x, y))
-    empty = ActivationShape()
+    empty = ActivationShape(**EVERYTHING)
     empty.merge_state(first)
     empty._update_count = 1
     assert_same(empty.compute(), of(x[:100], y[:100]))
-    other = ActivationShape()
+    other = ActivationShape(**EVERYTHING)
     other.update(torch.randn(5, 2))
     with pytest.raises(ValueError, match="6 and 2"):
         first.merge_state(other)
@@ -114,7 +120,7 @@ def _frozen(metric, x):
 
 def test_forward_gives_the_batch_and_adds_it():
     x, y = cloud()
-    metric = ActivationShape()
+    metric = ActivationShape(**EVERYTHING)
     for part, labels in zip(x.split(100), y.split(100), strict=True):
         assert ours(metric(part, labels).graph) == ours(compute_mapper(part, targets=labels, eps=_frozen(metric, part)))
     metric.frozen_eps = None
@@ -132,7 +138,7 @@ def test_the_radius_is_free_in_the_warm_up_then_frozen_and_thawed_on_request():
         assert result.graph.eps == pytest.approx(result.scalars()["eps"] * scale_of(pairs_of(distance_matrix(x))))
         return result.scalars()["eps"]
 
-    metric = ActivationShape(homology=False, warm_up=2)
+    metric = ActivationShape(homology=False, warm_up=2, homology_points=300)
     radii = [radius(metric, x) for x in clouds]
     assert radii == pytest.approx([own[0], own[1], own[2], own[2], own[2]], rel=1e-4)
     metric.refreeze()
@@ -210,11 +216,12 @@ def test_of_many_points_a_fixed_choice_is_kept_whatever_the_batches():
     assert sum(len(rows) for rows in metric.rows) <= (2 * 200 + 50) * 8
 
 
-def test_homology_rests_on_a_thousand_and_drift_on_256_of_all_classes():
-    x, y = cloud(1100)
-    result = of(x, y, ActivationShape(num_subsamples=0))
-    assert (result.homology.num_points, len(result.drift_samples)) == (1000, 256)
-    assert len(result.drift_distances) == 256 * 255 // 2
+@pytest.mark.parametrize(("options", "expected"), [({}, 256), ({"homology_points": 100}, 100)])
+def test_homology_and_drift_rest_on_a_choice_of_all_classes(options, expected):
+    x, y = cloud(400)
+    result = of(x, y, ActivationShape(**options))
+    assert (result.homology.num_points, len(result.drift_samples)) == (expected, expected)
+    assert len(result.drift_distances) == expected * (expected - 1) // 2
     counts = y[result.drift_samples].bincount()
     assert counts.max() - counts.min() <= 1
     chosen = x[result.drift_samples].double()
@@ -224,8 +231,8 @@ def test_homology_rests_on_a_thousand_and_drift_on_256_of_all_classes():
 
 def test_the_spread_is_that_of_halves():
     x, y = cloud(400)
-    result = of(x, y, ActivationShape(num_subsamples=8))
-    assert not any(name.endswith("_std") for name in of(x, y, ActivationShape(num_subsamples=0)).scalars())
+    result = of(x, y, ActivationShape(num_subsamples=8, homology_points=400))
+    assert not any(name.endswith("_std") for name in of(x, y, ActivationShape()).scalars())
     assert "h0_total_std" in of(x, y, ActivationShape(num_subsamples=2)).scalars()
     # The same by hand, over random halves of another generator.
     rng = np.random.default_rng(0)
@@ -253,8 +260,9 @@ def test_gaussian_clouds_have_the_mean_and_covariance(units):
 
 def test_a_circle_has_more_loop_than_gaussian_clouds_and_a_gaussian_cloud_has_not():
     x = torch.from_numpy(circle(300)).float() + 3
-    found = of(x, metric=ActivationShape(lens="pc1")).scalars()
+    found = of(x, metric=ActivationShape(lens="pc1", **EVERYTHING)).scalars()
     assert found["num_loops"] == 1 > found["num_loops_null"]
+    assert "num_loops_null" not in of(x, metric=ActivationShape(lens="pc1")).scalars()
     assert found["h1_longest"] > 3 * found["h1_longest_null"]
     plain = of(torch.randn(300, 4, generator=torch.Generator().manual_seed(0))).scalars()
     assert plain["h1_longest"] < 1.5 * plain["h1_longest_null"]
