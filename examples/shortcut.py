@@ -4,8 +4,9 @@
 
 In the training pictures of handwritten digits, a faint mark in a corner nearly always occurs with the digits below 5: a
 shortcut. At each epoch a linear classifier (an observer) predicts the mark from the last hidden layer, on pictures in
-which mark and digit are independent. As the network learns the shortcut, the mark becomes predictable, and training
-stops. A second observer predicts whether a digit has a hole (0, 6, 8, 9), which is not part of the labels.
+which mark and digit are independent. Even an untrained layer shows the mark to some degree, so training stops when the
+balanced accuracy is surely above that before training: the lower 95 % bound of the difference exceeds .1. A second
+observer predicts whether a digit has a hole (0, 6, 8, 9), which is not part of the labels.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main(max_epochs: int = 30) -> pl.Trainer:
         Probe(layers="relu3", num_samples=360),
         attributes={"mark": 3, "hole": lambda batch: torch.isin(batch[2].cpu(), HOLES)},
     )
-    stop = EarlyStopping("observers/balanced_accuracy/mark/relu3", mode="max", patience=100, stopping_threshold=0.85)
+    stop = EarlyStopping("observers/gain_over_initial_low/mark/relu3", mode="max", patience=100, stopping_threshold=0.1)
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",

@@ -128,7 +128,7 @@ def main(max_epochs: int = 5, max_train: int = 3000) -> pl.Trainer:
     print(f"\n{'balanced accuracy of':<22}" + "".join(f"{layer + ': before, after':>22}" for layer in observers.result))
     for a, slot in enumerate(SLOTS):
         cells = (
-            f"{observers.before[k][a]:.3f}, {float(r.balanced_accuracy[a]):.3f}" for k, r in observers.result.items()
+            f"{float(r.initial[a, 0]):.3f}, {float(r.balanced_accuracy[a]):.3f}" for r in observers.result.values()
         )
         print(f"{slot:<22}" + "".join(f"{cell:>22}" for cell in cells))
     return trainer

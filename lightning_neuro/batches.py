@@ -8,13 +8,14 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_neuro.checks import ArgumentError, describe
+from lightning_neuro.checks import ArgumentError, describe, require
+from lightning_neuro.import_paths import imported, is_import_path
 
 INPUT_KEYS = ("input", "inputs", "x", "image", "images", "pixel_values", "img", "data", "features", "input_ids")
 TARGET_KEYS = ("target", "targets", "y", "label", "labels", "future_target")
 
 BatchField = str | int | Callable[[Any], Any]
-"""A field of a batch: a key, an index, or a function of the batch."""
+"""A field of a batch: a key, an index, a function of the batch, or its import path, `"package.module:function"`."""
 
 
 def default_input(batch: Any) -> Any:
@@ -93,12 +94,21 @@ def class_labels(targets: Any) -> Tensor | None:
     return targets.long() if targets.ndim == 1 else None
 
 
+def check_field(name: str, value: Any) -> None:
+    """Require None or something that `read_field` can read; an import path is imported."""
+    allowed = value is None or isinstance(value, str) or callable(value)
+    allowed = allowed or (isinstance(value, int) and not isinstance(value, bool))
+    require(allowed, name, "be a function of the batch, or the key or index of a field in it", value)
+    if is_import_path(value):
+        imported(name, value)
+
+
 def read_field(name: str, field: BatchField, batch: Any) -> Any:
     """Read a field of a batch.
 
     Args:
         name: Name of the argument that holds the field, for the message.
-        field: A key, an index or a function of the batch.
+        field: A key, an index, a function of the batch or its import path.
         batch: The batch.
 
     Returns:
@@ -107,6 +117,8 @@ def read_field(name: str, field: BatchField, batch: Any) -> Any:
     Raises:
         ArgumentError: If the function fails on the batch, or the batch has no such field.
     """
+    if isinstance(field, str) and is_import_path(field):
+        field = imported(name, field)
     if callable(field):
         try:
             return field(batch)

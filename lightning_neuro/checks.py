@@ -73,13 +73,6 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     require(isinstance(value, str) and value in choices, name, f"be one of {', '.join(map(repr, choices))}", value)
 
 
-def check_field(name: str, value: Any) -> None:
-    """Require None or something that `batches.read_field` can read: a key, an index or a function of the batch."""
-    allowed = value is None or isinstance(value, str) or callable(value)
-    allowed = allowed or (isinstance(value, int) and not isinstance(value, bool))
-    require(allowed, name, "be a function of the batch, or the key or index of a field in it", value)
-
-
 def check_patterns(name: str, value: Any) -> tuple[str, ...] | None:
     """Require None, a name or glob, or a non-empty sequence of them; returns a tuple."""
     if value is None:

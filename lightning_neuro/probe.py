@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_neuro.batches import BatchField
-from lightning_neuro.checks import check_choice, check_field, check_int, check_patterns, require
+from lightning_neuro.batches import BatchField, check_field
+from lightning_neuro.checks import check_choice, check_int, check_patterns, require
 from lightning_neuro.units import REDUCTIONS, Reduction
 
 

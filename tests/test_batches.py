@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_neuro.batches import (
     batch_length,
+    check_field,
     class_labels,
     concatenate_samples,
     default_input,
@@ -178,3 +179,24 @@ def test_targets_beside_weights_and_of_objects() -> None:
     assert default_target(([X, X, X], boxes)).tolist() == [[2, 0], [1, -100], [-100, -100]]
     assert default_target({"picture": X, "species": Y}) is Y
     assert default_target({"picture": X, "species": Y, "place": Y}) is None  # which of them is not known
+
+
+def second_field(batch: Any) -> Any:
+    """Named by an import path below."""
+    return batch[1]
+
+
+def test_a_field_is_a_key_an_index_a_function_or_its_import_path() -> None:
+    for field in (None, "y", 1, len, "tests.test_batches:second_field"):
+        check_field("target_fn", field)
+    assert read_field("target_fn", "tests.test_batches:second_field", (X, Y)) is Y
+    assert read_field("target_fn", "a:b c", {"a:b c": Y}) is Y, "no import path"
+    for field, message in (
+        (1.5, "`target_fn` must be a function of the batch"),
+        (True, "`target_fn` must be a function of the batch"),
+        ("no_such_module:mark", r"`target_fn` must be the import path .* ModuleNotFoundError: .* PYTHONPATH"),
+        ("tests.test_batches:mark", r"AttributeError"),
+        ("tests.test_batches:X", r"'tests.test_batches:X' is Tensor"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            check_field("target_fn", field)

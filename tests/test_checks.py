@@ -17,7 +17,6 @@ from lightning_neuro.checks import (
     as_labels,
     check_bool,
     check_choice,
-    check_field,
     check_int,
     check_metric,
     check_number,
@@ -46,19 +45,15 @@ def test_no_positive_number(value: Any) -> None:
     check_number("x", 0.5, "be positive", lambda x: x > 0)
 
 
-def test_choices_switches_fields_and_patterns() -> None:
+def test_choices_switches_and_patterns() -> None:
     check_choice("mode", "a", ["a", "b"])
     check_bool("on", False)
-    for field in (None, "y", 1, len):
-        check_field("target_fn", field)
     assert check_patterns("layers", "a*") == ("a*",) and check_patterns("layers", ["a", "b"]) == ("a", "b")
     assert check_patterns("layers", None) is None
     wrong = [
         lambda: check_choice("mode", "c", ["a", "b"]),
         lambda: check_choice("mode", None, ["a"]),
         lambda: check_bool("on", 1),
-        lambda: check_field("target_fn", 1.5),
-        lambda: check_field("target_fn", True),
         lambda: check_patterns("layers", []),
         lambda: check_patterns("layers", [3]),
     ]

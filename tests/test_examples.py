@@ -54,7 +54,7 @@ def test_training_stops_when_the_network_knows_the_mark():
     epochs = int(re.search(r"Stopped after (\d+) epochs", printed).group(1))
     end, start = map(float, re.search(r"mark: balanced accuracy (\S+), before training (\S+),", printed).groups())
     assert 1 < epochs < 30
-    assert start < 0.75 < 0.85 <= end
+    assert end - start > 0.15  # the lower bound of the difference is above .1
     assert re.search(r"hole: balanced accuracy 0\.\d{3}, before", printed)
 
 
@@ -83,6 +83,14 @@ def test_lightning_cli_adds_two_callbacks(tmp_path):
 def test_readme_code_runs(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code_blocks("README.md")[number], "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("page", ["docs/shortcuts.md"])
+def test_the_code_of_how_tos_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "how_to"}
+    for block in code_blocks(page):
+        exec(compile(block, page, "exec"), names)
 
 
 def test_readme_metric_logs_the_share_of_active_units():

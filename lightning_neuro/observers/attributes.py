@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_neuro.batches import BatchField, read_field
+from lightning_neuro.batches import BatchField, check_field, read_field
 from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, describe, require
 
 
@@ -21,8 +21,8 @@ def check_attributes(attributes: Any) -> dict[str, BatchField] | None:
     for name, field in attributes.items():
         valid = isinstance(name, str) and name.strip() != "" and "/" not in name
         require(valid, "attributes", "have names that are non-empty strings without '/'", name)
-        valid = callable(field) or (isinstance(field, (str, int)) and not isinstance(field, bool))
-        require(valid, "attributes", f"map {name!r} to a function of the batch, a key or an index", field)
+        require(field is not None, "attributes", f"map {name!r} to a function of the batch, a key or an index", field)
+        check_field(f"attributes[{name!r}]", field)
     return dict(attributes)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from math import nan
+from math import isfinite, nan
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import pytorch_lightning as pl
@@ -11,11 +11,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
-from lightning_neuro.batches import BatchField
+from lightning_neuro.batches import BatchField, check_field
 from lightning_neuro.callback import Memory, MetricCallback
-from lightning_neuro.checks import check_bool, check_field, check_int
+from lightning_neuro.checks import check_bool, check_int
 from lightning_neuro.figure_schedule import Figures
-from lightning_neuro.keys import Entry, key_of, parse_key
+from lightning_neuro.keys import Entry, key_of
 from lightning_neuro.observers.attributes import (
     check_attributes,
     class_attribute_names,
@@ -24,18 +24,22 @@ from lightning_neuro.observers.attributes import (
 )
 from lightning_neuro.observers.depth import DepthCurve, depth_curve
 from lightning_neuro.observers.folds import fold_groups
+from lightning_neuro.observers.gain import references
 from lightning_neuro.observers.metric import LinearObserver
 from lightning_neuro.observers.options import ObserverOptions
 from lightning_neuro.observers.plot import plot_attributes, plot_proportion
 from lightning_neuro.observers.plot_units import plot_explanation, plot_maps
 from lightning_neuro.observers.raw_input import RawInput
-from lightning_neuro.observers.result import EXTREMES, MAIN_MEASURE, ObserverResult
+from lightning_neuro.observers.result import EXTREMES, MAIN_MEASURE, MEASURES, ObserverResult
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import on_any_rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_OF_ATTRIBUTES = (MAIN_MEASURE, *(name for name in MEASURES if name.startswith("gain")))
 
 
 class ObserverProbes(MetricCallback[ObserverResult]):
@@ -76,7 +80,9 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         `observers/balanced_accuracy/<attribute>/whole_network`. With more than `max_attributes` attributes these are
         `lowest_3` and `highest_3`, the means of the three lowest and highest scores of the moment: their keys exist
         from the first evaluation, and do not depend on which attributes they are. All other measures of single
-        attributes are in `result`. By default, `mcc` and `information_bits` are not logged; they are in `scalars`.
+        attributes are in `result`. The gains of single attributes have such keys, too, for EarlyStopping and
+        `log_scalars`. By default, `mcc`, `auroc`, `information_bits`, `gain_over_input` and `label_proportion` are not
+        logged; they are in `scalars`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -85,6 +91,10 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         | `auroc` | probability that a sample with the attribute scores above one without | 0 .. 1 | > .5 |
         | `information_bits` | usable information about the attribute, in bits | .. 1 | > 0 |
         | `selectivity` | balanced accuracy minus that of random sets of classes | -1 .. 1 | > 0 |
+        | `unseen_classes` | balanced accuracy on classes to which the observer was not fitted | 0 .. 1 | > .5 |
+        | `gain_over_initial`, `gain_over_initial_low` | minus that before training; lower 95 % bound | -1 .. 1 | > 0 |
+        | `gain_over_input`, `gain_over_input_low` | minus that of the raw input; lower 95 % bound | -1 .. 1 | > 0 |
+        | `num_captured` | attributes captured decisively, see `ObserverResult.captured` | 0 .. | high |
         | `balanced_accuracy_initial` | before training | 0 .. 1 | (reference) |
         | `balanced_accuracy_input` | from the raw input; the mean over attributes | 0 .. 1 | (reference) |
         | `num_denoting_units` | single units that denote an attribute | 0 .. | neither |
@@ -99,7 +109,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
 
     Attributes:
         from_input: Attribute -> balanced accuracy of an observer of the raw input.
-        before: Layer -> balanced accuracies of the attributes before training.
+        before: Layer -> attribute -> balanced accuracy before training.
         depth: The label proportion over depth, at the latest evaluation.
 
     Raises:
@@ -113,17 +123,19 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     Example:
         >>> corner = ObserverProbes(attributes={"mark": lambda batch: batch[0][:, 0, 0, 0] > 0.5})
         >>> from pytorch_lightning.callbacks import EarlyStopping
-        >>> key = "observers/balanced_accuracy/mark/whole_network"
-        >>> stop = EarlyStopping(key, mode="max", stopping_threshold=0.9)
+        >>> key = "observers/gain_over_initial_low/mark/whole_network"
+        >>> stop = EarlyStopping(key, mode="max", patience=100, stopping_threshold=0.05)
     """
 
     family = "observers"
     curves = (
-        *("balanced_accuracy", "balanced_accuracy_input", "auroc", "selectivity", "num_denoting_units"),
-        *("label_proportion", "proportion_depth_rho", "proportion_depth_rho_null", "proportion_depth_rho_p"),
+        *("balanced_accuracy", "balanced_accuracy_input", "selectivity", "unseen_classes", "num_captured"),
+        *("gain_over_initial", "gain_over_initial_low", "num_denoting_units"),
+        *("proportion_depth_rho", "proportion_depth_rho_null", "proportion_depth_rho_p"),
     )
     charts = {  # noqa: RUF012
         "balanced accuracy, before training": ("balanced_accuracy", "balanced_accuracy_initial"),
+        "gain in balanced accuracy since before training, lower bound": ("gain_over_initial", "gain_over_initial_low"),
         "units that denote an attribute": ("num_denoting_units",),
     }
     histogram_name = "attribute_scores"
@@ -133,7 +145,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         "information_bits": "usable information about each class, in bits",
         "num_denoting_units": "single units that denote a class or a set of classes",
     }
-    run_state: ClassVar[tuple[str, ...]] = ("from_input", "before")
+    run_state: ClassVar[tuple[str, ...]] = ("_input", "_before")
 
     def __init__(
         self,
@@ -173,8 +185,9 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     def start_run(self) -> None:
         """Reset the state of an earlier run."""
         super().start_run()
-        self.from_input: dict[str, float] = {}
-        self.before: dict[str, list[float]] = {}
+        # Of each attribute: its name, and its balanced accuracy with the lower and upper bound.
+        self._input: dict[str, list[float]] = {}
+        self._before: dict[str, dict[str, list[float]]] = {}
         self.depth: DepthCurve | None = None
         self._raw_input: RawInput | None = None
         self._facts: tuple[Any, Tensor, Tensor] | None = None
@@ -188,7 +201,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Prepare for a pass; the raw input, which does not change, is read in the first pass only."""
         self._num_read, self._raw_input = 0, None
-        if not self.from_input:
+        if not self._input:
             settings = asdict(self.metric.settings) | {"num_controls": 0, "denotation": False}
             self._raw_input = RawInput(LinearObserver(names=self.metric.names, **settings))
 
@@ -246,9 +259,19 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         if results and raw_input is not None:
             names = next(iter(results.values())).names
             scores = self._scores_of(trainer, raw_input)
-            self.from_input = {names[number]: score for number, score in scores.items()}
+            self._input = {} if scores is None else dict(zip(names, scores.tolist(), strict=True))
         if self.event is not None and self.event.kind == "start" and self.event.step == 0:
-            self.before = {layer: result.balanced_accuracy.tolist() for layer, result in results.items()}
+            self._before = {
+                layer: dict(zip(result.names, result.score.tolist(), strict=True)) for layer, result in results.items()
+            }
+        results = {
+            layer: replace(
+                result,
+                initial=references(result.names, self._before.get(layer, {})),
+                raw_input=references(result.names, self._input),
+            )
+            for layer, result in results.items()
+        }
         layers = [result.denotation for result in results.values() if result.denotation is not None]
         self.depth = depth_curve(layers) if layers else None
         return results
@@ -263,31 +286,47 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         names = class_attribute_names(max(labels, default=-1) + 1, self.class_names)
         return tuple(names[label] for label in labels)
 
-    def _scores_of(self, trainer: "pl.Trainer", raw_input: RawInput) -> dict[int, float]:
+    @property
+    def from_input(self) -> dict[str, float]:
+        """Attribute -> balanced accuracy of an observer of the raw input, where defined."""
+        return {name: value for name, (value, *_) in self._input.items() if isfinite(value)}
+
+    @property
+    def before(self) -> dict[str, dict[str, float]]:
+        """Layer -> attribute -> balanced accuracy before training, where defined."""
+        return {
+            layer: {name: value for name, (value, *_) in found.items() if isfinite(value)}
+            for layer, found in self._before.items()
+        }
+
+    def _scores_of(self, trainer: "pl.Trainer", raw_input: RawInput) -> Tensor | None:
         usable = self.attempt(trainer, "the raw input", raw_input.check)
         # If the inputs of one rank are not floating-point, the others would wait for it in `compute`.
         if on_any_rank(trainer, not usable):
-            return {}
-        return self.attempt(trainer, "the raw input", raw_input.scores) or {}
+            return None
+        return self.attempt(trainer, "the raw input", raw_input.scores)
 
     def attribute_measures(self, result: ObserverResult, memory: Memory | None) -> Mapping[str, Mapping[str, float]]:
-        """The main measure of single attributes and, if these are too many for curves, of the lowest and highest."""
-        return {MAIN_MEASURE: result.by_attribute()[MAIN_MEASURE] | (result.extremes() if self._too_many() else {})}
+        """The main measure and the gains of single attributes; if these are too many, also the lowest and highest."""
+        found = {measure: values for measure, values in result.by_attribute().items() if measure in _OF_ATTRIBUTES}
+        return found | {MAIN_MEASURE: found[MAIN_MEASURE] | (result.extremes() if self._too_many() else {})}
 
     def _too_many(self) -> bool:
         return max(len(result.histogram()) for result in self.result.values()) > self.max_attributes
 
     def shown(self, trainer: "pl.Trainer") -> dict[str, float]:
-        """The known values that are logged: without single attributes that nobody asked for, if there are too many."""
+        """The known values that are logged: of single attributes only the main measure, if they are not too many."""
         values = super().shown(trainer)
-        if key_of(self.name, Entry(MAIN_MEASURE, attribute=EXTREMES[0])) not in self.scalars:
-            return values
         asked = [*self.prog_bar, *(self.log_scalars or ()), *loggers.monitored(trainer)]
-        single = {key: parse_key(key)[1].attribute for key in values}
+        too_many = key_of(self.name, Entry(MAIN_MEASURE, attribute=EXTREMES[0])) in self.scalars
+
+        def has_curve(measure: str, attribute: str | None) -> bool:
+            return attribute is None or attribute in EXTREMES or (measure == MAIN_MEASURE and not too_many)
+
         return {
             key: value
             for key, value in values.items()
-            if single[key] is None or single[key] in EXTREMES or loggers.matches(key, asked)
+            if loggers.matches(key, asked) or has_curve(*_measure_and_attribute(key))
         }
 
     def network_measures(self, results: Mapping[str, ObserverResult]) -> Mapping[str, float | Mapping[str, float]]:
@@ -303,7 +342,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
 
     def draw(self, results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
         """Draw which attributes can be predicted from which layers and units."""
-        figures = {"attributes": plot_attributes(results, initial=self.before, from_input=self.from_input)}
+        figures = {"attributes": plot_attributes(results)}
         if self.heatmap:
             figures |= plot_maps(results) | {"explanation": plot_explanation(results)}
         if self.depth is not None:
@@ -322,3 +361,9 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         columns = [self.result[layer].balanced_accuracy.tolist() for layer in layers]
         columns.append([self.from_input.get(name, nan) for name in names])
         return loggers.markdown_table(["attribute", *layers, "raw input"], zip(names, *columns, strict=True))
+
+
+def _measure_and_attribute(key: str) -> tuple[str, str | None]:
+    # Not by `parse_key`, which refuses the names of layers that contain a slash.
+    _, measure, *rest = key.split("/")
+    return measure, rest[0] if len(rest) > 1 else None

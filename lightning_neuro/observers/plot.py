@@ -1,6 +1,7 @@
 """Figures: which attributes can be predicted from which layers, and what single units denote over depth."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +25,6 @@ _SCALE: dict[str, Any] = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
 
 def plot_attributes(
     results: Mapping[str, ObserverResult],
-    *,
-    initial: Mapping[str, Sequence[float]] | None = None,
-    from_input: Mapping[str, float] | None = None,
 ) -> "Figure":
     """Draw the balanced accuracy of every attribute at every layer, next to that of the raw input and before training.
 
@@ -36,8 +34,6 @@ def plot_attributes(
 
     Args:
         results: Layer -> result.
-        initial: Layer -> the attributes' balanced accuracies before training.
-        from_input: Attribute -> balanced accuracy of an observer of the raw input.
 
     Returns:
         A matplotlib figure that is not registered with pyplot, so it need not be closed.
@@ -56,7 +52,7 @@ def plot_attributes(
     layers = list(results)[: figures.MAX_PANELS]
     result = results[layers[0]]
     names = result.names[:MAX_ATTRIBUTES]
-    blocks = _blocks({layer: results[layer] for layer in layers}, names, initial or {}, from_input or {})
+    blocks = _blocks({layer: results[layer] for layer in layers}, names)
 
     heads = [
         f"{figures.short_name(name)} [{share:.0%}]"
@@ -87,19 +83,16 @@ def plot_attributes(
 
 
 def _blocks(
-    results: Mapping[str, ObserverResult],
-    names: Sequence[str],
-    initial: Mapping[str, Sequence[float]],
-    from_input: Mapping[str, float],
+    results: Mapping[str, ObserverResult], names: Sequence[str]
 ) -> list[tuple[str, list[str], "np.ndarray[Any, Any]"]]:
     """Title, columns and (attributes, columns) values of each block of the figure."""
-    nan = float("nan")
     blocks = []
-    if from_input:
-        blocks.append(("input", ["raw input"], [[from_input.get(name, nan) for name in names]]))
-    if initial:
-        before = [list(initial.get(layer) or [nan] * len(names))[: len(names)] for layer in results]
-        blocks.append(("before training", list(results), before))
+    raw = next(iter(results.values())).raw_input[: len(names), 0]
+    if raw.isfinite().any():
+        blocks.append(("input", ["raw input"], [raw.tolist()]))
+    start = [result.initial[: len(names), 0].tolist() or [float("nan")] * len(names) for result in results.values()]
+    if any(isfinite(value) for column in start for value in column):
+        blocks.append(("before training", list(results), start))
     now = [result.balanced_accuracy[: len(names)].tolist() for result in results.values()]
     blocks.append(("now", list(results), now))
     return [

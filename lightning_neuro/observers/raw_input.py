@@ -1,7 +1,6 @@
 """The same observers on the raw input: the reference with which layers are compared."""
 
 from collections.abc import Callable
-from math import isfinite
 
 from torch import Tensor
 
@@ -51,7 +50,6 @@ class RawInput:
             raise self.error
         return self.metric.update_called and len(self._widths) == 1
 
-    def scores(self) -> dict[int, float]:
-        """Index of the attribute -> balanced accuracy, where defined."""
-        scores = self.metric.compute().balanced_accuracy.tolist()
-        return {number: score for number, score in enumerate(scores) if isfinite(score)}
+    def scores(self) -> Tensor:
+        """(A, 3), balanced accuracy with its lower and upper bound; NaN where undefined."""
+        return self.metric.compute().score

@@ -7,7 +7,7 @@ controls; Xu et al. (2020) for usable information.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
@@ -76,7 +76,8 @@ def read_attributes(
     x = as_activations(activations)
     values, classes = as_attributes(attributes, len(x)), as_labels(labels, len(x), name="labels")
     grouping = as_labels(groups, len(x), name="groups")
-    if values.ndim == 1:
+    of_classes = values.ndim == 1
+    if of_classes:
         classes = values if classes is None else classes
         values, names = _per_class(values, names)
     names = names or tuple(str(number) for number in range(values.shape[1]))
@@ -95,12 +96,18 @@ def read_attributes(
     order = attribute_order(values, *keys)
     # Each sample is its own group. Groups by content would merge samples, because with few active units many coincide.
     own_groups = torch.arange(len(order), device=x.device) if grouping is None else keys[0][order]
-    result = _read(x[used[order]], values[order], keys[2][order], own_groups, names, settings)
+    result = _read(x[used[order]], values[order], keys[2][order], own_groups, names, settings, of_classes)
     return to_cpu(result, num_nonfinite=len(x) - len(used))
 
 
 def _read(
-    x: Tensor, attributes: Tensor, labels: Tensor, groups: Tensor, names: tuple[str, ...], settings: ObserverSettings
+    x: Tensor,
+    attributes: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    names: tuple[str, ...],
+    settings: ObserverSettings,
+    of_classes: bool,
 ) -> ObserverResult:
     """The result of samples in canonical order: finite (N, units), float64 (N, A), (N,) and (N,)."""
     fold = stratified_folds(groups, settings.num_folds)
@@ -109,6 +116,11 @@ def _read(
     varies = ((attributes == 1).sum(0) > 1) & ((attributes == 0).sum(0) > 1)
     standard, units = _standardised(x)
     measured = _measure(standard, attributes[:, varies], labels, fold, settings)
+    measured["unseen_classes"] = (
+        torch.full_like(measured["mcc"], torch.nan)
+        if of_classes
+        else _on_unseen_classes(standard, attributes[:, varies], labels, settings)
+    )
     measured["weights"] /= units.std[units.live]
 
     def whole(name: str, values: Tensor) -> Tensor:
@@ -135,6 +147,7 @@ def _read(
         example_attributes=attributes[examples],
         num_samples=len(x),
         num_constant=int((~units.live).sum()) if len(x) else 0,
+        of_classes=of_classes,
         denotation=find_denotation(x, attributes, labels, fold, settings.num_folds, groups=groups) if denote else None,
     )
 
@@ -186,6 +199,22 @@ def _measure(x: Tensor, attributes: Tensor, labels: Tensor, fold: Tensor, settin
         "pattern": pattern,
         "effect": effect,
     }
+
+
+def _on_unseen_classes(x: Tensor, attributes: Tensor, labels: Tensor, settings: ObserverSettings) -> Tensor:
+    """Balanced accuracy, (A,), on classes to which the observer was not fitted: whole classes are held out together.
+
+    It tells whether the layer has one code for the attribute, or one for each class: in a network of ten classes nearly
+    every attribute that depends on the class can be predicted from the class.
+    """
+    classes, number = torch.unique(labels[labels >= 0], return_inverse=True)
+    labelled = labels >= 0
+    if len(classes) < 3:
+        return attributes.new_full((attributes.shape[1],), torch.nan)
+    y = attributes[labelled]
+    num_folds = min(settings.num_folds, len(classes))
+    fit = _fitted(x[labelled], y, number % num_folds, replace(settings, num_folds=num_folds))
+    return balanced_accuracy(*confusion(fit.scores, y))
 
 
 def _per_class(labels: Tensor, names: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:

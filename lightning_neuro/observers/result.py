@@ -4,12 +4,17 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_neuro.layer_result import nonfinite_note, short_repr
 from lightning_neuro.observers.denotation import Denotation
+from lightning_neuro.observers.gain import captured, gain, undefined
 
-MEASURES = ("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity")
+MEASURES = (
+    *("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity", "unseen_classes"),
+    *("gain_over_initial", "gain_over_initial_low", "gain_over_input", "gain_over_input_low"),
+)
 MAIN_MEASURE = MEASURES[0]
 EXTREMES = ("lowest_3", "highest_3")
 _NAMED = 5
@@ -32,6 +37,8 @@ class ObserverResult:
         information_bits: (A,), negative if the observer misleads.
         control: (A,), mean balanced accuracy of random sets of classes of the same size.
         selectivity: (A,), `balanced_accuracy - control`.
+        unseen_classes: (A,), balanced accuracy on classes to which the observer was not fitted; NaN if the attributes
+            are the classes, or if there are fewer than three.
         label_proportion: (A,), fraction of the samples with the attribute, among those where it is known.
         num_known: int64 (A,), number of samples where it is known.
         weights: (A, units) of an observer fitted on all samples: the score of a state x is `(x - mean) @ weights[a]`,
@@ -48,6 +55,9 @@ class ObserverResult:
         num_nonfinite: Number of samples left out because of NaN or infinite activations.
         num_constant: Number of units left out because they are constant.
         denotation: What single units denote; None if it was not requested.
+        initial: (A, 3), balanced accuracy before training with its lower and upper 95 % bound; NaN if not measured.
+        raw_input: (A, 3), the same for an observer of the raw input.
+        of_classes: Whether the attributes are the classes.
     """
 
     names: tuple[str, ...]
@@ -58,6 +68,7 @@ class ObserverResult:
     auroc: Tensor
     information_bits: Tensor
     control: Tensor
+    unseen_classes: Tensor
     label_proportion: Tensor
     num_known: Tensor
     weights: Tensor
@@ -72,8 +83,48 @@ class ObserverResult:
     num_nonfinite: int = 0
     num_constant: int = 0
     denotation: Denotation | None = field(default=None, repr=False)
+    initial: Tensor = field(default_factory=lambda: undefined(0))
+    raw_input: Tensor = field(default_factory=lambda: undefined(0))
+    of_classes: bool = False
 
     __repr__ = short_repr
+
+    @property
+    def score(self) -> Tensor:
+        """(A, 3), balanced accuracy with its lower and upper one-sided 95 % bound."""
+        return torch.stack([self.balanced_accuracy, self.balanced_accuracy_low, self.balanced_accuracy_high], 1)
+
+    @property
+    def gain_over_initial(self) -> Tensor:
+        """(A,), balanced accuracy minus that before training."""
+        return gain(self.score, self._reference(self.initial))[0]
+
+    @property
+    def gain_over_initial_low(self) -> Tensor:
+        """(A,), the lower 95 % bound of `gain_over_initial`."""
+        return gain(self.score, self._reference(self.initial))[1]
+
+    @property
+    def gain_over_input(self) -> Tensor:
+        """(A,), balanced accuracy minus that of an observer of the raw input."""
+        return gain(self.score, self._reference(self.raw_input))[0]
+
+    @property
+    def gain_over_input_low(self) -> Tensor:
+        """(A,), the lower 95 % bound of `gain_over_input`."""
+        return gain(self.score, self._reference(self.raw_input))[1]
+
+    @property
+    def captured(self) -> Tensor:
+        """Bool (A,), whether the layer has captured the attribute decisively.
+
+        The lower 95 % bound of the balanced accuracy is at least .95, and above the upper bound before training and the
+        mean of the controls (which say nothing about single classes, because they are the other classes).
+        """
+        return captured(self.score, self._reference(self.initial), None if self.of_classes else self.control)
+
+    def _reference(self, values: Tensor) -> Tensor:
+        return values if len(values) else undefined(len(self.names))
 
     @property
     def selectivity(self) -> Tensor:
@@ -120,6 +171,8 @@ class ObserverResult:
             values: Tensor = getattr(self, measure)
             if (defined := values[values.isfinite()]).numel():
                 found[measure] = float(defined.mean())
+        if self.balanced_accuracy.isfinite().any():
+            found["num_captured"] = float(self.captured.sum())
         # If no rule could be tested, the number of denoting units is unknown and not 0.
         if self.denotation is not None and self.denotation.mcc.isfinite().any():
             found["num_denoting_units"] = float(self.denotation.denoting().sum())

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_neuro.batches import BatchField
+from lightning_neuro.batches import BatchField, check_field
 from lightning_neuro.callback import MetricCallback
-from lightning_neuro.checks import check_field, check_int, require
+from lightning_neuro.checks import check_int, require
 from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.figures import class_name
 from lightning_neuro.isolation import undisturbed

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_neuro.batches import BatchField
-from lightning_neuro.checks import ArgumentError, check_choice, check_field, check_int, check_patterns, require
+from lightning_neuro.batches import BatchField, check_field
+from lightning_neuro.checks import ArgumentError, check_choice, check_int, check_patterns, require
 
 Mode = Literal["exact", "pfahler2021"]
 MODES: tuple[str, ...] = get_args(Mode)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -40,21 +40,40 @@ def test_every_documented_key_is_there():
     for measure in MEASURES:
         for layer in LAYERS:
             values = callback.result[layer].by_attribute()[measure]
-            assert values.keys() == bright.keys()
+            assert values.keys() == bright.keys(), measure
             assert callback.scalars[f"observers/{measure}/{layer}"] == pytest.approx(sum(values.values()) / 2)
             if measure == "balanced_accuracy":
                 assert values == {name: callback.scalars[key.format(name, layer)] for name in bright}
         assert f"observers/{measure}" in log.curves
-    assert {key.split("/")[1] for key in callback.scalars if len(key.split("/")) == 4} == {"balanced_accuracy"}
+    of_attributes = {key.split("/")[1] for key in callback.scalars if len(key.split("/")) == 4}
+    gains = {f"gain_over_{what}" for what in ("initial", "initial_low", "input", "input_low")}
+    assert of_attributes == {"balanced_accuracy", *gains}
     for layer in LAYERS:
         start = callback.initial[f"observers/balanced_accuracy/{layer}"]
         assert callback.scalars[f"observers/balanced_accuracy_initial/{layer}"] == start
         assert f"observers/num_denoting_units/{layer}" in log.curves
         before = callback.initial[f"observers/balanced_accuracy/even/{layer}"]
-        assert callback.before[layer][1] == pytest.approx(before)
+        assert callback.before[layer]["even"] == pytest.approx(before)
+        now = callback.scalars[key.format("even", layer)]
+        assert callback.scalars[f"observers/gain_over_initial/even/{layer}"] == pytest.approx(now - before)
+        raw = callback.from_input["even"]
+        assert callback.scalars[f"observers/gain_over_input/even/{layer}"] == pytest.approx(now - raw)
+        assert callback.initial[f"observers/gain_over_initial/even/{layer}"] == 0
+        low = callback.scalars[f"observers/gain_over_initial_low/even/{layer}"]
+        assert low == pytest.approx(callback.result[layer].gain_over_initial_low[1].item()) and low < now - before
     assert set(callback.from_input) == {"bright", "even"}
     mean = sum(callback.from_input.values()) / 2
     assert callback.scalars["observers/balanced_accuracy_input"] == pytest.approx(mean)
+
+
+def test_gains_of_single_attributes_are_curves_only_if_someone_watches_them():
+    watched = "observers/gain_over_initial_low/even/net.4"
+    log = MemoryLogger()
+    stop = EarlyStopping(watched, mode="max", patience=100, stopping_threshold=-1.0)
+    trainer = fit(mlp(), probes(attributes=bright), stop, logger=log, max_epochs=3)
+    single = {key for key in log.curves if len(key.split("/")) == 4}
+    assert {key for key in single if "balanced_accuracy" not in key} == {watched}
+    assert stop.stopped_epoch == 0 and trainer.current_epoch == 1  # the bound was above the threshold
 
 
 def test_every_key_says_what_it_is_of():

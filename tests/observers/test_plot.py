@@ -24,15 +24,22 @@ def result(units=8, attributes=5, seed=0):
     return read_attributes(x, labels)
 
 
+def bounds(scores):
+    """Scores with a lower and an upper bound."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    return torch.stack([values, values - 0.05, values + 0.05], 1)
+
+
 def images_of(figure):
     return [np.ma.asarray(cells.get_array()) for cells in drawn(figure, Cells)]
 
 
 def test_the_matrix_holds_input_start_and_now():
     one, two = result(), result(seed=1)
-    start = {"a": [0.5, 0.6, math.nan, 0.8, 0.9], "b": [0.5] * 5}
-    raw = {"class_0": 0.55, "class_1": 0.65}
-    figure = plot_attributes({"a": one, "b": two}, initial=start, from_input=raw)
+    start = bounds([0.5, 0.6, math.nan, 0.8, 0.9])
+    raw = bounds([0.55, 0.65, math.nan, math.nan, math.nan])
+    one, two = replace(one, initial=start, raw_input=raw), replace(two, initial=bounds([0.5] * 5), raw_input=raw)
+    figure = plot_attributes({"a": one, "b": two})
     first, before, now, _ = images_of(figure)
     np.testing.assert_allclose(first[:2, 0], [0.55, 0.65])
     assert first.mask[2:].all()
@@ -146,8 +153,9 @@ def test_proportion_over_depth_without_significant_units():
 @pytest.mark.parametrize(("units", "attributes"), [(4, 2), (300, 2), (4, 60)])
 def test_the_cost_does_not_grow_with_units_and_attributes(units, attributes):
     found = {f"layer{number}": result(units, attributes) for number in range(8)}
-    before = {layer: one.balanced_accuracy.tolist() for layer, one in found.items()}
-    check_cost(plot_attributes(found, initial=before, from_input={"class_0": 0.5}), 8)
+    raw = bounds([0.5] * attributes)
+    found = {layer: replace(one, initial=one.score, raw_input=raw) for layer, one in found.items()}
+    check_cost(plot_attributes(found), 8)
     for figure in (*plot_maps(found).values(), plot_explanation(found)):
         check_cost(figure, 8)
     curve = depth_curve([one.denotation for one in found.values()])
