@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytorch_lightning as pl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_neuro.demo import run_demo
@@ -33,6 +34,15 @@ def write_figures(log: Path) -> None:
         name = f"{tag.replace('/', '_')}.png"
         if f"images/{name}" in shown:
             (IMAGES / name).write_bytes(events.Images(tag)[-1].encoded_image_string)
+
+
+def draw_unit() -> None:
+    """Run the first code block of docs/units.md, and keep its figure."""
+    code = (IMAGES.parent / "units.md").read_text().split("```python\n")[1].split("```")[0]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        pl.seed_everything(0, verbose=False)
+        exec(compile(code, "units.md", "exec"), {"__name__": "units"})
+        shutil.copy("unit_28.png", IMAGES / "unit_report.png")
 
 
 def photograph(log: Path) -> None:
@@ -67,6 +77,7 @@ def photograph(log: Path) -> None:
 def main() -> None:
     """Create all pictures."""
     IMAGES.mkdir(exist_ok=True)
+    draw_unit()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         run_demo("runs/demo")
         log = Path("runs/demo/version_0")

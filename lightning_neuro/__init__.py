@@ -10,6 +10,7 @@ from lightning_neuro.paths import ConceptPaths, LayerPaths
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement import RefinementSummary, RepresentationRefinement
 from lightning_neuro.topology import ActivationShape, ActivationTopology
+from lightning_neuro.unit_report import UnitReport, unit_report
 
 __all__ = [
     "ActivationEntropy",
@@ -27,5 +28,7 @@ __all__ = [
     "Probe",
     "RefinementSummary",
     "RepresentationRefinement",
+    "UnitReport",
     "__version__",
+    "unit_report",
 ]
