@@ -394,6 +394,7 @@ class MetricCallback(DrawingCallback[R]):
         scalars = with_keys(self.name, table | initial)
         self.scalars = self.scalars | scalars
         moment: loggers.Moment = "now" if self.event.kind in ("start", "step") else "epoch"
+        self.keep_history(trainer, table | initial)
         shown = self.shown(trainer)
         scalars = {key: value for key, value in scalars.items() if key in shown}
         loggers.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, moment=moment)

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import pytorch_lightning as pl
 
 from lightning_neuro import loggers
+from lightning_neuro.curves_plot import History, plot_curves
 from lightning_neuro.figure_schedule import draws_in_between, progress_of
+from lightning_neuro.keys import Table, key_of
 from lightning_neuro.ranks import of_rank_zero
 from lightning_neuro.scheduled_callback import ScheduledCallback
 from lightning_neuro.session import session_of
@@ -19,15 +21,21 @@ R = TypeVar("R")
 
 
 class DrawingCallback(ScheduledCallback, Generic[R]):
-    """Draws figures of its results at the first and the last evaluation, and in between as long as it costs little."""
+    """Draws figures of its results at the first and the last evaluation, and in between as long as it costs little.
+
+    Attributes:
+        history: Key -> training step and value at each evaluation, for the measures that the charts show.
+    """
 
     result: dict[str, R]
+    run_state: ClassVar[tuple[str, ...]] = ("history",)
     figure_step: int | None
     """The step of the evaluation to which figures belong, which may be earlier than that at which they are drawn."""
 
     def start_run(self) -> None:
         """Called at construction and before a fit from step 0: reset the state of an earlier run."""
         super().start_run()
+        self.history: History = {}
         self._drawn_at: float | None = None
         self._left_for_later = False
         self._draw_seconds = 0.0
@@ -37,9 +45,32 @@ class DrawingCallback(ScheduledCallback, Generic[R]):
         """Last part of the tag -> new figure of all layers' results. Called on rank 0 if a logger accepts images."""
         return {}
 
+    def keep_history(self, trainer: "pl.Trainer", table: Table) -> None:
+        """Keep the values of an evaluation that the charts show."""
+        charted = {measure for measures in self.charts.values() for measure in measures}
+        if trainer.state.fn == "fit":
+            step = loggers.logging_step(trainer)
+            for entry, value in table.items():
+                if entry.measure in charted and entry.attribute is None:
+                    self.history.setdefault(key_of(self.name, entry), []).append((step, value))
+
+    def draw_curves(self) -> dict[str, "Figure"]:
+        """Last part of the tag -> figure of the charted measures of all evaluations, from the second one on."""
+        if max(map(len, self.history.values()), default=0) < 2:
+            return {}
+        known = {key.split("/")[1] for key in self.history}
+        charts = {title: [one for one in measures if one in known] for title, measures in self.charts.items()}
+        return {
+            f"curves/{measures[0]}": plot_curves(title, measures, self.history, self.name)
+            for title, measures in charts.items()
+            if measures
+        }
+
     def log_figures(self, trainer: "pl.Trainer") -> None:
         """Draw and log all figures. Called on all ranks whenever they are due; only rank 0 draws."""
-        loggers.log_figures(trainer, self.name, lambda: self.draw(self.result), step=self.figure_step)
+        loggers.log_figures(
+            trainer, self.name, lambda: self.draw_curves() | self.draw(self.result), step=self.figure_step
+        )
 
     def draw_if_due(self, trainer: "pl.Trainer") -> None:
         """Draw the result of an evaluation, or leave it for later."""

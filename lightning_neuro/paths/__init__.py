@@ -10,7 +10,7 @@ from lightning_neuro.paths.minimal_density import minimal_paths
 from lightning_neuro.paths.nad2020 import NadPaths
 from lightning_neuro.paths.networkx_export import paths_graph
 from lightning_neuro.paths.options import PathOptions
-from lightning_neuro.paths.plot import plot_flow, plot_overlap, plot_reuse, plot_stability
+from lightning_neuro.paths.plot import plot_flow, plot_overlap, plot_reuse
 from lightning_neuro.paths.result import PathResult
 from lightning_neuro.paths.similarity import chance_iou, confusion_top3, iou, path_similarity, stability
 from lightning_neuro.paths.top_units import concept_paths
@@ -35,7 +35,6 @@ __all__ = [
     "plot_flow",
     "plot_overlap",
     "plot_reuse",
-    "plot_stability",
     "refine_paths",
     "stability",
     "tree_kinship",

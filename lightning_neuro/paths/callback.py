@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isnan
 from typing import TYPE_CHECKING, Any, Unpack
 
 import pytorch_lightning as pl
@@ -20,7 +19,7 @@ from lightning_neuro.paths.metric import LayerPaths
 from lightning_neuro.paths.networkx_export import paths_graph
 from lightning_neuro.paths.options import PathOptions
 from lightning_neuro.paths.path_search import PathSearch
-from lightning_neuro.paths.plot import plot_flow, plot_overlap, plot_reuse, plot_stability
+from lightning_neuro.paths.plot import plot_flow, plot_overlap, plot_reuse
 from lightning_neuro.paths.previous_paths import Previous, previous_gates, to_remember, with_stability
 from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples, read_concepts
 from lightning_neuro.paths.result import PathResult
@@ -97,13 +96,12 @@ class ConceptPaths(MetricCallback[PathResult]):
         | `hierarchy_correlation` | rank correlation of path similarity and depth in `hierarchy` | -1 .. 1 | > control |
         | `hierarchy_correlation_features` | the same by cosine of class-mean activations | -1 .. 1 | (control) |
 
-        Also logged: figures (`paths/overlap`, `paths/flow`, `paths/reuse`, `paths/stability`) and a histogram of the
+        Also logged: figures (`paths/overlap`, `paths/flow`, `paths/reuse`) and a histogram of the
         number of paths that contain each unit (`paths/reuse/<layer>`).
 
     Attributes:
         result: Layer -> latest `PathResult`.
         evaluation: The latest `PathEvaluation`, with the numbers of every concept, or None.
-        history: Training step and layer -> stability, from the second evaluation on.
 
     Raises:
         ArgumentError: If an option is invalid, at construction. If an argument asks for what is not there (the batches
@@ -125,10 +123,13 @@ class ConceptPaths(MetricCallback[PathResult]):
     )
     rides = False
     baselines = ("overlap",)
-    charts = {"overlap of paths, and its noise floor": ("overlap", "self_overlap")}  # noqa: RUF012
+    charts = {  # noqa: RUF012
+        "overlap of paths, and its noise floor": ("overlap", "self_overlap"),
+        "stability of the paths since the previous evaluation (1: noise floor)": ("stability",),
+    }
     histogram_name = "reuse"
     needs_labels = True
-    run_state = ("history", "previous")
+    run_state = ("previous",)
     meanings = {  # noqa: RUF012
         "overlap": "similarity of different classes' paths beyond chance; compare it with its noise floor",
         "self_overlap": "the same for one class's paths from two halves of its samples: the noise floor",
@@ -181,7 +182,6 @@ class ConceptPaths(MetricCallback[PathResult]):
         """Reset the state of an earlier run."""
         super().start_run()
         self.evaluation: PathEvaluation | None = None
-        self.history: list[tuple[int, dict[str, float]]] = []
         self.previous: Previous = {}
         self._classes: tuple[int, ...] | None = None
         self._choice: SampleChoice | None = None
@@ -269,8 +269,6 @@ class ConceptPaths(MetricCallback[PathResult]):
                 trainer, "the masked passes", lambda: self.search.evaluate(trainer, paths, samples)
             )
         self.previous |= to_remember(paths)
-        if known := {layer: result.stability for layer, result in paths.items() if not isnan(result.stability)}:
-            self.history.append((self.last_step, known))
         return paths
 
     def network_measures(self, results: Mapping[str, PathResult]) -> Mapping[str, float]:
@@ -278,7 +276,7 @@ class ConceptPaths(MetricCallback[PathResult]):
         return {} if self.evaluation is None else self.evaluation.scalars()
 
     def draw(self, results: Mapping[str, PathResult]) -> dict[str, "Figure"]:
-        """Draw the similarity of the paths, the flow of two concepts, the reuse of units, and the stability."""
+        """Draw the similarity of the paths, the flow of two concepts, and the reuse of units."""
         names = self.class_names
         if self._classes is not None:
             names = tuple(class_name(label, names) for label in self._classes)
@@ -289,7 +287,6 @@ class ConceptPaths(MetricCallback[PathResult]):
             "overlap": plot_overlap(results, class_names=names),
             "flow": plot_flow(results, self.flow, class_names=names),
             "reuse": plot_reuse(results),
-            "stability": plot_stability(self.history, list(results)),
         }
 
     def to_networkx(self) -> "nx.DiGraph":

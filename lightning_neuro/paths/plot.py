@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from torch import Tensor
 
 from lightning_neuro import figures
@@ -266,45 +264,6 @@ def poisson_binomial(probabilities: Tensor) -> Tensor:
         found[:events] -= rises
         found[1 : events + 1] += rises
     return torch.from_numpy(found)
-
-
-def plot_stability(history: Sequence[tuple[int, Mapping[str, float]]], layers: Sequence[str]) -> "Figure":
-    """Draw the stability of the paths from one evaluation to the next, a line per layer.
-
-    1: a class's path differs from its previous one no more than paths from two halves of its samples do; 0: as much as
-    from another class's path.
-
-    Args:
-        history: Pairs of training step, and layer -> stability; from the second evaluation on.
-        layers: The layers to draw (the first 8).
-
-    Returns:
-        A matplotlib figure that is not registered with pyplot.
-    """
-    figure = new_figure(4.8, 2.4)
-    write(figure, 0.1, 2.27, "stability of the paths since the previous evaluation", size=9)
-    first, last = (history[0][0], history[-1][0]) if history else (0, 0)
-    panel = Panel(0.35, 0.4, 2.7, 1.65, (first - 0.5, max(last, first + 1) + 0.5), (-0.02, 1.02))
-    draw_lines(figure, [panel.outline])
-    if not history:
-        say(figure, panel, "available from the second\nevaluation on")
-        return figure
-    shown = list(layers)[: figures.MAX_PANELS]
-    lines, colors = [], []
-    for number, layer in enumerate(shown):
-        colors.append(to_hex(colormaps[figures.SCORE](number / len(shown))))  # from dark to light with depth
-        found = np.array([(step, of[layer]) for step, of in history if layer in of]).reshape(-1, 2)
-        lines.append(panel.points(*found.T))
-        if len(found) < 30:
-            draw_points(figure, lines[-1], "o", colors[-1], 3)
-        write(figure, 3.12, 1.98 - 0.16 * number, "━", color=colors[-1])
-        write(figure, 3.3, 1.98 - 0.16 * number, short_name(layer, 22))
-    draw_lines(figure, lines, colors, 1.3)
-    x_ticks(figure, panel, {step: f"{step:,}" for step in (first, last)})
-    y_ticks(figure, panel, {0: "0", 0.5: ".5", 1: "1"})
-    write(figure, 3.12, 0.6, f"1: noise floor\n0: another class's path\n{layers_left_out(len(layers))}", va="top")
-    write(figure, panel.middle[0], 0.12, "training step", ha="center")
-    return figure
 
 
 class _Panels:
