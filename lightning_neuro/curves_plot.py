@@ -15,9 +15,6 @@ from lightning_neuro.keys import key_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-History = dict[str, list[tuple[int, float]]]
-"""Key -> training step and value at each evaluation."""
-
 _WIDTH, _LEFT, _TALL, _SIDE, _ABOVE = 3.4, 0.55, 0.95, 0.1, 0.28  # inches
 _FURTHER = (figures.OTHER, figures.PART, figures.INK)
 _FEW_POINTS = 40
@@ -28,7 +25,8 @@ def plot_curves(
 ) -> "Figure":
     """Draw some measures of each layer (the first 8) against the training step, on one scale.
 
-    Blue: the measure; grey: its value by chance or its lower bound (`..._null`, `..._low`); green, dashed: its value before training.
+    Blue: the measure; grey: its value by chance or its lower bound (`..._null`, `..._low`); green,
+    dashed: its value before training.
 
     Args:
         title: What the measures have in common.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 import pytorch_lightning as pl
 
 from lightning_neuro import loggers
-from lightning_neuro.curves_plot import History, plot_curves
 from lightning_neuro.figure_schedule import draws_in_between, progress_of
 from lightning_neuro.keys import Table, key_of
 from lightning_neuro.ranks import of_rank_zero
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 R = TypeVar("R")
+History = dict[str, list[tuple[int, float]]]
+"""Key -> training step and value at each evaluation."""
 
 
 class DrawingCallback(ScheduledCallback, Generic[R]):
@@ -56,6 +57,8 @@ class DrawingCallback(ScheduledCallback, Generic[R]):
 
     def draw_curves(self) -> dict[str, "Figure"]:
         """Last part of the tag -> figure of the charted measures of all evaluations, from the second one on."""
+        from lightning_neuro.curves_plot import plot_curves
+
         if max(map(len, self.history.values()), default=0) < 2:
             return {}
         known = {key.split("/")[1] for key in self.history}
@@ -69,7 +72,11 @@ class DrawingCallback(ScheduledCallback, Generic[R]):
     def log_figures(self, trainer: "pl.Trainer") -> None:
         """Draw and log all figures. Called on all ranks whenever they are due; only rank 0 draws."""
         loggers.log_figures(
-            trainer, self.name, lambda: self.draw_curves() | self.draw(self.result), step=self.figure_step
+            trainer,
+            self.name,
+            lambda: self.draw_curves() | self.draw(self.result),
+            step=self.figure_step,
+            epoch=None if self.event is None else self.event.epoch,
         )
 
     def draw_if_due(self, trainer: "pl.Trainer") -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CACHED_WORDS = 4096
 CACHED_LINES = 1024
 LEGEND_LINE = 0.17  # inches
+_HEADING = 0.17  # inches
 _LINE = 1.25  # distance of two lines, in heights
 _MARGIN = 0.3  # space for accents and overhanging letters around the pixels of a word, in heights
 _PARTS = re.compile(r"[^ \d.,%#+:-]+|.")
@@ -90,6 +91,20 @@ def write(
         found = Words(transform=figure.dpi_scale_trans)
         figure.add_artist(found)
     found.texts.append(Text(x, y, words, ha, va, Style(size, color, bold, upwards)))
+
+
+def add_heading(figure: "Figure", words: str) -> None:
+    """Write where a figure comes from in a line above it, so that it can still be read as a file."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + _HEADING)
+    write(figure, 0.05, height + _HEADING / 2, wrapped_name(words, width - 0.1), size=6.5, color="#777777")
+
+
+def wrapped_name(words: str, width: float) -> str:
+    """A heading without its first characters, if it is too wide."""
+    while width_of(words, 6.5) > width and len(words) > 8:
+        words = f"…{words[4:]}"
+    return words
 
 
 def width_of(words: str, size: float = 8, *, bold: bool = False) -> float:

@@ -1,6 +1,6 @@
 """Common parts of all figures: a canvas without pyplot, panels, a palette, short names, small images of samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 DPI = 100
 MAX_PANELS = 8
+CARD = 3.4  # inches: the width of a card on TensorBoard's Images page, where text of 8 points can be read
 THUMBNAIL_SIDE = 32
 
 # Each colour has the same meaning in every figure. Colour-blind readers can distinguish those of Okabe and Ito.
@@ -41,7 +42,7 @@ DIVERGING = "RdBu_r"
 SCORE = "cividis"
 
 _CLASSES = (
-    *("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442", "#882255", "#999933", "#444444"),
+    *("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442", "#2030a0", "#601040", "#000000"),
 )
 
 
@@ -73,6 +74,20 @@ def first_panels(results: Mapping[str, T], max_columns: int = 4) -> tuple[list[t
     shown = list(results.items())[:MAX_PANELS]
     columns = min(max_columns, len(shown))
     return shown, -(-len(shown) // columns), columns
+
+
+def by_layer(name: str, results: Mapping[str, T], draw: Callable[[dict[str, T]], "Figure"]) -> dict[str, "Figure"]:
+    """A figure for each of the first 8 layers, because TensorBoard shrinks wide figures until nothing can be read.
+
+    Args:
+        name: What the figures show.
+        results: Layer -> result.
+        draw: Draws the results of some layers.
+
+    Returns:
+        `<name>/<layer>` -> figure.
+    """
+    return {f"{name}/{layer}": draw({layer: result}) for layer, result in list(results.items())[:MAX_PANELS]}
 
 
 def layers_left_out(num_layers: int) -> str:

@@ -98,7 +98,12 @@ def logging_step(trainer: "pl.Trainer") -> int:
 
 
 def log_figures(
-    trainer: "pl.Trainer", name: str, draw: Callable[[], Mapping[str, "Figure"]], *, step: int | None = None
+    trainer: "pl.Trainer",
+    name: str,
+    draw: Callable[[], Mapping[str, "Figure"]],
+    *,
+    step: int | None = None,
+    epoch: int | None = None,
 ) -> None:
     """Draw figures on rank 0 and pass them to the loggers that accept images; without one, nothing is drawn.
 
@@ -107,12 +112,16 @@ def log_figures(
         name: First part of the tags.
         draw: Returns last part of the tag -> figure. The figures are released once they are written.
         step: The step to which they belong; default: this moment's.
+        epoch: The epoch to which they belong, for the heading.
     """
     holders = [logger for logger in trainer.loggers if _writer(logger) is not None or hasattr(logger, "log_image")]
     if not holders or not trainer.is_global_zero:
         return
+    from lightning_neuro.figure_words import add_heading
+
     step = logging_step(trainer) if step is None else step
     for tag, figure in draw().items():
+        add_heading(figure, f"{name}/{tag}, step {step:,}" + ("" if epoch is None else f", epoch {epoch}"))
         image = pixels(figure)
         for logger in holders:
             writer = _writer(logger)

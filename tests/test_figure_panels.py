@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from lightning_neuro.figure_panels import Panel, draw_areas, draw_cells, draw_lines, draw_points
-from lightning_neuro.figures import FAINT, INK, OTHER, VALUE, new_figure, pixels
+from lightning_neuro.figures import FAINT, INK, OTHER, VALUE, class_color, new_figure, pixels
 
 
 def code(color: str) -> list[int]:
@@ -70,3 +70,29 @@ def test_cells_can_be_saved_in_any_format(tmp_path) -> None:  # type: ignore[no-
     figure.savefig(tmp_path / "a.png", dpi=300)
     image = imread(tmp_path / "a.png")[..., 0]
     assert image.shape == (300, 300) and image[100, 100] == image[200, 200] == 1 and image[100, 200] == 0
+
+
+def test_classes_can_be_told_apart_by_readers_without_red_or_green_cones() -> None:
+    """Distances in CIELAB, of the colours as they are and as simulated after Machado et al. (2009)."""
+    simulated = {
+        "none": np.eye(3),
+        "protanopia": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deuteranopia": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+    }
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    codes = np.array([to_rgb(class_color(label)) for label in range(10)])
+    linear = np.where(codes <= 0.04045, codes / 12.92, ((codes + 0.055) / 1.055) ** 2.4)
+    for kind, matrix in simulated.items():
+        xyz = np.clip(linear @ np.array(matrix).T, 0, 1) @ to_xyz.T / [0.95047, 1, 1.08883]
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+        distances = np.linalg.norm(lab[:, None] - lab, axis=2)[np.triu_indices(10, 1)]
+        assert distances.min() > 15, kind

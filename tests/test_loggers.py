@@ -160,7 +160,7 @@ def test_pictures_in_tensorboard(tmp_path: Path) -> None:
     assert events.Tags()["images"] == ["f/red", "f/blue"]
     assert events.Tags()["histograms"] == ["f/h"]
     (image,) = events.Images("f/red")
-    assert (image.width, image.height, image.step) == (40, 20, 3)
+    assert (image.width, image.height, image.step) == (40, 37, 3)  # with a line that says where it is from
     (histogram,) = events.Histograms("f/h")
     value = histogram.histogram_value
     assert (value.min, value.max, value.num, value.sum, histogram.step) == (0, 99, 100, 4950, 3)
@@ -221,8 +221,8 @@ def test_loggers_that_take_images_get_pixels() -> None:
     assert len(drawn) == 1
     assert [(key, step) for key, _, step in logger.images] == [("f/red", 3)] * 2
     pixels = logger.images[0][1]
-    assert pixels.shape == (20, 40, 3) and pixels.dtype == np.uint8
-    assert (pixels.reshape(-1, 3) == [255, 0, 0]).all()
+    assert pixels.shape == (37, 40, 3) and pixels.dtype == np.uint8
+    assert (pixels[17:].reshape(-1, 3) == [255, 0, 0]).all()
 
 
 def test_loggers_without_images_draw_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lightning_neuro.communities.options import CommunityOptions
 from lightning_neuro.communities.plot import plot_communities
 from lightning_neuro.communities.result import CommunityResult
 from lightning_neuro.figure_schedule import Figures
+from lightning_neuro.figures import by_layer
 from lightning_neuro.probe import Probe
 from lightning_neuro.scheduled_callback import OnError
 
@@ -136,4 +137,4 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
 
     def draw(self, results: Mapping[str, CommunityResult]) -> dict[str, "Figure"]:
         """Draw each layer's graph, ordered by community."""
-        return {"graphs": plot_communities(results)}
+        return by_layer("graphs", results, plot_communities)

@@ -11,6 +11,7 @@ from lightning_neuro.communities.result import CommunityResult
 from lightning_neuro.figure_panels import Array, Panel, draw_cells, draw_lines, say
 from lightning_neuro.figure_words import wrapped, write
 from lightning_neuro.figures import (
+    CARD,
     DPI,
     OUTLINE,
     SEQUENTIAL,
@@ -58,7 +59,7 @@ def plot_communities(results: Mapping[str, CommunityResult]) -> "Figure":
     """
     shown, rows, columns = first_panels(results)
     images = [_sorted_image(result) if result.defined else None for _, result in shown]
-    width = max(_SIDE + columns * (_PANEL + _GAP) + _BAR, 4.0)
+    width = max(_SIDE + columns * (_PANEL + _GAP) + _BAR, CARD)
     foot = "Units sorted by community (outlined). Q: modularity; by chance: mean Q of shuffled activations."
     foot = wrapped(f"{foot} {layers_left_out(len(results))}", width - 2 * _SIDE)
     bottom = _BOTTOM + 0.14 * foot.count("\n")

@@ -15,6 +15,7 @@ from lightning_neuro.entropy.options import Calibrate, EntropyOptions
 from lightning_neuro.entropy.plot import plot_entropy
 from lightning_neuro.entropy.result import EntropyResult
 from lightning_neuro.figure_schedule import Figures
+from lightning_neuro.figures import by_layer
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.ranks import agreed, gather
@@ -159,4 +160,4 @@ class ActivationEntropy(MetricCallback[EntropyResult]):
 
     def draw(self, results: Mapping[str, EntropyResult]) -> dict[str, "Figure"]:
         """Draw every unit's entropy and its parts."""
-        return {"units": plot_entropy(results)}
+        return by_layer("units", results, plot_entropy)

@@ -7,8 +7,9 @@ import numpy as np
 
 from lightning_neuro.entropy.result import EntropyResult
 from lightning_neuro.figure_panels import Panel, draw_areas, draw_lines, draw_points, say, x_ticks, y_ticks
-from lightning_neuro.figure_words import wrapped, write, write_legend
+from lightning_neuro.figure_words import LEGEND_LINE, Entry, legend_places, wrapped, write, write_legend
 from lightning_neuro.figures import (
+    CARD,
     INK,
     NULL,
     PART,
@@ -22,8 +23,8 @@ from lightning_neuro.figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDE, _TALL, _GAP, _LEFT = 2.2, 1.5, 0.2, 0.45  # inches
-_TITLE, _TICKS, _TOP, _FOOT = 0.38, 0.2, 0.3, 0.25
+_WIDE, _TALL, _GAP, _LEFT = 2.75, 1.7, 0.2, 0.45  # inches
+_TITLE, _TICKS, _TOP, _FOOT = 0.4, 0.2, 0.12, 0.25
 
 
 def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
@@ -51,14 +52,16 @@ def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
         >>> figure.savefig("entropy.png")  # doctest: +SKIP
     """
     shown, rows, columns = first_panels(results)
-    width = max(_LEFT + columns * (_WIDE + _GAP), 4.0)
-    height = rows * (_TITLE + _TALL + _TICKS) + _FOOT + _TOP
+    width = max(_LEFT + columns * (_WIDE + _GAP), CARD)
+    entries = _legend([result for _, result in shown])
+    top = _TOP + LEGEND_LINE * (1 + max(line for _, line in legend_places(entries, 0.1, width)))
+    height = rows * (_TITLE + _TALL + _TICKS) + _FOOT + top
     figure = new_figure(width, height)
     highest = 1.05 * max(max([result.max_bits, *result.total.tolist()]) for _, result in shown)
     panels = []
     for number, (_, result) in enumerate(shown):
         row, column = divmod(number, columns)
-        bottom = height - _TOP - (row + 1) * (_TITLE + _TALL + _TICKS) + _TICKS
+        bottom = height - top - (row + 1) * (_TITLE + _TALL + _TICKS) + _TICKS
         units = (0, max(1, int(result.live.sum())))
         panels.append(Panel(_LEFT + column * (_WIDE + _GAP), bottom, _WIDE, _TALL, units, (0, highest)))
         if column == 0:
@@ -69,7 +72,7 @@ def plot_entropy(results: Mapping[str, EntropyResult]) -> "Figure":
         _draw(figure, panel, name, result)
     foot = f"live units in descending order of entropy. {layers_left_out(len(results))}"
     write(figure, _LEFT, 0.12, foot.rstrip(". "))
-    _write_legend(figure, width, height, [result for _, result in shown])
+    write_legend(figure, 0.1, height - 0.12, entries, width)
     return figure
 
 
@@ -106,11 +109,11 @@ def _subtitle(result: EntropyResult) -> str:
     return f"{units}, {samples}" + (f", {result.mode}" if result.mode != "states" else "")
 
 
-def _write_legend(figure: "Figure", width: float, height: float, results: Sequence[EntropyResult]) -> None:
+def _legend(results: Sequence[EntropyResult]) -> list[Entry]:
     entries = [
         ("■", VALUE, "on/off entropy", any(result.on_off is not None for result in results)),
         ("■", PART, "amplitude entropy", True),
         ("●", INK, "class information", any(result.class_information is not None for result in results)),
         ("┄", NULL, "maximum", True),
     ]
-    write_legend(figure, 0.1, height - 0.12, [entry[:3] for entry in entries if entry[3]], width)
+    return [entry[:3] for entry in entries if entry[3]]

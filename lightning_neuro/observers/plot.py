@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_ATTRIBUTES = 40
 MAX_WRITTEN = 64
-_CELL, _ROW, _GAP = 0.4, 0.19, 0.2  # inches
+_CELL, _ROW, _GAP = 0.3, 0.19, 0.15  # inches
 _SCALE: dict[str, Any] = {"cmap": figures.SCORE, "vmin": 0.5, "vmax": 1.0}
 
 
@@ -139,9 +139,9 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
     """
     every = -(-len(layers) // figures.MAX_PANELS)
     names = [figures.short_name(name, 20) for name in layers[::every]]
-    width = max(4.8, 0.7 + len(names) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
+    width = max(figures.CARD, 0.7 + len(names) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
     margin = 0.5 / len(names)
-    figure = figures.new_figure(width, 3.0)
+    figure = figures.new_figure(width, 3.2)
     panel = Panel(0.55, 0.65, width - 0.65, 1.75, (-margin, 1 + margin), (0, 0.52))
     draw_lines(figure, [panel.outline])
     depth = curve.depth.numpy()
@@ -169,6 +169,13 @@ def plot_proportion(curve: DepthCurve, layers: Sequence[str]) -> "Figure":
     if found:
         rho, null, p = found.values()
         text = f"Spearman correlation with depth {rho:.2f}; null {null:.2f} (p = {p:.3f})"
-    write(figure, 0.1, 2.92, f"Size of the sets that single units denote, over depth\n{text}", size=9, va="top")
-    write(figure, 0.1, 0.14, "points: mean over significant units; grey: 90 % of shuffled labels")
+    write(
+        figure,
+        0.1,
+        3.12,
+        f"size of the sets that single units denote\n{wrapped(text, width - 0.2, 9)}",
+        size=9,
+        va="top",
+    )
+    write(figure, 0.1, 0.14, "points: mean of significant units; grey: shuffled (90 %)")
     return figure

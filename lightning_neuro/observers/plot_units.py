@@ -18,7 +18,7 @@ from lightning_neuro.observers.result import ObserverResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_UNITS = 48
+MAX_UNITS = 24
 _MAPS = {
     "weights": "Weight of each unit x its standard deviation: what the observer uses (blank: sign not stable)",
     "patterns": "Correlation of each unit with the attribute: where the attribute is encoded",
@@ -29,8 +29,8 @@ _MAPS = {
 def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
     """Draw the three maps of attributes by units: weights, patterns, effects.
 
-    Layers (the first 8) are drawn side by side; a map has one scale, red above and blue below 0. The 48 units with the
-    largest values are drawn for each layer, sorted by the attribute for which they are largest; the heading gives the
+    Each layer (of the first 8) has a figure; a map has one scale for all of them, red above and blue below 0. The 24
+    units with the largest values are drawn, sorted by the attribute for which they are largest; the heading gives the
     layer's fraction of the map's mass (sum of absolute values). Weight and pattern differ: a unit can have a large
     weight only to cancel noise in another one (Haufe et al., 2014); the pattern shows where the attribute is encoded. A
     weight or effect is drawn only if the observers of all folds agree on its sign.
@@ -39,7 +39,7 @@ def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
         results: Layer -> result.
 
     Returns:
-        Name -> matplotlib figure that is not registered with pyplot.
+        `<map>/<layer>` -> matplotlib figure that is not registered with pyplot.
 
     Raises:
         ArgumentError: If there is no result.
@@ -56,50 +56,56 @@ def plot_maps(results: Mapping[str, ObserverResult]) -> dict[str, "Figure"]:
     }
     names = next(iter(shown.values())).names[:MAX_ATTRIBUTES]
     samples = next(iter(shown.values())).num_samples
-    facts = "; ".join(filter(None, [f"{samples:,} samples", figures.layers_left_out(len(results))]))
-    return {name: _plot_map(f"{_MAPS[name]}; {facts}", layers, names) for name, layers in values.items()}
+    found = {}
+    for name, layers in values.items():
+        largest = max(float(value.abs().max()) if value.numel() else 0.0 for value in layers.values()) or 1.0
+        total = sum(float(value.abs().sum()) for value in layers.values()) or 1.0
+        title = f"{_MAPS[name]}; {samples:,} samples"
+        for layer, value in layers.items():
+            found[f"{name}/{layer}"] = _plot_map(title, layer, value, names, largest=largest, total=total)
+    return found
 
 
-def _plot_map(title: str, layers: Mapping[str, Tensor], names: tuple[str, ...]) -> "Figure":
-    largest = max(float(value.abs().max()) if value.numel() else 0.0 for value in layers.values()) or 1.0
-    masses = {layer: float(value.abs().sum()) for layer, value in layers.items()}
-    total = sum(masses.values()) or 1.0
-    images = {layer: _largest_units(value)[: len(names)] for layer, value in layers.items()}
-    heads = [figures.short_name(name, 20) for name in names]
-    columns = [max(6, image.shape[1]) for image in images.values()]
-    left, gap, bottom, row = 0.2 + max(map(width_of, heads), default=0.5), 0.15, 0.25, 0.17
-    cell, tall = min(0.12, max(0.03, 6.0 / sum(columns))), max(3, len(names)) * row
-    rooms = [max(0.85, cell * count) for count in columns]
-    width = max(left + sum(rooms) + gap * len(rooms) + 0.6, 4.5)
-    title = wrapped(title, width - 0.2)
-    height = bottom + tall + 0.5 + 0.14 * (1 + title.count("\n"))
+def _plot_map(
+    title: str, layer: str, values: Tensor, names: tuple[str, ...], *, largest: float, total: float
+) -> "Figure":
+    """Draw the map of one layer, on a scale from -largest to largest; `total` is the mass of all layers."""
+    image, units = _largest_units(values)
+    image = image[: len(names)]
+    heads = [figures.short_name(name, 16) for name in names]
+    left, bottom, row = 0.15 + max(map(width_of, heads), default=0.5), 0.62, 0.17
+    wide = max(1.6, figures.CARD - left - 0.5)
+    width, tall = left + wide + 0.5, max(3, len(names)) * row
+    mass = float(values.abs().sum()) / total
+    words = f"{title}; {mass:.0%} of the mass of all layers"
+    title = wrapped(words, width - 0.2)
+    height = bottom + tall + 0.4 + 0.14 * (1 + title.count("\n"))
     figure = figures.new_figure(width, height)
-    x, step = left, tall / max(1, len(names))
-    write(figure, 0.1, height - 0.06, title, va="top")
+    write(figure, 0.1, height - 0.06, figures.short_name(layer, 40), size=9, va="top", bold=True)
+    write(figure, 0.1, height - 0.24, title, va="top")
     for number, head in enumerate(heads):
-        write(figure, left - 0.07, bottom + tall - (number + 0.5) * step, head, ha="right")
+        write(figure, left - 0.07, bottom + tall - (number + 0.5) * tall / len(heads), head, ha="right")
     scale: dict[str, Any] = {"cmap": figures.DIVERGING, "vmin": -largest, "vmax": largest}
-    for (layer, image), room in zip(images.items(), rooms, strict=True):
-        draw_cells(figure, image.numpy(), (x, bottom), (room, tall), **scale)
-        head = f"{figures.short_name(layer, max(12, int(14 * room)))}\n{masses[layer] / total:.0%} of mass"
-        write(figure, x + room / 2, bottom + tall + 0.05, head, ha="center", va="bottom")
-        units = f"{image.shape[1]} of {layers[layer].shape[1]:,} units"
-        write(figure, x + room / 2, bottom - 0.05, units, size=7, ha="center", va="top")
-        x += room + gap
-    draw_cells(figure, np.linspace(largest, -largest, 65)[:, None], (x, bottom), (0.12, tall), **scale)
+    draw_cells(figure, image.numpy(), (left, bottom), (wide, tall), **scale)
+    for place, unit in enumerate(units.tolist()):
+        x = left + (place + 0.5) * wide / len(units)
+        write(figure, x, bottom - 0.04, str(unit), size=6, ha="center", va="top", upwards=True)
+    write(figure, left, 0.1, f"units: the {len(units)} with the largest values of {values.shape[1]:,}", size=7)
+    draw_cells(figure, np.linspace(largest, -largest, 65)[:, None], (left + wide + 0.08, bottom), (0.1, tall), **scale)
     for share, value in ((0.0, -largest), (0.5, 0.0), (1.0, largest)):
-        write(figure, x + 0.16, bottom + share * tall, f"{value:.2g}", size=7)
+        write(figure, left + wide + 0.2, bottom + share * tall, f"{value:.2g}", size=7)
     return figure
 
 
-def _largest_units(values: Tensor) -> Tensor:
-    """(A, at most 48), the columns with the largest values, sorted by attribute, then by size."""
+def _largest_units(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns with the largest values, sorted by attribute, then by size: (A, at most 24), and their numbers."""
     if not values.numel():
-        return values
+        return values, torch.zeros(0, dtype=torch.int64)
     size, attribute = values.abs().max(0)
     chosen = size.argsort(descending=True)[: min(MAX_UNITS, max(1, int((size > 0).sum())))]
     order = np.lexsort((-size[chosen].numpy(), attribute[chosen].numpy()))
-    return values[:, chosen[torch.from_numpy(order)]]
+    chosen = chosen[torch.from_numpy(order)]
+    return values[:, chosen], chosen
 
 
 def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) -> "Figure":
@@ -121,10 +127,10 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
     require(len(results) > 0, "results", "hold at least one layer", "none")
     layer, result = max(results.items(), key=lambda item: item[1].scalars().get("balanced_accuracy", 0.0))
     count = min(len(result.examples), 2)
-    wide, tall, left = 1.6, 0.16 * (units + 1), 0.8
-    figure = figures.new_figure(max(count * (left + wide + 0.15), 4.9), tall + 1.0)
+    wide, tall, left = 2.4, 0.16 * (units + 1), 0.8
+    figure = figures.new_figure(figures.CARD, max(1, count) * (tall + 0.75) + 0.35)
     width, height = figure.get_size_inches()
-    title = f"Contributions of units of {figures.short_name(layer)} to scores of single samples"
+    title = f"contributions of units of {figures.short_name(layer)} to scores"
     write(figure, 0.1, height - 0.14, title, size=9)
     if not count:
         write(figure, width / 2, height / 2, "no sample has one of the first attributes", ha="center")
@@ -136,7 +142,7 @@ def plot_explanation(results: Mapping[str, ObserverResult], *, units: int = 10) 
         has = [a for a in torch.nonzero(known == 1).flatten().tolist() if a not in taken]
         attribute = has[0] if has else int(known.nan_to_num(nan=0.0).argmax())
         taken.add(attribute)
-        panel = Panel(left + number * (left + wide + 0.15), 0.3, wide, tall)
+        panel = Panel(left, height - 0.3 - (number + 1) * (tall + 0.75) + 0.3, wide, tall)
         _draw_parts(figure, panel, result, state, attribute, units)
     return figure
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ from lightning_neuro.batches import BatchField, check_field
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import check_int, require
 from lightning_neuro.figure_schedule import Figures
-from lightning_neuro.figures import class_name
+from lightning_neuro.figures import by_layer, class_name
 from lightning_neuro.isolation import undisturbed
 from lightning_neuro.paths.evaluation import PathEvaluation
 from lightning_neuro.paths.gates import GatedModel, without_fused_kernels
@@ -19,7 +20,7 @@ from lightning_neuro.paths.metric import LayerPaths
 from lightning_neuro.paths.networkx_export import paths_graph
 from lightning_neuro.paths.options import PathOptions
 from lightning_neuro.paths.path_search import PathSearch
-from lightning_neuro.paths.plot import plot_flow, plot_overlap, plot_reuse
+from lightning_neuro.paths.plot import common_order, plot_flow, plot_overlap, plot_reuse
 from lightning_neuro.paths.previous_paths import Previous, previous_gates, to_remember, with_stability
 from lightning_neuro.paths.probe_samples import ProbeSamples, SampleChoice, choose_samples, read_concepts
 from lightning_neuro.paths.result import PathResult
@@ -284,9 +285,9 @@ class ConceptPaths(MetricCallback[PathResult]):
             num_concepts = max(len(result.masks) for result in results.values())
             names = tuple(f"concept {concept}" for concept in range(num_concepts))
         return {
-            "overlap": plot_overlap(results, class_names=names),
+            **by_layer("overlap", results, partial(plot_overlap, class_names=names, order=common_order(results))),
             "flow": plot_flow(results, self.flow, class_names=names),
-            "reuse": plot_reuse(results),
+            **by_layer("reuse", results, plot_reuse),
         }
 
     def to_networkx(self) -> "nx.DiGraph":

@@ -22,7 +22,7 @@ from lightning_neuro.figure_panels import (
     x_ticks,
     y_ticks,
 )
-from lightning_neuro.figure_words import width_of, write, write_legend
+from lightning_neuro.figure_words import width_of, wrapped, write, write_legend
 from lightning_neuro.figures import class_name, first_panels, layers_left_out, new_figure, short_name
 from lightning_neuro.paths.result import PathResult
 
@@ -35,7 +35,9 @@ MAX_COLUMNS = 16
 MAX_CONCEPTS = 180  # one pixel each
 
 
-def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str] | None = None) -> "Figure":
+def plot_overlap(
+    results: Mapping[str, PathResult], *, class_names: Sequence[str] | None = None, order: Tensor | None = None
+) -> "Figure":
     """Draw how similar the paths of each two concepts (the first 180) are, a panel per layer (the first 8).
 
     Red: more units in common than random paths of their size, blue: fewer, white: as many. All panels have the concepts
@@ -46,6 +48,7 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     Args:
         results: Layer -> result.
         class_names: Names of the concepts.
+        order: int64, the concepts in the order in which they are drawn; default: `common_order(results)`.
 
     Returns:
         A matplotlib figure that is not registered with pyplot.
@@ -53,10 +56,11 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
     Raises:
         ValueError: If there is no result.
     """
-    order = _common_order(results) if results else torch.zeros(0).long()
+    if order is None:
+        order = common_order(results) if results else torch.zeros(0).long()
     labels = [short_name(class_name(int(concept), class_names), 12) for concept in order]
     names = labels if len(labels) <= MAX_TICKS else []
-    panels = _Panels(results, left=0.2 + max(map(width_of, names), default=0.0), right=0.45, side=1.8)
+    panels = _Panels(results, left=0.2 + max(map(width_of, names), default=0.0), right=0.45, side=2.0)
     figure = panels.figure
     for panel, name, result in panels.drawn:
         noise = result.self_overlap
@@ -76,18 +80,18 @@ def plot_overlap(results: Mapping[str, PathResult], *, class_names: Sequence[str
                 size=7,
                 ha="right",
             )
-    left, bottom, tall = panels.width - 0.38, panels.first_column[-1].bottom, 1.8
+    left, bottom, tall = panels.width - 0.38, panels.first_column[-1].bottom, 2.0
     draw_cells(
         figure, np.linspace(1, -1, 65)[:, None], (left, bottom), (0.12, tall), cmap=figures.DIVERGING, vmin=-1, vmax=1
     )
     for value in (-1, 0, 1):
         write(figure, left + 0.16, bottom + (value + 1) / 2 * tall, str(value), size=7)
     cut = f"the first {MAX_CONCEPTS} " if len(order) == MAX_CONCEPTS else ""
-    panels.write_foot(f"{cut}concepts, similar ones together; beyond chance: 0 as random paths, 1 same path")
+    panels.write_foot(f"{cut}concepts, similar ones together; units in common: 0 as random paths, 1 the same path")
     return figure
 
 
-def _common_order(results: Mapping[str, PathResult]) -> Tensor:
+def common_order(results: Mapping[str, PathResult]) -> Tensor:
     """The concepts that have a path in any layer, in an order in which similar ones are neighbours."""
     concepts = torch.stack([result.defined for result in results.values()]).any(0).nonzero().flatten()
     concepts = concepts[:MAX_CONCEPTS]
@@ -138,8 +142,8 @@ def plot_flow(
     """
     shown, left_out = list(results.items())[:MAX_COLUMNS], len(results) - MAX_COLUMNS
     names = [short_name(name, 20) for name, _ in shown]
-    width = max(4.5, 0.7 + len(shown) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
-    figure = new_figure(width, 2.9)
+    width = max(figures.CARD, 0.7 + len(shown) * max([0.8, *(0.1 + width_of(name, TICK) for name in names)]))
+    figure = new_figure(width, 3.1)
     panel = Panel(0.5, 0.6, width - 0.6, 1.95, (-0.4, max(len(shown), 1) - 0.6), (1, 0))
     draw_lines(figure, [panel.outline])
     two = _most_similar(results) if pair is None else tuple(pair)
@@ -176,7 +180,7 @@ def plot_flow(
         ("■", figures.INK, "both (grey line: by chance)"),
         ("■", figures.OTHER, f"only {second}"),
     ]
-    write_legend(figure, 0.1, 2.75, legend, width)
+    write_legend(figure, 0.1, 2.97, legend, width)
     return figure
 
 
@@ -229,7 +233,7 @@ def plot_reuse(results: Mapping[str, PathResult]) -> "Figure":
     Raises:
         ValueError: If there is no result.
     """
-    panels = _Panels(results, left=0.5, right=0.05, side=1.5, gap=0.45)
+    panels = _Panels(results, left=0.5, right=0.05, side=2.0, gap=0.45)
     figure, lines, bars = panels.figure, [], []
     for place, name, result in panels.drawn:
         paths = result.masks[result.defined]
@@ -283,8 +287,8 @@ class _Panels:
         shown, rows, columns = first_panels(results)
         above, below = 0.6, 0.2
         self.left_out = layers_left_out(len(results))
-        self.width = max(left + columns * side + (columns - 1) * gap + right + 0.1, 4.0)
-        height = rows * (above + side + below) + 0.25
+        self.width = max(left + columns * side + (columns - 1) * gap + right + 0.1, figures.CARD)
+        height = rows * (above + side + below) + 0.4
         self.figure = new_figure(self.width, height)
         self.drawn: list[tuple[Panel, str, PathResult]] = []
         self.first_column: list[Panel] = []
@@ -302,4 +306,5 @@ class _Panels:
 
     def write_foot(self, words: str) -> None:
         """Write what the panels show, and how many layers are left out."""
-        write(self.figure, 0.1, 0.12, "; ".join(filter(None, [words, self.left_out])))
+        words = "; ".join(filter(None, [words, self.left_out]))
+        write(self.figure, 0.1, 0.06, wrapped(words, self.width - 0.2), va="bottom")

@@ -1,6 +1,7 @@
 """`ActivationTopology`: the shape of activation space as training curves."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ from lightning_neuro import loggers
 from lightning_neuro.callback import Memory, MetricCallback
 from lightning_neuro.checks import check_bool
 from lightning_neuro.figure_schedule import Figures
-from lightning_neuro.figures import class_name
+from lightning_neuro.figures import by_layer, class_name
 from lightning_neuro.isolation import why_off
 from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch
@@ -93,7 +94,7 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         | `drift` | RTD-Lite to the previous evaluation, on the samples of the homology | 0 .. | low: stable |
         | `drift_from_initial` | RTD-Lite to the first evaluation | 0 .. | neither |
 
-        Also logged: figures (`topology/graphs`, `topology/homology` and, for image inputs, `topology/members`: samples
+        Also logged: figures (`topology/graphs/<layer>`, `homology` and, for image inputs, `members`: samples
         of the largest nodes), a histogram of the merging distances (`topology/merge_distances/<layer>`) and, at the end
         of the run, `lightning_neuro/topology/<layer>.graphml` and `.json` in the log directory.
 
@@ -210,12 +211,13 @@ class ActivationTopology(MetricCallback[TopologyResult]):
                 positions[layer] = place_nodes(result.graph, self.places.get(layer))
                 # The next figure starts from these positions, so that it changes little.
                 self.places[layer] = point_positions(result.graph, positions[layer])
-            figures["graphs"] = plot_graphs(results, positions, class_names=self.class_names)
+            names = self.class_names
+            figures |= by_layer("graphs", results, partial(plot_graphs, positions=positions, class_names=names))
             if len(self.images):
                 images = {layer: self.images.of_points(layer, result) for layer, result in results.items()}
-                figures["members"] = plot_members(results, images, class_names=self.class_names)
+                figures |= by_layer("members", results, partial(plot_members, images=images, class_names=names))
         if self.metric.homology:
-            figures["homology"] = plot_homology(results)
+            figures |= by_layer("homology", results, plot_homology)
         return figures
 
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LETTERS = "ABCDEF"
 MAX_CLASSES = 10
-_PANEL, _TOP, _GAP = 2.3, 0.95, 0.2  # inches
+_PANEL, _TOP, _GAP = 3.0, 0.95, 0.2  # inches
 
 Colors = dict[int, str]
 
@@ -59,7 +59,7 @@ def plot_graphs(
     """
     graphs = {name: (result, result.graph) for name, result in results.items() if result.graph is not None}
     shown, rows, columns = figures.first_panels(graphs)
-    width = max(columns * (_PANEL + _GAP) + _GAP, 4.5)
+    width = max(columns * (_PANEL + _GAP) + _GAP, figures.CARD)
     foot = "Area: samples in the cluster; line: shared samples (Jaccard index); A to F: largest clusters."
     foot = wrapped(f"{foot} {figures.layers_left_out(len(graphs))}", width - 2 * _GAP)
     colors = _colors([graph for _, (_, graph) in shown])

@@ -15,7 +15,7 @@ from lightning_neuro.topology.result import TopologyResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDE, _TALL, _GAP, _LEFT, _MIDDLE, _BOTTOM = 1.8, 1.4, 0.2, 0.65, 0.42, 0.62  # inches
+_WIDE, _TALL, _GAP, _LEFT, _MIDDLE, _BOTTOM = 2.55, 1.6, 0.2, 0.65, 0.42, 0.8  # inches
 _GRID = 256  # distances at which the curves are drawn
 _TICKS = {0.0: "0", 0.5: ".5", 1.0: "1"}
 
@@ -48,7 +48,7 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
     """
     found = {name: (result, result.homology) for name, result in results.items() if result.homology is not None}
     shown, _, columns = figures.first_panels(found, max_columns=figures.MAX_PANELS)
-    width = max(_LEFT + columns * (_WIDE + _GAP), 4.5)
+    width = max(_LEFT + columns * (_WIDE + _GAP), figures.CARD)
     titles = ["\n".join(_title(name, result, homology)) for name, (result, homology) in shown]
     above = 0.12 + 0.125 * max(title.count("\n") + 1 for title in titles)
     figure = figures.new_figure(width, 2 * _TALL + above + _MIDDLE + _BOTTOM)
@@ -75,8 +75,8 @@ def plot_homology(results: Mapping[str, TopologyResult]) -> "Figure":
         ("┃", figures.VALUE, "components"),
         ("╌", figures.NULL, "longest loop of a Gaussian cloud"),
     ]
-    write_legend(figure, 0.1, 0.13, entries, width)
-    write(figure, width - 0.05, 0.3, figures.layers_left_out(len(found)), ha="right")
+    write_legend(figure, 0.1, 0.3, entries, width)
+    write(figure, width - 0.05, 0.45, figures.layers_left_out(len(found)), ha="right")
     return figure
 
 

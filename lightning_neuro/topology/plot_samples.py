@@ -17,7 +17,7 @@ from lightning_neuro.topology.result import TopologyResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEMBERS = 8
+MEMBERS = 6
 _CELL = figures.THUMBNAIL_SIDE + 2
 _PANEL = MEMBERS * _CELL / figures.DPI, len(LETTERS) * _CELL / figures.DPI  # inches: one pixel of an image is one here
 _LABEL, _TITLE = 1.25, 0.3

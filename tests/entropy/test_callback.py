@@ -162,8 +162,10 @@ def test_a_dead_layer_is_explained_and_has_no_entropy() -> None:
 def test_the_figure_shows_every_layer_and_curves_have_a_point_per_evaluation() -> None:
     logger, callback = MemoryLogger(), ActivationEntropy(on_error="raise")
     fit(mlp(), callback, logger=logger)
-    figure = callback.draw(callback.result)["units"]
-    assert all(layer in texts(figure) for layer in HIDDEN)
+    figures = callback.draw(callback.result)
+    assert list(figures) == [f"units/{layer}" for layer in HIDDEN]
+    assert all(layer in texts(figures[f"units/{layer}"]) for layer in HIDDEN)
+    figure = figures["units/net.2"]
     assert "16 units" in texts(figure) and "32 samples" in texts(figure)
     assert len(logger.curves["entropy/total/net.2"]) == 3
     assert all(0 <= value <= math.log2(11) + 0.5 for _, value in logger.curves["entropy/total/net.2"])

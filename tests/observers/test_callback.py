@@ -397,7 +397,8 @@ def test_the_logistic_observer_is_near():
 def test_figures_are_those_promised():
     callback = probes(denotation=True)
     fit(mlp(), callback)
-    names = {"attributes", "weights", "patterns", "effects", "explanation", "proportion"}
+    maps = {f"{name}/{layer}" for name in ("weights", "patterns", "effects") for layer in LAYERS}
+    names = maps | {"attributes", "explanation", "proportion"}
     assert set(callback.draw(callback.result)) == names
     plain = probes(heatmap=False)
     fit(mlp(), plain)

@@ -1,7 +1,6 @@
 """What the figures show: the numbers, what is undefined, and no more than fits."""
 
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -73,20 +72,25 @@ def test_maps_have_one_scale_and_only_stable_weights():
         std=torch.ones(2),
         stable=torch.tensor([[True, False], [True, True]]),
     )
-    figure = plot_maps({"a": one, "b": two})["weights"]
-    first, second, _ = images_of(figure)
+    maps = plot_maps({"a": one, "b": two})
+    (first, _), (second, _) = (images_of(maps[f"weights/{layer}"]) for layer in "ab")
     assert first.tolist() == [[1, -1], [0, 2]] and second.tolist() == [[4], [0]]
-    assert {cells.get_clim() for cells in drawn(figure, Cells)} == {(-4, 4)}
-    assert re.findall(r"(\d+)% of mass", texts(figure)) == ["50", "50"]
+    for layer, units in (("a", ["0", "1"]), ("b", ["0"])):
+        figure = maps[f"weights/{layer}"]
+        assert {cells.get_clim() for cells in drawn(figure, Cells)} == {(-4, 4)}
+        assert "50% of the mass" in texts(figure).replace("\n", " ")
+        assert [text.words for text in drawn(figure, Words)[0].texts if text.style.size == 6] == units
 
 
 def test_maps_show_the_largest_units_of_each_layer_on_one_scale():
     figures = plot_maps({"a": result(), "b": result(60, seed=1)})
-    assert set(figures) == {"weights", "patterns", "effects"}
-    for figure in figures.values():
-        ((low, high),) = {cells.get_clim() for cells in drawn(figure, Cells)}
+    names = ("weights", "patterns", "effects")
+    assert list(figures) == [f"{name}/{layer}" for name in names for layer in "ab"]
+    for name in names:
+        both = figures[f"{name}/a"], figures[f"{name}/b"]
+        ((low, high),) = {cells.get_clim() for figure in both for cells in drawn(figure, Cells)}
         assert low == -high
-        first, second, _ = images_of(figure)
+        (first, _), (second, _) = map(images_of, both)
         assert first.shape[0] == second.shape[0] == 5 and first.shape[1] <= 8 and second.shape[1] <= MAX_UNITS
         assert max(abs(first).max(), abs(second).max()) == pytest.approx(high)
 
@@ -94,14 +98,14 @@ def test_maps_show_the_largest_units_of_each_layer_on_one_scale():
 def test_at_most_eight_layers_are_drawn():
     one = result(3, 2)
     many = {f"layer{i}": one for i in range(10)}
-    for figure in (plot_attributes(many), plot_maps(many)["weights"]):
-        said = texts(figure)
-        assert "2 more layers" in said and "layer7" in said and "layer8" not in said
+    said = texts(plot_attributes(many))
+    assert "2 more layers" in said and "layer7" in said and "layer8" not in said
+    assert set(plot_maps(many)) >= {"weights/layer7"} and "weights/layer8" not in plot_maps(many)
 
 
 def test_a_dead_layer_and_undefined_attributes_can_be_drawn():
     dead = read_attributes(torch.zeros(50, 4), torch.zeros(50, 2))
-    plot_maps({"dead": dead})["weights"].canvas.draw()
+    plot_maps({"dead": dead})["weights/dead"].canvas.draw()
     plot_attributes({"dead": dead}).canvas.draw()
     assert "no sample has one of the first attributes" in texts(plot_explanation({"dead": dead}))
 

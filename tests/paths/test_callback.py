@@ -425,7 +425,9 @@ def test_hierarchy_is_logged_beside_its_control() -> None:
 def test_figures_are_written(tmp_path: Path) -> None:
     callback = ConceptPaths(flow=(0, 3), on_error="raise")
     fit(mlp(), callback, logger=TensorBoardLogger(tmp_path))
-    assert list(callback.draw(callback.result)) == ["overlap", "flow", "reuse"]
+    assert list(callback.draw(callback.result)) == [
+        *("overlap/net.2", "overlap/net.4", "flow", "reuse/net.2", "reuse/net.4")
+    ]
 
 
 def test_options_that_exclude_each_other_are_refused() -> None:

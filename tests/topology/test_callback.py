@@ -28,6 +28,7 @@ from lightning_neuro.topology import (
     topological_drift,
 )
 from lightning_neuro.topology.layout import place_nodes, point_positions
+from lightning_neuro.topology.plot_samples import MEMBERS
 from lightning_neuro.topology.result import TopologyResult
 from lightning_neuro.topology.sample_images import SampleImages
 from tests.helpers import check_cost, drawn, texts
@@ -308,7 +309,7 @@ def test_members_are_shown_with_their_own_images():
     figure = plot_members({"fc1": result}, {"fc1": own})
     sheet = drawn(figure, Cells)[0].get_array()
     largest = int(result.graph.sizes.argmax())
-    shown = [member for member in result.graph.members[largest].tolist() if member % 2 == 0][:8]
+    shown = [member for member in result.graph.members[largest].tolist() if member % 2 == 0][:MEMBERS]
     assert [int(sheet[5, column * (THUMBNAIL_SIDE + 2) + 5, 0]) for column in range(len(shown))] == shown
     assert f"A  {int(result.graph.sizes[largest])}," in texts(figure)
 
@@ -325,7 +326,7 @@ def test_the_callback_finds_the_image_of_each_sample(tmp_path):
     }
     labels = result.graph.targets
     assert sum(int(bright[place]) == int(labels[place]) for place in found) == 32
-    assert set(callback.draw(callback.result)) == {"graphs", "members", "homology"}
+    assert set(callback.draw(callback.result)) == {"graphs/net.2", "members/net.2", "homology/net.2"}
     before = callback.images.stacked()
     assert before.shape == (32, 3, 8, 8)
     fit(mlp(), callback, val=False, train=loader())  # uses other samples: the training data
@@ -341,7 +342,7 @@ def test_inputs_that_are_no_images_have_no_members_figure(tmp_path):
     data = TensorDataset(images(32).tensors[0].flatten(1), images(32).tensors[1])
     callback = ActivationTopology(mapper=True, homology=False)
     fit(Flat(mlp().net), callback, train=DataLoader(data, batch_size=8), val=False, logger=TensorBoardLogger(tmp_path))
-    assert set(callback.draw(callback.result)) == {"graphs"}
+    assert set(callback.draw(callback.result)) == {"graphs/net.2", "graphs/net.4"}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
