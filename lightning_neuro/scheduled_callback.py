@@ -53,6 +53,8 @@ class ScheduledCallback(Callback):
     """Whether the activations of the validation loop's own forward passes are enough; else the model is run again."""
     curves: tuple[str, ...] | None = None
     """Measures that are logged unless `log_scalars` is given; None: all of them."""
+    follows_training: bool = False
+    """Whether the method needs training steps, so that there is nothing to evaluate in `trainer.validate`."""
     run_state: ClassVar[tuple[str, ...]] = ("scalars", "initial", "last_epoch", "last_step")
     """Names of attributes that belong to the run: saved in checkpoints and restored on resume."""
 
@@ -168,7 +170,7 @@ class ScheduledCallback(Callback):
             return self.probe.due_at_epoch(event.epoch)
         if event.kind == "epoch":
             return event.epoch != self.last_epoch and self.probe.due_at_epoch(event.epoch)
-        return self.probe.source != "train"  # `trainer.validate` has no training data
+        return self.probe.source != "train" and not self.follows_training  # `trainer.validate` has neither
 
     def begin_evaluation(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: Event) -> None:
         """Prepare for a pass over the probe set."""
@@ -298,6 +300,9 @@ class ScheduledCallback(Callback):
             session.end_loop(trainer)
         if trainer.state.fn == "validate" and self.probe.source == "train":
             self.warn_once("validate", f"{self.name}: no training data in `trainer.validate`, so nothing is logged.")
+        elif trainer.state.fn == "validate" and self.follows_training:
+            if not self.scalars:
+                self.warn_once("validate", f"{self.name} follows training steps, of which `trainer.validate` has none.")
         elif trainer.state.fn == "validate":
             session.evaluate(trainer, pl_module, "validate")
         elif not trainer.sanity_checking:

@@ -85,7 +85,7 @@ def test_readme_code_runs(number, tmp_path, monkeypatch):
     exec(compile(code_blocks("README.md")[number], "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("page", ["docs/shortcuts.md", "docs/units.md"])
+@pytest.mark.parametrize("page", ["docs/outside_of_fit.md", "docs/shortcuts.md", "docs/units.md"])
 def test_the_code_of_how_tos_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "how_to"}

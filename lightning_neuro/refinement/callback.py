@@ -134,6 +134,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     family = "refinement"
     rides = False
     needs_layers = False
+    follows_training = True
     charts = {  # noqa: RUF012
         "share of a sample's own class": ("own_class_share", "own_class_share_null"),
         "norm of the refinement": ("norm",),
