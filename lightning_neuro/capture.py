@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neuro.batches import first_tensor
+from lightning_neuro.heads import Heads, Layer, hooked_module
 from lightning_neuro.hooks import ForwardHook
 
 # Further calls of a module in one pass get no entry of their own.
@@ -48,7 +49,8 @@ class Capture:
     """Records the outputs of named layers.
 
     Args:
-        layers: Module by name, as `lightning_neuro.layers.resolve_layers` returns it.
+        layers: Module or heads by name, as `lightning_neuro.layers.resolve_layers` returns them. Of heads, the input
+            of the output projection is recorded.
         transform: Applied to each output inside the hook, with the layer's name: a later in-place operation cannot
             change the result, and nothing larger than the result is held. Default: a copy of the output. If the
             transform raises `ValueError` or `TypeError`, the layer is left out, and the reason is listed in
@@ -64,7 +66,7 @@ class Capture:
         torch.Size([1, 3])
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], *, transform: Transform | None = None) -> None:
+    def __init__(self, layers: Mapping[str, Layer], *, transform: Transform | None = None) -> None:
         self.layers = dict(layers)
         self.transform = transform
 
@@ -74,8 +76,9 @@ class Capture:
         recording = Recording()
         handles = []
         try:
-            for name, module in self.layers.items():
-                handles.append(module.register_forward_hook(ForwardHook(partial(self._record, recording, name))))
+            for name, layer in self.layers.items():
+                hook = ForwardHook(partial(self._record, recording, name))
+                handles.append(hooked_module(layer).register_forward_hook(hook))
             yield recording
         finally:
             for handle in handles:
@@ -93,7 +96,8 @@ class Capture:
             )
             return
         try:
-            recording.outputs[name, call] = self.keep(name, call, module, output)
+            shown = inputs if isinstance(self.layers[name], Heads) else output
+            recording.outputs[name, call] = self.keep(name, call, module, shown)
         except (TypeError, ValueError) as error:
             recording.failures[name] = str(error)
 

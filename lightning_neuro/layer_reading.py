@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neuro.batches import first_tensor
 from lightning_neuro.capture import Capture, Recording
+from lightning_neuro.heads import Heads, Layer, head_norms
 from lightning_neuro.identity import content_hash
 from lightning_neuro.padding import unpacked
 from lightning_neuro.units import Reduction, UnitRows, selected, unit_rows
@@ -97,7 +98,7 @@ class UnitCapture(Capture):
     """Records the units of layers, as `UnitRows` of the samples that are read.
 
     Args:
-        layers: Module by name.
+        layers: Module or heads by name. The value of a head is the norm of its output.
         reduction: How positions are reduced.
         seed: Seed of random positions.
         axes: What is known of the layers' outputs; extended by what is learned.
@@ -109,7 +110,7 @@ class UnitCapture(Capture):
 
     def __init__(
         self,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         *,
         reduction: Reduction,
         seed: int,
@@ -139,6 +140,9 @@ class UnitCapture(Capture):
         tensor = first_tensor(output).detach()
         # Statistics are computed in single precision at least.
         tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        layer = self.layers[name]
+        if isinstance(layer, Heads):
+            tensor = head_norms(tensor, layer.num_heads)
         num_samples = self.shape.num_samples
         hint = None if batch_first is None else 0 if batch_first or mask is not None else 1
         key = (name, call)
@@ -156,7 +160,8 @@ class UnitCapture(Capture):
             pooled = nodes_to_rows(tensor, owners.to(tensor.device), num_samples, self.reduction)
             return pooled if self.shape.rows is None else selected(pooled, self.shape.rows)
         if self.units_last is not None:
-            self.axes.units_last[key] = True if time_first or mask is not None else self.units_last(tensor)
+            is_last = time_first or mask is not None or isinstance(layer, Heads)
+            self.axes.units_last[key] = True if is_last else self.units_last(tensor)
         if mask is None and self.masks:
             mask = self.masks[0].to(tensor.device)
             mask = mask if mask.shape[0] == tensor.shape[0] else None

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_neuro.checks import ArgumentError, NothingToDoError
 from lightning_neuro.default_layers import default_layers, spread
+from lightning_neuro.heads import Layer, all_heads, asks_for_heads, matching_heads, require_distinct
 from lightning_neuro.layer_kinds import LINEAR_OR_CONV as LINEAR_OR_CONV
 from lightning_neuro.layer_kinds import is_activation, is_gate, is_linear, is_recurrent, is_sigmoid
 
@@ -49,11 +50,12 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def resolve_layers(
     model: nn.Module, patterns: str | Sequence[str] | None = None, seen: Sequence["SeenCall"] | None = None
-) -> dict[str, nn.Module]:
+) -> dict[str, Layer]:
     """Find the modules that match names or globs.
 
     A pattern that is the full name of a module matches only this module. Any other pattern is compared, segment by
     segment, with the end of each name, so that `conv*` matches `backbone.conv1` but not `backbone.conv1.bias_net`.
+    `<attention layer>.heads` selects the heads of attention layers, see `matching_heads`.
 
     Args:
         model: The model whose submodules are searched.
@@ -63,10 +65,11 @@ def resolve_layers(
             layers without the last one, at most eight.
 
     Returns:
-        Module by name, in the model's own order; default layers in the order of their calls.
+        Module or heads by name, in the model's own order; default layers in the order of their calls.
 
     Raises:
-        ArgumentError: If a pattern matches nothing (the nearest names are listed) or the model has no default layers.
+        ArgumentError: If a pattern matches nothing (the nearest names are listed), it names heads that no hook can
+            reach, or the model has no default layers.
 
     Example:
         >>> from torch import nn
@@ -76,17 +79,33 @@ def resolve_layers(
     """
     layers = named_layers(model)
     if patterns is None:
-        return _default_layers(layers, seen)
-    chosen: set[str] = set()
+        return dict(_default_layers(layers, seen))
+    chosen: dict[str, Layer] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = [pattern] if pattern in layers else [name for name in layers if _matches(name, pattern)]
-        if not matches:
-            raise ArgumentError(
-                f"`layers` has the pattern {pattern!r}, which matches no module of {type(model).__name__}."
-                f" The nearest names are: {', '.join(_nearest(pattern, layers)) or 'none (the model has no modules)'}."
-            )
-        chosen.update(matches)
-    return {name: module for name, module in layers.items() if name in chosen}
+        names = [pattern] if pattern in layers else [name for name in layers if _matches(name, pattern)]
+        found = {name: layers[name] for name in names} or matching_heads(pattern, layers, _matches)
+        if not found:
+            raise ArgumentError(_no_match(pattern, layers, type(model).__name__))
+        chosen |= found
+    require_distinct(chosen)
+    order = {name: number for number, name in enumerate(layers)}
+    return dict(sorted(chosen.items(), key=lambda item: order.get(item[0], order.get(item[0].rpartition(".")[0], 0))))
+
+
+def _no_match(pattern: str, layers: Mapping[str, nn.Module], model: str) -> str:
+    heads = [f"{name}.heads" for name in all_heads(layers)]
+    if asks_for_heads(pattern):
+        return (
+            f"`layers` has the pattern {pattern!r}, which matches no attention layer of {model} whose output projection"
+            f" and number of heads are known. These are: {', '.join(_nearest(pattern, heads)) or 'none'}. Of another"
+            " attention layer, name the output projection and the number of heads, such as"
+            " `layers=['mixer.out.heads=8']`."
+        )
+    nearest = _nearest(pattern, [*layers, *heads])
+    return (
+        f"`layers` has the pattern {pattern!r}, which matches no module of {model}. The nearest names are:"
+        f" {', '.join(nearest) or 'none (the model has no modules)'}."
+    )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -25,8 +25,10 @@ class Probe:
 
     Args:
         layers: Layer names or globs. A full name matches this layer; any other pattern is compared, segment by segment,
-            with the end of the names (`"conv*"`, `"encoder.*.linear1"`). Default: the activation modules or, if there
-            are none, the linear and convolution layers without the last; at most eight.
+            with the end of the names (`"conv*"`, `"encoder.*.linear1"`). `"attn.heads"` makes the heads of the
+            attention layer `attn` the units, and `"heads"` those of all attention layers; the value of a head is the
+            norm of its output before the projection. Default: the activation modules or, if there are none, the linear
+            and convolution layers without the last; at most eight.
         num_samples: Size of the probe set over all ranks. It is spread evenly over the classes if the dataset has class
             labels; from an `IterableDataset` the first samples are taken.
         source: `"val"` (the validation data, or the training data if there is none), `"train"`, a `Dataset`, a

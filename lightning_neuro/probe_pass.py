@@ -8,13 +8,14 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities import move_data_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_neuro.batches import can_select_samples
 from lightning_neuro.call_trace import call_trace
 from lightning_neuro.capture import Recording, uncompiled
 from lightning_neuro.cost import Cost
 from lightning_neuro.dataset_facts import as_class_names, class_names_of
+from lightning_neuro.heads import Layer
 from lightning_neuro.isolation import undisturbed, why_no_replay
 from lightning_neuro.kept_batch import KeptBatch, copied
 from lightning_neuro.layer_reading import BatchShape
@@ -75,8 +76,8 @@ class ProbePass:
         return self.source.samples
 
     @property
-    def layers(self) -> dict[str, nn.Module]:
-        """Layer name -> module, once `resolve_layers` was called."""
+    def layers(self) -> dict[str, Layer]:
+        """Layer name -> module or heads, once `resolve_layers` was called."""
         return self.reader.layers
 
     def resolve_layers(self, pl_module: "pl.LightningModule") -> None:

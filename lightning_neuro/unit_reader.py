@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_neuro.batches import read_field
 from lightning_neuro.capture import Recording
+from lightning_neuro.heads import Layer
 from lightning_neuro.layer_reading import BatchShape, LayerAxes, UnitCapture, batch_first_of
 from lightning_neuro.layers import named_layers
 from lightning_neuro.padding import attention_layers, masks_in_calls, padding_mask
@@ -28,7 +29,7 @@ class UnitReader:
         warn: Called for each layer that cannot be recorded.
 
     Attributes:
-        layers: Layer name -> module; empty while the default layers are not known.
+        layers: Layer name -> module or heads; empty while the default layers are not known.
         needs_layers: Whether a callback uses the layers.
         axes: Where the samples and the units lie.
     """
@@ -36,7 +37,7 @@ class UnitReader:
     def __init__(self, probe: Probe, warn: Warn) -> None:
         self.probe = probe
         self.warn = warn
-        self.layers: dict[str, nn.Module] = {}
+        self.layers: dict[str, Layer] = {}
         self.needs_layers = False
         self.axes = LayerAxes()
         self._attention: list[nn.Module] | None = None

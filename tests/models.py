@@ -45,6 +45,36 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x.flatten(1).reshape(-1, 8, 8)).mean(1))
 
 
+class Attention(nn.Module):
+    """Self-attention as timm writes it; some positions may be left out."""
+
+    def __init__(self, size: int = 8, num_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(size, 3 * size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        allowed = None if mask is None else mask[:, None, None]
+        x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Attentive(nn.Module):
+    """Two attention layers over the rows of an 8 x 8 image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"norm": nn.LayerNorm(8), "attn": Attention()}) for _ in range(2)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).reshape(-1, 8, 8)
+        for block in self.blocks:
+            x = x + block["attn"](block["norm"](x))
+        return self.head(x.mean(1))
+
+
 def mlp() -> Module:
     torch.manual_seed(0)
     hidden = (nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU())

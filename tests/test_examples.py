@@ -41,6 +41,16 @@ def test_demo_ends_with_a_table_of_every_metric_and_the_command_to_look(tmp_path
     assert list(logdir.glob("version_0/events.out.tfevents.*"))
 
 
+def test_the_heads_of_the_page_about_layers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (block,) = code_blocks("docs/layers.md")
+    names = {"__name__": "page"}
+    exec(compile(block, "docs/layers.md", "exec"), names)
+    assert names["paths"].result["attn.heads"].masks.sum(1).tolist() == [1, 1, 1]
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0.5  # chance is a third
+
+
 def test_early_stopping_stops_on_modularity():
     printed = run(str(ROOT / "examples/early_stopping.py"), cwd=ROOT)
     epochs, best = re.search(r"Stopped after (\d+) epochs; best modularity (\S+)\.", printed).groups()

@@ -75,7 +75,8 @@ def attribution_scores(
         sums, counts = group_sums(contributions[finite], groups, num_groups)
         if ablation == "mean":
             mean = seen.features[site][finite].double().mean(0)
-            sums = sums - mean * group_sums(seen.gradients[site][finite], groups, num_groups)[0]
+            slopes = group_sums(seen.gradients[site][finite], groups, num_groups)[0]
+            sums = sums - summed_over_channels(mean * slopes, sums.shape[1])
         scores[site] = sums / counts[:, None]
     return scores
 
@@ -94,6 +95,11 @@ def group_sums(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor,
     # A matrix product, because `index_add` sums in an arbitrary order on a GPU.
     member = membership(groups.to(values.device), num_groups)
     return member.T @ values.double(), member.sum(0)
+
+
+def summed_over_channels(values: Tensor, num_units: int) -> Tensor:
+    """(..., channels) -> (..., units): the sum over the channels of each head; unchanged if the units are channels."""
+    return values.reshape(*values.shape[:-1], num_units, -1).sum(-1)
 
 
 def membership(groups: Tensor, num_groups: int) -> Tensor:

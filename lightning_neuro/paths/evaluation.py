@@ -128,7 +128,7 @@ def evaluate_paths(
     with evaluating(model):
         gated = GatedModel(model, modules_of_sites(model, paths) if layers is None else modules_of(model, layers))
         samples, means = full_network(gated, inputs, targets, concepts, num_concepts)
-        _check_paths(paths, means)
+        _check_paths(paths, gated.num_units)
         num_classes = samples.logits.shape[1]
         known = classes_of_concepts(samples.concepts, samples.targets, num_concepts, num_classes)
         fill = means if ablation == "mean" else None
@@ -154,15 +154,15 @@ def full_network(
     return Samples(inputs, targets, concepts, number_in_group(concepts), logits), means
 
 
-def _check_paths(paths: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
+def _check_paths(paths: Mapping[str, Tensor], num_units: Mapping[str, int]) -> None:
     for site, masks in paths.items():
-        if site not in means:
+        if site not in num_units:
             raise ArgumentError(
-                f"`paths` must have the layers {', '.join(means)}; got '{site}', which is not one of them."
+                f"`paths` must have the layers {', '.join(num_units)}; got '{site}', which is not one of them."
             )
-        if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != len(means[site]):
+        if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != num_units[site]:
             raise ArgumentError(
-                f"`paths` must be bool of shape (concepts, {len(means[site])}) in layer '{site}'; got {masks.dtype} of"
+                f"`paths` must be bool of shape (concepts, {num_units[site]}) in layer '{site}'; got {masks.dtype} of"
                 f" shape {tuple(masks.shape)}."
             )
 

@@ -3,8 +3,9 @@
 A gate g multiplies a unit's output a at all positions. What it removes is replaced by a fill m, zero or the unit's
 mean: the output becomes m + g (a - m). At g = 1 nothing changes. The derivative of a logit with respect to the gate, at
 g = 1, is sum over positions of (a - m) dz/da: the effect of ablating the unit, to first order. A gate of 0 is the
-ablation itself. So every derivative here is with respect to gates, and none with respect to parameters; and since a
-gated output is a new tensor, in-place activations after it do no harm.
+ablation itself. The gate of an attention head multiplies all channels of the head before the output projection, and m
+has a value for each channel. So every derivative here is with respect to gates, and none with respect to parameters;
+and since a gated output is a new tensor, in-place activations after it do no harm.
 """
 
 from collections import Counter
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_neuro.batches import first_tensor
 from lightning_neuro.capture import MAX_CALLS_AS_LAYERS, uncompiled
 from lightning_neuro.checks import ArgumentError, NothingToDoError
+from lightning_neuro.heads import Heads, Layer, hooked_module, require_divisible
 from lightning_neuro.isolation import evaluation_mode, without_inference_mode
 from lightning_neuro.layers import named_layers, resolve_layers
 from lightning_neuro.paths.layer_outputs import (
@@ -50,8 +52,8 @@ class Site(NamedTuple):
         return self.layer if num_calls == 1 else f"{self.layer}.call{self.call}"
 
 
-def modules_of_sites(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The layers to which the sites of scores or paths belong, as modules by name.
+def modules_of_sites(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Layer]:
+    """The layers to which the sites of scores or paths belong, as modules or heads by name.
 
     A layer of exactly that name has precedence over a call of another layer.
 
@@ -61,7 +63,7 @@ def modules_of_sites(model: nn.Module, names: Mapping[str, Any]) -> dict[str, nn
     layers = named_layers(model)
     calls = {
         Site(layer, call).name(MAX_CALLS_AS_LAYERS): layer
-        for layer in layers
+        for layer in (*layers, *(f"{name}.heads" for name in layers))
         for call in range(1, MAX_CALLS_AS_LAYERS + 1)
     }
     return resolve_layers(model, [name if name in layers else calls.get(name, name) for name in names])
@@ -74,8 +76,9 @@ class Attribution:
     Attributes:
         logits: (N, classes).
         contributions: Site -> (N, units), sum over positions of a dz_y/da.
-        gradients: Site -> (N, units), sum over positions of dz_y/da; empty unless requested.
-        features: Site -> (N, units), mean over positions of a.
+        gradients: Site -> (N, channels), sum over positions of dz_y/da; empty unless requested. The channels are the
+            units, except for heads, each of which has several.
+        features: Site -> (N, channels), mean over positions of a.
     """
 
     logits: Tensor
@@ -92,7 +95,7 @@ class GatedModel:
 
     Args:
         model: The model.
-        layers: Module by name.
+        layers: Module or heads by name.
         forward: Runs the model on its inputs. Default: the model itself.
         num_classes: Number of classes of the labels, by which outputs that are no logits are recognised; see
             `class_scores`. None: the output is taken for logits.
@@ -101,13 +104,14 @@ class GatedModel:
     Attributes:
         names: Site -> its key in scores and paths; available after a pass of `attribute` or `locate_units`.
         axes: Name of a site -> dimensions of samples and units in its output; available after such a pass.
+        num_units: Name of a site -> number of its units; available after such a pass.
         failures: Layer -> why its units cannot be gated.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         forward: Callable[[Any], Any] | None = None,
         *,
         num_classes: int | None = None,
@@ -120,6 +124,7 @@ class GatedModel:
         self.sample_dims = {} if sample_dims is None else sample_dims  # filled while the model runs
         self.names: dict[Site, str] = {}
         self.axes: dict[str, UnitAxes] = {}
+        self.num_units: dict[str, int] = {}
         self.failures: dict[str, str] = {}
 
     def attribute(self, inputs: Any, targets: Tensor, *, gradients: bool = False) -> Attribution:
@@ -142,7 +147,7 @@ class GatedModel:
 
         def act(site: Site, output: Tensor, axes: UnitAxes) -> Tensor:
             shape = output.shape[axes.samples], output.shape[axes.units]
-            gates[site] = output.new_ones(shape).requires_grad_()
+            gates[site] = output.new_ones(shape[0], self._num_units(site, output, axes)).requires_grad_()
             features[site] = _summable(unit_means(output.detach(), axes))
             output = output * broadcast(gates[site], output, axes)
             if gradients:
@@ -178,7 +183,7 @@ class GatedModel:
         )
 
     def locate_units(self, inputs: Any, num_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the model unchanged, and find the units; returns the logits, and each site's means over positions."""
+        """Run the model unchanged, and find the units; returns the logits, and each site's means, (channels,)."""
         means: dict[Site, Tensor] = {}
 
         def act(site: Site, output: Tensor, axes: UnitAxes) -> Tensor:
@@ -203,7 +208,7 @@ class GatedModel:
             inputs: The model's input.
             num_samples: N.
             gates: Site -> (N, units) or (1, units); a site without gates is left as it is.
-            fill: Site -> (units,), what replaces the output of a unit whose gate is 0; default: zero.
+            fill: Site -> (channels,), what replaces the output of a unit whose gate is 0; default: zero.
             outputs: If given, filled with the output of every known site, after its gates.
 
         Returns:
@@ -226,14 +231,15 @@ class GatedModel:
                 outputs[name] = output.clone()
             return output
 
-        # The hook is global and recognises modules by identity, so a model that copies or inspects itself during a
+        # The hooks are global and recognise modules by identity, so a model that copies or inspects itself during a
         # masked pass finds no hook on itself.
-        hook = _OutputHook({id(module): name for name, module in self.layers.items()}, act)
-        handle = register_module_forward_hook(hook)
+        outputs_hook, heads_hook = self._hooks(act)
+        handles = [register_module_forward_hook(outputs_hook), register_module_forward_pre_hook(heads_hook)]
         try:
             return class_scores(self._forward(inputs), num_samples, self.num_classes)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def missing(self) -> dict[str, str]:
         """Layers whose units have no gates after the last locating pass, each with the reason."""
@@ -253,6 +259,7 @@ class GatedModel:
     def _locating_pass(self, inputs: Any, num_samples: int, act: Callable[[Site, Tensor, UnitAxes], Tensor]) -> Tensor:
         """Run the model, find the axes of every site and pass them to `act`; returns the logits."""
         found: dict[Site, UnitAxes] = {}
+        num_units: dict[Site, int] = {}
         handles = []
 
         def locate(site: Site, output: Tensor) -> Tensor:
@@ -262,24 +269,48 @@ class GatedModel:
                         f"it ran more than {MAX_CALLS_AS_LAYERS} times in one pass; the later calls are left out"
                     )
                 known_dim = self.sample_dims.get((site.layer, site.call))
-                found[site] = unit_axes(output, num_samples, layout(output), known_dim)
+                units_last = True if isinstance(self.layers[site.layer], Heads) else layout(output)
+                axes = unit_axes(output, num_samples, units_last, known_dim)
+                num_units[site] = self._num_units(site, output, axes)
+                found[site] = axes
             except ValueError as error:
                 self.failures[site.layer] = str(error)
                 return output
             return act(site, output, found[site])
 
-        hook = _OutputHook({id(module): name for name, module in self.layers.items()}, locate)
+        outputs_hook, heads_hook = self._hooks(locate)
         with latest_layout(self.model) as layout:
             try:
                 # Registered after the hooks of the layout, which must have seen a layer before it is queried.
-                handles = [module.register_forward_hook(hook) for module in self.layers.values()]
+                for layer in self.layers.values():
+                    module = hooked_module(layer)
+                    if isinstance(layer, Heads):
+                        handles.append(module.register_forward_pre_hook(heads_hook))
+                    else:
+                        handles.append(module.register_forward_hook(outputs_hook))
                 logits = class_scores(self._forward(inputs), num_samples, self.num_classes)
             finally:
                 for handle in handles:
                     handle.remove()
-        self.names = {site: site.name(hook.calls[site.layer]) for site in found}
+        calls = outputs_hook.calls + heads_hook.calls
+        self.names = {site: site.name(calls[site.layer]) for site in found}
         self.axes = {self.names[site]: axes for site, axes in found.items()}
+        self.num_units = {self.names[site]: num_units[site] for site in found}
         return logits
+
+    def _hooks(self, act: Callable[[Site, Tensor], Tensor]) -> tuple["_OutputHook", "_InputHook"]:
+        """The hook of the layers whose outputs have gates, and that of the output projections of heads."""
+        names: dict[bool, dict[int, str]] = {True: {}, False: {}}
+        for name, layer in self.layers.items():
+            names[isinstance(layer, Heads)][id(hooked_module(layer))] = name
+        return _OutputHook(names[False], act), _InputHook(names[True], act)
+
+    def _num_units(self, site: Site, output: Tensor, axes: UnitAxes) -> int:
+        channels, layer = output.shape[axes.units], self.layers[site.layer]
+        if not isinstance(layer, Heads):
+            return channels
+        require_divisible(channels, layer.num_heads)
+        return layer.num_heads
 
     def _forward(self, inputs: Any) -> Any:
         # The recurrent layers of cuDNN have no derivative in evaluation mode; torch's native ones do.
@@ -316,7 +347,14 @@ class _OutputHook:
         return with_tensor(output, tensor, self.act(Site(name, self.calls[name]), tensor))
 
     def __reduce__(self) -> tuple[type["_OutputHook"], tuple[dict[int, str], None]]:
-        return _OutputHook, ({}, None)
+        return type(self), ({}, None)
+
+
+class _InputHook(_OutputHook):
+    """Passes the inputs of known modules to `act`, which may replace them."""
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        return super().__call__(module, inputs, inputs)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_neuro.batches import sample_dim
 from lightning_neuro.checks import ArgumentError, as_labels, describe, require
+from lightning_neuro.heads import Layer
 from lightning_neuro.layers import resolve_layers
 from lightning_neuro.paths.options import Layers
 
@@ -20,8 +21,8 @@ class UnitAxes(NamedTuple):
     units: int
 
 
-def modules_of(model: nn.Module, layers: Layers = None) -> dict[str, nn.Module]:
-    """The selected layers, as modules by name; None for the default layers of all callbacks.
+def modules_of(model: nn.Module, layers: Layers = None) -> dict[str, Layer]:
+    """The selected layers, as modules or heads by name; None for the default layers of all callbacks.
 
     Raises:
         MisconfigurationException: If a pattern matches no module.
@@ -60,7 +61,11 @@ def unit_axes(output: Tensor, num_samples: int, units_last: bool | None, known_d
 
 
 def broadcast(per_unit: Tensor, output: Tensor, axes: UnitAxes) -> Tensor:
-    """Values of shape (N, units) or (1, units), reshaped so that they multiply a layer's output."""
+    """Values of shape (N, units) or (1, units), reshaped so that they multiply a layer's output.
+
+    If the units are heads, the value of each is repeated for all of its channels.
+    """
+    per_unit = per_unit.repeat_interleave(output.shape[axes.units] // per_unit.shape[1], dim=1)
     shape = [1] * output.ndim
     shape[axes.samples], shape[axes.units] = per_unit.shape
     return per_unit.reshape(shape)

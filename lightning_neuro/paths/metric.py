@@ -6,9 +6,17 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_neuro.checks import ArgumentError, ArrayLike, as_activations, as_labels, check_choice, finite_rows
+from lightning_neuro.checks import (
+    ArgumentError,
+    ArrayLike,
+    as_activations,
+    as_labels,
+    check_choice,
+    finite_rows,
+    require,
+)
 from lightning_neuro.layer_result import ResultMetric
-from lightning_neuro.paths.attribution import group_sums, membership
+from lightning_neuro.paths.attribution import group_sums, membership, summed_over_channels
 from lightning_neuro.paths.class_tree import tree_kinship
 from lightning_neuro.paths.options import DEFAULT_DENSITY, Ablation
 from lightning_neuro.paths.result import PathResult
@@ -97,8 +105,9 @@ class LayerPaths(ResultMetric):
             concepts: (N,) integers, negative for none.
             numbers: int64 (N,), each sample's number within its concept, as `numbers_in_concept` returns it: even ones
                 belong to the first half, negative ones are left out. Default: in the order of arrival.
-            gradients: (N, units), the same without a; needed for `ablation="mean"`.
-            features: (N, units), activations, for the mean and the control.
+            gradients: (N, channels), the same without a; needed for `ablation="mean"`. The channels are the units,
+                except for heads, each of which has equally many.
+            features: (N, channels), activations, for the mean and the control.
             predictions: (N,) predicted classes, integers, if the concepts are classes.
             num_concepts: Minimum number of concepts for which states are kept.
 
@@ -108,9 +117,8 @@ class LayerPaths(ResultMetric):
         """
         known_units = self.sums.shape[2] if self.sums.shape[2] > 1 else 0
         values = as_activations(contributions, num_units=known_units, name="contributions")
-        shape = values.shape[1]
-        slopes = None if gradients is None else as_activations(gradients, num_units=shape, name="gradients")
-        means = None if features is None else as_activations(features, num_units=shape, name="features")
+        slopes = None if gradients is None else _per_channel(gradients, values.shape[1], "gradients")
+        means = None if features is None else _per_channel(features, values.shape[1], "features")
         groups = as_labels(concepts, len(values), name="concepts")
         predicted = as_labels(predictions, len(values), name="predictions")
         if groups is None:
@@ -126,7 +134,8 @@ class LayerPaths(ResultMetric):
             finite = torch.stack(rows).all(0)
             self.num_nonfinite = self.num_nonfinite + (used & ~finite).sum()
             largest = int(groups.max()) + 1 if len(groups) else 0
-            self._grow(max(num_concepts, largest), values.shape[1])
+            channels = max([values.shape[1], *(part.shape[1] for part in (slopes, means) if part is not None)])
+            self._grow(max(num_concepts, largest), values.shape[1], channels)
             groups = torch.where(used & finite, groups, -1)
             for half in (0, 1):
                 mine = torch.where(numbers % 2 == half, groups, -1)
@@ -153,12 +162,12 @@ class LayerPaths(ResultMetric):
         kept = torch.where((groups >= 0)[:, None], values.to(groups.device), 0.0)
         total += group_sums(kept, groups, self.counts.shape[1])[0]
 
-    def _grow(self, num_concepts: int, num_units: int) -> None:
-        """Pad the states with zeros to at least this number of concepts and units."""
+    def _grow(self, num_concepts: int, num_units: int, num_channels: int) -> None:
+        """Pad the states with zeros to at least this number of concepts, units and channels."""
         num_concepts = max(num_concepts, self.counts.shape[1])
         for name in _GROWING:
             state = getattr(self, name)
-            columns = num_concepts if name in ("counts", "confusion") else num_units
+            columns = {"sums": num_units, "gradients": num_channels, "features": num_channels}.get(name, num_concepts)
             size = (*state.shape[:-2], 2 if name == "counts" else num_concepts, columns)
             if state.shape != size:
                 setattr(self, name, stack_padded([state, state.new_zeros(size)])[0].clone())
@@ -168,7 +177,8 @@ class LayerPaths(ResultMetric):
         scores = self.sums.cpu()
         counts = self.counts.cpu()
         if self.ablation == "mean":
-            scores = scores - self.features.cpu().sum(0) / counts.sum() * self.gradients.cpu()
+            effects = self.features.cpu().sum(0) / counts.sum() * self.gradients.cpu()
+            scores = scores - summed_over_channels(effects, scores.shape[2])
         scores = scores / counts[:, :, None]
         paths = torch.stack([concept_paths({"": half}, self.density)[""] for half in scores])
         confusion = self.confusion.cpu()
@@ -209,3 +219,10 @@ class LayerPaths(ResultMetric):
             own, padded[name] = stack_padded([getattr(self, name), incoming_state[name]])
             setattr(self, name, own)
         super()._reduce_states(incoming_state | padded)
+
+
+def _per_channel(values: ArrayLike, num_units: int, name: str) -> Tensor:
+    found = as_activations(values, name=name)
+    multiple = found.shape[1] % num_units == 0 and found.shape[1] > 0
+    require(multiple, name, f"have a column for each of the {num_units} units, or equally many for each", found)
+    return found

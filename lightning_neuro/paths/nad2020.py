@@ -96,11 +96,10 @@ class NadPaths:
         targets = integer_labels(targets)
         with evaluating(self.model):
             gated = GatedModel(self.model, modules_of(self.model, self.layers))
-            logits, means = gated.locate_units(inputs, len(targets))
+            logits, _ = gated.locate_units(inputs, len(targets))
             check_classes(targets, logits.shape[1])
             gated.require_all_layers()
-            widths = {site: len(mean) for site, mean in means.items()}
-            self.gates = learn_gates(gated, inputs, targets, widths, range(logits.shape[1]), self)
+            self.gates = learn_gates(gated, inputs, targets, gated.num_units, range(logits.shape[1]), self)
         self.paths = {site: gates > 0 for site, gates in self.gates.items()}
         return self
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-from torch import nn
+from lightning_neuro.heads import Layer
 
 Mode = Literal["attribution", "nad"]
 Ablation = Literal["zero", "mean"]
-Layers = str | Sequence[str] | Mapping[str, nn.Module] | None
-"""Selection of layers: a name or glob, several of them, modules by name, or None for the default layers."""
+Layers = str | Sequence[str] | Mapping[str, Layer] | None
+"""Selection of layers: a name or glob, several of them, modules or heads by name, or None for the default layers."""
 
 DEFAULT_DENSITY = 0.3
 

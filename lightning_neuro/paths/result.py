@@ -21,7 +21,8 @@ class PathResult:
             half has no sample of the concept.
         paths: bool (2, K, units), the units that the concept's path keeps, found on either half.
         counts: float64 (2, K), numbers of samples.
-        features: float64 (K, units), each concept's mean activation.
+        features: float64 (K, channels), each concept's mean activation. The channels are the units, except for heads,
+            each of which has several.
         confusion: float64 (K, K), how often a sample of the row's class was predicted as the column's; empty if the
             concepts are not classes.
         kinship: float64 (K, K), the depth at which two classes separate in the user's tree, or None.
@@ -83,7 +84,7 @@ class PathResult:
 
     @property
     def mean(self) -> Tensor:
-        """float64 (units,): the mean activation over all samples."""
+        """float64 (channels,): the mean activation over all samples."""
         counts = self.counts.sum(0)
         known = counts > 0
         return counts[known] @ self.features[known] / counts.sum()

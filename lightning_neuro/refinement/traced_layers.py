@@ -7,6 +7,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_neuro.checks import ArgumentError
+from lightning_neuro.heads import Heads
 from lightning_neuro.layers import LINEAR_OR_CONV, named_layers, resolve_layers
 from lightning_neuro.refinement.layer_gradients import Operator, is_linear, why_unsupported
 
@@ -37,7 +38,14 @@ def find_layers(
     if patterns is None:
         patterns = default_layer(model, order, max_weights)
     named = {patterns} if isinstance(patterns, str) else set(patterns)
-    matched = resolve_layers(model, patterns)
+    matched: dict[str, nn.Module] = {}
+    for name, layer in resolve_layers(model, patterns).items():
+        if isinstance(layer, Heads):
+            raise ArgumentError(
+                f"`{argument}` must name layers with weights of their own; got the heads '{name}'. Name the output"
+                " projection of the attention layer."
+            )
+        matched[name] = layer
     for wrapper in [name for name, module in matched.items() if name not in named and _is_adapter(module)]:
         matched |= _trained_parts(wrapper, layers)
     chosen: dict[str, list[Operator]] = {}

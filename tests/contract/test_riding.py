@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_neuro import NeuronCommunities, Probe
 from tests.contract.callbacks import RIDERS, SIX
 from tests.helpers import hooks_of
-from tests.models import Module, convnet, fit, images, loader, mlp, transformer
+from tests.models import Attentive, Module, convnet, fit, images, loader, mlp, transformer
 
 
 class Recurrent(nn.Module):
@@ -63,6 +63,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Module], Any]] = {
     "mlp": (mlp, None),
     "convnet": (convnet, None),
     "transformer": (transformer, ["linear1", "norm2"]),
+    "heads": (lambda: _seeded(Attentive), "attn.heads"),
     "recurrent": (lambda: _seeded(Recurrent), "lstm"),
     "residual": (lambda: _seeded(Residual), ["relu", "two"]),
     "padded": (lambda: _seeded(Padded), ["layers.0", "layers.1"]),
