@@ -245,6 +245,11 @@ def can_select_samples(values: Any, num_samples: int | None) -> bool:
     return bool(found) and all(sample_dim(tensor, num_samples) is not None for tensor in found)
 
 
+def holds_samples(values: Any, num_samples: int) -> bool:
+    """Whether samples can be selected in nested values, beside which there may be tensors that all samples share."""
+    return not _opaque(values) and any(sample_dim(tensor, num_samples) is not None for tensor in tensors_in(values))
+
+
 def _opaque(values: Any) -> bool:
     """Whether nested values hold an object whose tensors are out of sight."""
     if isinstance(values, Mapping):

@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_neuro.batches import BatchField, concatenate_samples, read_field, select_samples
-from lightning_neuro.checks import ArgumentError, as_labels
+from lightning_neuro.batches import BatchField, concatenate_samples, holds_samples, read_field, select_samples
+from lightning_neuro.checks import ArgumentError, NothingToDoError, as_labels, describe
 from lightning_neuro.identity import sample_hashes
 from lightning_neuro.module_state import module_state_restored
 from lightning_neuro.paths.gates import Attribution, GatedModel, without_fused_kernels
@@ -145,6 +145,14 @@ class ProbeSamples:
             The samples and the attribution, or None after a failure.
         """
         if self.failure is not None:
+            return None
+        if batch.inputs is not None and not holds_samples(batch.inputs, batch.num_samples):
+            self.failure = NothingToDoError(
+                "ConceptPaths runs the model on single samples, each with the path of a concept, but no single samples"
+                f" can be selected from the model's input, {describe(batch.inputs)}: in graphs, for example, the nodes"
+                " act on each other. Leave the callback out (`ObserverProbes` shows which layers tell the classes"
+                " apart), or pass `Probe(input_fn=..., forward_fn=...)` with tensors that have a row for each sample."
+            )
             return None
         try:
             return self._attribute(batch, concepts_of(batch), ablation)

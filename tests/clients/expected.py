@@ -7,8 +7,9 @@ OUTCOMES = ("W", "O", "W/O")
 
 # Columns in the order of CALLBACKS: communities, entropy, refinement, observers, topology, paths.
 # Those that need activations only work everywhere. Observers work where a batch holds targets. Refinement works where
-# losses train linear or convolution layers. Paths work where a network gives logits. Where there is one label for each
-# position and the default reduction is the mean over positions, a sentence may ask for another reduction.
+# losses train linear or convolution layers. Paths work where a network gives logits for each sample and single samples
+# can be selected, so not on graphs. Where there is one label for each position and the default reduction is the mean
+# over positions, a sentence may ask for another reduction.
 _ROWS = {
     "classifier": "W W W W W W",
     "multi_label": "W W W W W O",
@@ -48,8 +49,8 @@ _ROWS = {
     "forecasting_tft": "W W W W W O",
     "tabular_classification": "W W W W W W",
     "tabular_regression": "W W W W W O",
-    "pyg_graphs": "W W W W W W",
-    "pyg_nodes": "W W W W/O W W/O",
+    "pyg_graphs": "W W W W W O",
+    "pyg_nodes": "W W W W/O W O",
 }
 
 EXPECTED: dict[str, dict[str, str]] = {

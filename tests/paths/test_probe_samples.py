@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_neuro.checks import ArgumentError
+from lightning_neuro.checks import ArgumentError, NothingToDoError
 from lightning_neuro.identity import sample_hashes
 from lightning_neuro.paths import concept_paths, evaluate_paths
 from lightning_neuro.paths.evaluation import summarise
@@ -119,3 +119,27 @@ def test_a_half_without_samples_is_named() -> None:
     assert len(samples.joined(0).targets) == 4
     with pytest.raises(ValueError, match="half 2"):
         samples.joined(1)
+
+
+class Graphs:
+    """As a batch of torch_geometric: the tensors are out of sight, and the nodes of all graphs are in one table."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def to(self, device: Any) -> "Graphs":
+        return self
+
+
+@pytest.mark.parametrize("inputs", [Graphs(X[:25]), [torch.zeros(7, 3), torch.zeros(2, 9)]])
+def test_inputs_of_which_no_samples_can_be_selected_are_refused_in_one_sentence(inputs: Any) -> None:
+    """A selection would silently return the whole batch, whose rows are not those of the gates."""
+    net = convnet().eval()
+    samples = ProbeSamples(GatedModel(net, {"5": net[5]}, lambda graphs: net(graphs.x)), chosen())
+    batch = ProbeBatch({}, inputs, Y[:25], {"kind": Y[:25]}, 25, 4)
+    assert samples.attribute(batch, KINDS, "zero") is None
+    sentence = (
+        r"no single samples can be selected from the model's input, .* Leave the callback out .* or pass `Probe\("
+    )
+    with pytest.raises(NothingToDoError, match=sentence):
+        samples.require_attributed()
