@@ -154,6 +154,12 @@ class ProbePass:
         """Whether each sample has a class label."""
         return self.samples is not None and self.samples.targets.form in ("classes", "binary", "one_hot")
 
+    @property
+    def num_attributes(self) -> int:
+        """Number of labels of each sample if it has several, each present or not; else 0."""
+        has_several = self.samples is not None and self.samples.targets.form == "attributes"
+        return len(self.attribute_names) if has_several else 0
+
     def count_classes(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> int:
         """As `num_classes`, after the samples were loaded if they can be."""
         if self.samples is None:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Where samples have several labels, a sample is used so many times on average.
+MAX_USES = 4
+
+
 class ConceptPaths(MetricCallback[PathResult]):
     """Logs, for each class or other concept, the units that its logit depends on, while the network trains.
 
@@ -44,6 +48,10 @@ class ConceptPaths(MetricCallback[PathResult]):
     Read `retention` only together with `false_positive_rate`, because a path may predict its class for any input;
     compare `overlap` with `self_overlap`, the overlap of paths from two halves of one class's samples; and compare
     `confusion_top3` with `confusion_top3_features`, the same statistic computed from class-mean activations.
+
+    Where samples have several labels, each present or not (targets of 0 and 1, (N, A), and A logits), the concepts are
+    these attributes: a path keeps the units that raise the attribute's logit on samples that have it, it predicts the
+    attribute if the logit is above 0, and its false positives are samples that have other attributes and lack this one.
 
     The weights and their gradients are never touched: derivatives are taken with respect to the activations only.
 
@@ -184,12 +192,22 @@ class ConceptPaths(MetricCallback[PathResult]):
         super().start_run()
         self.evaluation: PathEvaluation | None = None
         self.previous: Previous = {}
+        self._attribute_names: tuple[str, ...] = ()
         self._classes: tuple[int, ...] | None = None
         self._choice: SampleChoice | None = None
         self._samples: ProbeSamples | None = None
 
+    def finds_targets(self, batch: ProbeBatch) -> bool:
+        """Whether a batch holds labels of its samples: one class each or, unless `concept_fn` is given, several."""
+        return super().finds_targets(batch) or self._num_attributes > 0
+
+    @property
+    def _num_attributes(self) -> int:
+        return 0 if self.concept_fn is not None else self.probe_pass.num_attributes
+
     def _concepts_of(self, batch: ProbeBatch) -> Tensor:
-        return read_concepts(batch, self.concept_fn, numbered=self._classes is not None)
+        several = self._num_attributes > 0
+        return read_concepts(batch, self.concept_fn, numbered=self._classes is not None, attributes=several)
 
     def prepare(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Choose the samples, before the first evaluation."""
@@ -197,26 +215,40 @@ class ConceptPaths(MetricCallback[PathResult]):
         if trainer.world_size > 1:
             mode = self.search.mode
             require(mode != "nad", "mode", "be 'attribution' in more than one process", mode)
-        probe_pass = self.probe_pass
+        probe_pass, num_attributes = self.probe_pass, self._num_attributes
+        if num_attributes:
+            mode = self.search.mode
+            require(mode != "nad", "mode", "be 'attribution' where samples have several labels", mode)
+            self._attribute_names = probe_pass.attribute_names
         if self._choice is None:
+            per_concept = self.samples_per_class
+            if num_attributes:
+                per_concept = min(per_concept, max(2, MAX_USES * self.probe.num_samples // num_attributes))
             some = None if probe_pass.samples is None else probe_pass.samples.classes
             self._classes = None if self._by_label or some is None else tuple(some.tolist())
             self._choice = choose_samples(
                 trainer,
                 lambda visit: probe_pass.show_samples(trainer, pl_module, visit),
                 self._concepts_of,
-                self.samples_per_class,
+                per_concept,
             )
         classes: int | None = None  # what `forward_fn` returns is taken for logits
         if self.probe.forward_fn is None:
             names = self.probe.class_names
-            classes = probe_pass.count_classes(trainer, pl_module) if names is None else len(names)
+            classes = len(names or ()) or num_attributes or probe_pass.count_classes(trainer, pl_module)
 
         def forward(inputs: Any) -> Any:
             return probe_pass.forward(pl_module, inputs)
 
         dims = probe_pass.reader.axes.samples
-        gated = GatedModel(pl_module, probe_pass.layers, forward, num_classes=classes, sample_dims=dims)
+        gated = GatedModel(
+            pl_module,
+            probe_pass.layers,
+            forward,
+            num_classes=classes,
+            independent=num_attributes > 0,
+            sample_dims=dims,
+        )
         self._samples = ProbeSamples(gated, self._choice)
 
     def observe(self, batch: ProbeBatch) -> None:
@@ -232,7 +264,8 @@ class ConceptPaths(MetricCallback[PathResult]):
                 f"{self.name}: no path runs through layer '{layer}', because {reason}. Leave it out with"
                 " `Probe(layers=...)`.",
             )
-        predictions = seen.logits.argmax(1) if self.concept_fn is None else None
+        are_classes = self.concept_fn is None and not samples.gated.independent
+        predictions = seen.logits.argmax(1) if are_classes else None
         if predictions is not None and self._classes is not None:
             predictions = batch.numbered(predictions)
         for site, contributions in seen.contributions.items():
@@ -278,7 +311,7 @@ class ConceptPaths(MetricCallback[PathResult]):
 
     def draw(self, results: Mapping[str, PathResult]) -> dict[str, "Figure"]:
         """Draw the similarity of the paths, the flow of two concepts, and the reuse of units."""
-        names = self.class_names
+        names = self.class_names or self._attribute_names or None
         if self._classes is not None:
             names = tuple(class_name(label, names) for label in self._classes)
         if self.concept_fn is not None:

@@ -128,7 +128,8 @@ def refine(
     gates = {site: logits.nan_to_num(nan=0.0).to(device, torch.float32) for site, logits in gates.items()}
     known, weights = known.to(device), weights.to(device, torch.float32)
     clean: Gates = {}
-    predicted = _probability(gated.run(samples.inputs, num_samples, {}, outputs=clean), known)
+    independent = gated.independent
+    predicted = _probability(gated.run(samples.inputs, num_samples, {}, outputs=clean), known, independent)
     both = select_samples(samples.inputs, torch.arange(num_samples, device=device).repeat(2), num_samples)
 
     def mean_square(site: str) -> Tensor:
@@ -143,9 +144,10 @@ def refine(
         wanted = torch.cat([predicted.new_ones(num_samples), predicted.gather(1, other[:, None]).flatten()])
         masked: Gates = {}
         logits = gated.run(both, 2 * num_samples, {s: on[through] for s, on in opened.items()}, outputs=masked)
-        found = _probability(logits, known).gather(1, through[:, None]).flatten().clamp(_TINY, 1 - _TINY)
+        found = _probability(logits, known, independent).gather(1, through[:, None]).flatten().clamp(_TINY, 1 - _TINY)
         total = (binary_cross_entropy(found, wanted, reduction="none") * weights[through]).sum()
-        for site, output in masked.items():
+        # A sample with several labels also needs the units of its other attributes, which this path need not preserve.
+        for site, output in () if independent else masked.items():
             difference = output.narrow(gated.axes[site].samples, 0, num_samples) - clean[site]
             error = unit_means(difference.square(), gated.axes[site]) / scale[site].clamp(min=1e-30)
             error = torch.where(scale[site] > 0, error, 0.0).mean(1)
@@ -168,9 +170,10 @@ def refine(
     return gates
 
 
-def _probability(logits: Tensor, known: Tensor) -> Tensor:
-    """(N, concepts): the probability that the network gives to the classes of each concept."""
-    found: Tensor = logits.float().softmax(1) @ known.T.float()
+def _probability(logits: Tensor, known: Tensor, independent: bool) -> Tensor:
+    """(N, concepts): the probability that the network gives to the classes, or the attribute, of each concept."""
+    probabilities = logits.float().sigmoid() if independent else logits.float().softmax(1)
+    found: Tensor = probabilities @ known.T.float()
     return found
 
 

@@ -32,7 +32,7 @@ from lightning_neuro.paths.layer_outputs import (
     unit_means,
     with_tensor,
 )
-from lightning_neuro.paths.logits import class_scores
+from lightning_neuro.paths.logits import class_scores, require_no_probabilities
 from lightning_neuro.units import latest_layout
 
 
@@ -99,6 +99,8 @@ class GatedModel:
         forward: Runs the model on its inputs. Default: the model itself.
         num_classes: Number of classes of the labels, by which outputs that are no logits are recognised; see
             `class_scores`. None: the output is taken for logits.
+        independent: Whether each logit says of an attribute whether it is present (sigmoid, several labels a sample),
+            and not of a class how likely it is compared with the others (softmax).
         sample_dims: Layer and number of the call -> dimension of the samples in its output, where it is known.
 
     Attributes:
@@ -115,12 +117,14 @@ class GatedModel:
         forward: Callable[[Any], Any] | None = None,
         *,
         num_classes: int | None = None,
+        independent: bool = False,
         sample_dims: Mapping[tuple[str, int], int] | None = None,
     ) -> None:
         self.model = model
         self.layers = dict(layers)
         self.forward: Callable[[Any], Any] = model if forward is None else forward
         self.num_classes = num_classes
+        self.independent = independent
         self.sample_dims = {} if sample_dims is None else sample_dims  # filled while the model runs
         self.names: dict[Site, str] = {}
         self.axes: dict[str, UnitAxes] = {}
@@ -292,6 +296,8 @@ class GatedModel:
             finally:
                 for handle in handles:
                     handle.remove()
+        if self.independent:
+            require_no_probabilities(logits)
         calls = outputs_hook.calls + heads_hook.calls
         self.names = {site: site.name(calls[site.layer]) for site in found}
         self.axes = {self.names[site]: axes for site, axes in found.items()}

@@ -45,6 +45,56 @@ def class_scores(output: Any, num_samples: int, num_classes: int | None = None) 
     return scores
 
 
+def require_no_probabilities(logits: Tensor) -> None:
+    """Require that the logits of attributes are none of their probabilities, all of which lie above a threshold of 0.
+
+    Raises:
+        NothingToDoError: If all of them lie between 0 and 1.
+    """
+    if bool(((logits >= 0) & (logits <= 1)).all()):
+        raise NothingToDoError(
+            "The model's output lies between 0 and 1, so it holds probabilities and no logits. Pass"
+            " `Probe(forward_fn=lambda module, inputs: torch.logit(module(inputs), eps=1e-6))`."
+        )
+
+
+def decides(logits: Tensor, own: Tensor, *, independent: bool = False) -> Tensor:
+    """Whether a network predicts one of some classes: the highest logit is theirs or, of attributes, theirs is above 0.
+
+    Args:
+        logits: (N, classes).
+        own: bool (N, classes).
+        independent: Whether the logits are those of attributes; see `GatedModel`.
+
+    Returns:
+        bool (N,).
+
+    Example:
+        >>> decides(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]])).tolist()
+        [False]
+        >>> decides(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]]), independent=True).tolist()
+        [True]
+    """
+    if independent:
+        return ((logits > 0) & own).any(1)
+    return own.gather(1, logits.argmax(1)[:, None]).flatten()
+
+
+def margins(logits: Tensor, own: Tensor, *, independent: bool = False) -> Tensor:
+    """By how much some classes are preferred: logsumexp of their logits, minus that of the others for a softmax.
+
+    Args:
+        logits: (N, classes).
+        own: bool (N, classes).
+        independent: Whether the logits are those of attributes; see `GatedModel`.
+
+    Returns:
+        (N,).
+    """
+    inside = logits.masked_fill(~own, float("-inf")).logsumexp(1)
+    return inside if independent else inside - logits.masked_fill(own, float("-inf")).logsumexp(1)
+
+
 def _find(output: Any) -> tuple[Tensor | None, bool]:
     """The tensor that may hold the logits, and whether the output calls it so."""
     if isinstance(output, Tensor):

@@ -1,7 +1,8 @@
 """Masked passes: the network with only a path active, and with the path ablated, all concepts in one batch.
 
 A path "predicts" its concept for a sample if the masked network's prediction is one of the classes that the concept's
-samples have; for concepts that are classes, if it predicts the class.
+samples have; for concepts that are classes, if it predicts the class; for attributes of samples with several labels,
+if the attribute's logit is above 0.
 """
 
 from collections.abc import Mapping
@@ -9,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_neuro.batches import select_samples
 from lightning_neuro.paths.gates import GatedModel
+from lightning_neuro.paths.logits import decides, margins
 
 # Twice as fast on a CPU as a value four times as large.
 ROWS_AT_ONCE = 128
@@ -20,7 +23,7 @@ PATH, CONCEPT, CLEAN, PREDICTED, MARGIN, CORRECT, CORRECT_WITHOUT = range(7)
 
 
 class Samples(NamedTuple):
-    """N samples with which paths are learned or evaluated.
+    """N samples with which paths are learned or evaluated; one with several labels is there once for each of them.
 
     Attributes:
         inputs: The model's input.
@@ -28,6 +31,7 @@ class Samples(NamedTuple):
         concepts: int64 (N,), negative for none.
         numbers: int64 (N,), the number of each sample within its concept.
         logits: (N, classes) of the full network.
+        lacking: bool (N, concepts), the concepts that are known not to hold for a sample; None: all but its own.
     """
 
     inputs: Any
@@ -35,6 +39,7 @@ class Samples(NamedTuple):
     concepts: Tensor
     numbers: Tensor
     logits: Tensor
+    lacking: Tensor | None = None
 
 
 def classes_of_concepts(concepts: Tensor, targets: Tensor, num_concepts: int, num_classes: int) -> Tensor:
@@ -51,7 +56,11 @@ def defined_in(paths: Mapping[str, Tensor]) -> Tensor:
 
 
 def sample_path_pairs(
-    concepts: Tensor, numbers: Tensor, defined: Tensor, num_others: int | None
+    concepts: Tensor,
+    numbers: Tensor,
+    defined: Tensor,
+    num_others: int | None,
+    lacking: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pairs of samples and paths: each sample with its own concept's path, and with some or all of the others'.
 
@@ -60,14 +69,17 @@ def sample_path_pairs(
         numbers: (N,) each sample's number within its concept, by which the other paths are chosen in turn.
         defined: bool (K,), which concepts have a path.
         num_others: Number of other paths with which each sample is run; None: all.
+        lacking: bool (N, K), the concepts that do not hold for a sample, with whose paths it may be run; None: all but
+            its own.
 
     Returns:
         Positions of samples and numbers of paths, (R,) each.
     """
     known = defined.nonzero().flatten().tolist()
     rows, paths = [], []
-    for row, (concept, number) in enumerate(zip(concepts.tolist(), numbers.tolist(), strict=True)):
-        others = [path for path in known if path != concept]
+    table = [None] * len(concepts) if lacking is None else lacking.tolist()
+    for row, (concept, number, lacks) in enumerate(zip(concepts.tolist(), numbers.tolist(), table, strict=True)):
+        others = [path for path in known if path != concept and (lacks is None or lacks[path])]
         if num_others is not None and num_others < len(others):
             # Starting after the sample's own concept, so that every path is run on equally many samples.
             first = sum(path < concept for path in others) + number * num_others
@@ -108,7 +120,9 @@ def masked_table(
     masks = {site: mask.to(device) for site, mask in paths.items()}
     targets, concepts = samples.targets.cpu(), samples.concepts.cpu()
     known, clean = known.cpu(), samples.logits.cpu()
-    pairs = sample_path_pairs(concepts, samples.numbers, defined_in(paths), num_others)
+    pairs = sample_path_pairs(concepts, samples.numbers, defined_in(paths), num_others, samples.lacking)
+    of_target = one_hot(targets, clean.shape[1]).bool()
+    independent = gated.independent
     parts = [torch.zeros(0, 7, dtype=torch.float64)]
     for rows, path in zip(*(torch.split(part, ROWS_AT_ONCE) for part in pairs), strict=True):
         if not len(rows):
@@ -116,19 +130,17 @@ def masked_table(
         inputs, on = select_samples(samples.inputs, rows, len(targets)), path.to(device)
         gates = {site: mask[on].float() for site, mask in masks.items()}
         kept = gated.run(inputs, len(rows), gates, fill).cpu().double()
-        prediction, own = kept.argmax(1), known[path]
-        inside = kept.masked_fill(~own, float("-inf")).logsumexp(1)
-        outside = kept.masked_fill(own, float("-inf")).logsumexp(1)
-        correct = clean[rows].argmax(1) == targets[rows]
-        correct_without = torch.full_like(inside, float("nan"))
+        own = known[path]
+        margin = margins(kept, own, independent=independent)
+        correct = decides(clean[rows], of_target[rows], independent=independent)
+        correct_without = torch.full_like(margin, float("nan"))
         if ablate:
             gates = {site: 1 - gate for site, gate in gates.items()}
             without = gated.run(inputs, len(rows), gates, fill).cpu()
-            correct_without = (without.argmax(1) == targets[rows]).double()
+            correct_without = decides(without, of_target[rows], independent=independent).double()
             correct_without[~(without.isfinite() & clean[rows].isfinite()).all(1)] = float("nan")
-        full = own.gather(1, clean[rows].argmax(1)[:, None]).flatten()
         unknown = ~(kept.isfinite() & clean[rows].isfinite()).all(1) | own.all(1)
-        predicted = [full, own.gather(1, prediction[:, None]).flatten(), inside - outside]
+        predicted = [decides(logits, own, independent=independent) for logits in (clean[rows], kept)] + [margin]
         predicted = [column.double().masked_fill(unknown, float("nan")) for column in predicted]
         columns = [path, concepts[rows], *predicted, correct, correct_without]
         parts.append(torch.stack([column.double() for column in columns], dim=1))

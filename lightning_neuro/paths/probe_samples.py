@@ -30,7 +30,8 @@ class SampleChoice:
 
     Attributes:
         numbers: int64, the number of each of this rank's samples within its concept, in the order of the pass; -1 if
-            not used. Even numbers are the first half, odd ones the second.
+            not used. Even numbers are the first half, odd ones the second. A sample with A labels has A numbers, one
+            after the other.
         members: (M, 2) concept and class of all used samples of all ranks.
         counts: float64 (2, concepts), number of used samples of either half on all ranks.
     """
@@ -45,17 +46,25 @@ class SampleChoice:
         return self.counts.shape[1]
 
 
-def read_concepts(batch: ProbeBatch, concept_fn: BatchField | None, *, numbered: bool) -> Tensor:
+def read_concepts(
+    batch: ProbeBatch, concept_fn: BatchField | None, *, numbered: bool, attributes: bool = False
+) -> Tensor:
     """The concepts of a batch's samples, int64 (N,): from `concept_fn`, else the classes; -1 if unknown.
+
+    Where samples have several labels, these are the concepts, int64 (N, A): the number of each that is present, or -1.
 
     Args:
         batch: The batch.
         concept_fn: Finds the concepts in it.
         numbered: Whether to number the classes without gaps if only some of them are covered.
+        attributes: Whether samples have several labels.
 
     Raises:
         ArgumentError: If `concept_fn` does not return one integer per sample.
     """
+    if attributes and batch.labels.attributes is not None:
+        present = batch.labels.attributes == 1
+        return torch.where(present, torch.arange(present.shape[1], device=present.device), -1)
     found = batch.numbered_targets if numbered else batch.targets
     if concept_fn is not None:
         found = as_labels(read_field("concept_fn", concept_fn, batch.batch), batch.num_samples, name="concept_fn")
@@ -70,7 +79,7 @@ def choose_samples(
     Args:
         trainer: The trainer.
         run_pass: Calls a function with each batch of the probe set.
-        concepts_of: Returns the concepts of a batch's samples, (N,).
+        concepts_of: Returns the concepts of a batch's samples, (N,) or (N, A).
         per_concept: Number of samples of each concept to use.
 
     Returns:
@@ -84,11 +93,14 @@ def choose_samples(
 
     def visit(batch: ProbeBatch) -> None:
         concepts = concepts_of(batch).cpu()
-        targets = concepts if batch.targets is None else batch.targets.cpu()
+        targets = concepts if batch.targets is None or concepts.ndim == 2 else batch.targets.cpu()
         concepts = torch.where(targets >= 0, concepts, -1)
         hashes = sample_hashes(batch.inputs, len(concepts))
         # If no tensor identifies the samples, those of a concept are taken in the order of arrival.
-        hashes = torch.zeros_like(concepts) if hashes is None else hashes
+        hashes = torch.zeros(len(concepts), dtype=torch.long) if hashes is None else hashes
+        if concepts.ndim == 2:
+            hashes = hashes.repeat_interleave(concepts.shape[1])
+            concepts = targets = concepts.flatten()
         found.append(torch.stack([hashes, concepts, targets], dim=1))
 
     agreed(trainer, lambda: run_pass(visit))
@@ -138,7 +150,7 @@ class ProbeSamples:
 
         Args:
             batch: The batch.
-            concepts_of: Returns the concepts of its samples, (N,).
+            concepts_of: Returns the concepts of its samples, (N,) or (N, A).
             ablation: What a unit is replaced by.
 
         Returns:
@@ -164,18 +176,23 @@ class ProbeSamples:
         return None
 
     def _attribute(self, batch: ProbeBatch, concepts: Tensor, ablation: Ablation) -> tuple[Samples, Attribution]:
-        targets = concepts if batch.targets is None else batch.targets
-        concepts = concepts.to(targets.device)
-        numbers = self.choice.numbers[self._num_seen :][: batch.num_samples].to(concepts.device)
-        self._num_seen += batch.num_samples
-        rows = (numbers >= 0).nonzero().flatten()
-        rows = rows if len(rows) else rows.new_zeros(1)  # a rank without used samples needs states, too
+        several = concepts.ndim == 2
+        targets = concepts.flatten() if several or batch.targets is None else batch.targets
+        concepts = concepts.flatten().to(targets.device)
+        numbers = self.choice.numbers[self._num_seen :][: len(concepts)].to(concepts.device)
+        self._num_seen += len(concepts)
+        used = (numbers >= 0).nonzero().flatten()
+        used = used if len(used) else used.new_zeros(1)  # a rank without used samples needs states, too
+        rows = used // (len(concepts) // batch.num_samples)
         inputs = select_samples(batch.inputs, rows, batch.num_samples)
-        targets = targets[rows].clamp(min=0)
+        targets = targets[used].clamp(min=0)
+        lacking = None
+        if several and batch.labels.attributes is not None:
+            lacking = batch.labels.attributes[rows, : self.choice.num_concepts] == 0
         # The pass goes on with other batches, which must not depend on the state that this run leaves in the model.
         with without_fused_kernels(), module_state_restored(self.gated.model):
             seen = self.gated.attribute(inputs, targets, gradients=ablation == "mean")
-        samples = Samples(inputs, targets, concepts[rows], numbers[rows], seen.logits)
+        samples = Samples(inputs, targets, concepts[used], numbers[used], seen.logits, lacking)
         self._batches.append(samples)
         return samples, seen
 
@@ -194,12 +211,13 @@ class ProbeSamples:
     def of_half(self, half: int) -> list[Samples]:
         """The batches, with the samples of one half only, numbered within the half."""
         batches = []
-        for inputs, targets, concepts, numbers, logits in self._batches:
+        for inputs, targets, concepts, numbers, logits, lacking in self._batches:
             used = (numbers >= 0) & (numbers % 2 == half)
             rows = (used.to(logits.device) & logits.isfinite().all(1)).nonzero().flatten()
             if len(rows):
                 some = select_samples(inputs, rows, len(targets))
-                batches.append(Samples(some, targets[rows], concepts[rows], numbers[rows] // 2, logits[rows]))
+                lacks = None if lacking is None else lacking[rows]
+                batches.append(Samples(some, targets[rows], concepts[rows], numbers[rows] // 2, logits[rows], lacks))
         return batches
 
     def joined(self, half: int) -> Samples:
@@ -207,9 +225,11 @@ class ProbeSamples:
         batches = self.of_half(half)
         if not batches:
             raise ValueError(f"no sample of half {half + 1} is on this rank")
-        inputs, *columns = zip(*batches, strict=True)
+        inputs, *columns, lacking = zip(*batches, strict=True)
         lengths = [len(part) for part in columns[0]]
-        return Samples(concatenate_samples(inputs, lengths), *(torch.cat(parts) for parts in columns))
+        lacks = None if any(part is None for part in lacking) else torch.cat(lacking)
+        targets, concepts, numbers, logits = (torch.cat(parts) for parts in columns)
+        return Samples(concatenate_samples(inputs, lengths), targets, concepts, numbers, logits, lacks)
 
     def masked_passes(
         self,

@@ -12,7 +12,7 @@ OUTCOMES = ("W", "O", "W/O")
 # over positions, a sentence may ask for another reduction.
 _ROWS = {
     "classifier": "W W W W W W",
-    "multi_label": "W W W W W O",
+    "multi_label": "W W W W W W",
     "binary_logit": "W W W W W W",
     "regression": "W W W W W O",
     "stateful_rnn": "W W W W W W",
