@@ -21,6 +21,7 @@ from lightning_neuro.layers import resolve_layers
 from lightning_neuro.paths.gates import GatedModel, evaluating
 from tests.clients.harness import hooks_of
 from tests.clients.registry import load_clients
+from tests.clients.test_padding import still, still_and_wider
 
 pytestmark = pytest.mark.clients
 
@@ -134,3 +135,21 @@ def test_fused_and_eager_attention_of_timm_give_the_same_heads() -> None:
     assert len(found[0]) == 12
     for name, mean in found[0].items():
         torch.testing.assert_close(found[1][name], mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert_forward", "gpt2_lm"])
+def test_padding_changes_no_value_of_a_head(name: str) -> None:
+    found = []
+    for change in (still, still_and_wider):
+        project, _, _ = client(name)
+        change(project)
+        probe = Probe("heads")
+        callbacks = [
+            make(probe, figures="never") for make in (NeuronCommunities, ActivationEntropy, ActivationTopology)
+        ]
+        project.train(callbacks)
+        found.append({key: value for callback in callbacks for key, value in callback.scalars.items()})
+    narrow, wide = found
+    assert narrow.keys() == wide.keys()
+    for key, value in narrow.items():
+        assert wide[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
