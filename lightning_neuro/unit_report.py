@@ -14,6 +14,7 @@ from lightning_neuro.capture import Capture, uncompiled
 from lightning_neuro.checks import as_labels, check_choice, check_int, require
 from lightning_neuro.communities.result import CommunityResult
 from lightning_neuro.entropy.result import EntropyResult
+from lightning_neuro.heads import Heads, Layer, head_norms
 from lightning_neuro.isolation import evaluation_mode, isolated_random_state, without_inference_mode
 from lightning_neuro.layers import resolve_layers
 from lightning_neuro.observers.result import ObserverResult
@@ -86,7 +87,7 @@ def unit_report(
     Args:
         model: The trained model, a LightningModule or any other module.
         inputs: Its input for some samples: a tensor, a tuple of positional or a mapping of keyword arguments.
-        layer: Name of a layer, or a glob that matches one.
+        layer: Name of a layer, or a glob that matches one; `<layer>.heads` for the heads of an attention layer.
         unit: Number of the unit, from 0.
         targets: (N,) integer class labels of these samples, negative if unlabelled.
         callbacks: Callbacks after a fit, whose latest results are asked about the unit: `NeuronCommunities`,
@@ -142,8 +143,16 @@ def unit_report(
     return UnitReport(layer, unit, values, most, least, facts, labels, names, figures.thumbnails(first), texts)
 
 
-def layer_rows(model: nn.Module, inputs: Any, layers: Mapping[str, nn.Module], reduction: Reduction) -> Tensor:
+def layer_rows(model: nn.Module, inputs: Any, layers: Mapping[str, Layer], reduction: Reduction) -> Tensor:
     """The activations, (N, units), of a layer in one undisturbing pass."""
+    (name,) = layers
+    layer = layers[name]
+
+    def reduced(_: str, output: Tensor) -> Tensor:
+        if isinstance(layer, Heads):
+            return to_units(head_norms(output, layer.num_heads), reduction, units_last=True)
+        return to_units(output, reduction, units_last=units_last(output))
+
     device = next((parameter.device for parameter in model.parameters()), None)
     with ExitStack() as stack:
         stack.enter_context(isolated_random_state(device))
@@ -151,13 +160,11 @@ def layer_rows(model: nn.Module, inputs: Any, layers: Mapping[str, nn.Module], r
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(uncompiled())
         units_last = stack.enter_context(latest_layout(model))
-        capture = Capture(layers, transform=lambda _, out: to_units(out, reduction, units_last=units_last(out)))
-        recording = stack.enter_context(capture.recording())
+        recording = stack.enter_context(Capture(layers, transform=reduced).recording())
         if isinstance(inputs, Mapping):
             model(**inputs)
         else:
             model(*_positional(inputs))
-    (name,) = layers
     require(name in recording.calls, "layer", "be called in the model's forward pass", name)
     require(bool(recording.outputs), "layer", f"have usable activations: {recording.failures.get(name, '')}", name)
     rows: Tensor = next(iter(recording.outputs.values()))

@@ -68,6 +68,22 @@ def test_feature_maps_are_reduced_and_shown():
     )
 
 
+def test_a_unit_may_be_a_head():
+    class Attention(nn.Module):
+        num_heads = 2
+
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    x = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
+    report = unit_report(nn.Sequential(Attention()), x, "0.heads", 1, num_samples=2)
+    torch.testing.assert_close(report.activations, x[..., 2:].norm(dim=-1).mean(1))
+
+
 def test_the_model_and_the_generators_are_as_before():
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.ReLU()).train()
     state, generator = copy.deepcopy(net.state_dict()), torch.get_rng_state()
