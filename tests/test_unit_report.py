@@ -70,10 +70,9 @@ def test_feature_maps_are_reduced_and_shown():
 
 def test_a_unit_may_be_a_head():
     class Attention(nn.Module):
-        num_heads = 2
-
         def __init__(self):
             super().__init__()
+            self.num_heads = 2
             self.proj = nn.Linear(4, 4)
 
         def forward(self, x):

@@ -180,9 +180,10 @@ def test_the_mode_of_the_paper_is_for_classes() -> None:
 
 def test_the_attributes_are_named_in_the_figures() -> None:
     callback = watch(*planted(), figures="never")
-    assert "label_2" in texts(callback.draw(callback.result)["overlap"])
+    (layer, *_) = callback.result
+    assert "label_2" in texts(callback.draw(callback.result)[f"overlap/{layer}"])
     named = watch(*planted(), probe={"class_names": ["a", "b", "attribute c", "d"]}, figures="never")
-    assert "attribute c" in texts(named.draw(named.result)["overlap"])
+    assert "attribute c" in texts(named.draw(named.result)[f"overlap/{layer}"])
 
 
 def test_the_choice_does_not_depend_on_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
