@@ -7,6 +7,7 @@ from lightning_neuro.communities import NeuronCommunities, NeuronModularity
 from lightning_neuro.entropy import ActivationEntropy, NeuronEntropy
 from lightning_neuro.observers import LinearObserver, ObserverProbes
 from lightning_neuro.paths import ConceptPaths, LayerPaths
+from lightning_neuro.print_summary import PrintSummary
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement import RefinementSummary, RepresentationRefinement
 from lightning_neuro.topology import ActivationShape, ActivationTopology
@@ -25,6 +26,7 @@ __all__ = [
     "NeuronEntropy",
     "NeuronModularity",
     "ObserverProbes",
+    "PrintSummary",
     "Probe",
     "RefinementSummary",
     "RepresentationRefinement",

@@ -19,9 +19,9 @@ from lightning_neuro.communities.callback import NeuronCommunities
 from lightning_neuro.entropy.callback import ActivationEntropy
 from lightning_neuro.observers.callback import ObserverProbes
 from lightning_neuro.paths.callback import ConceptPaths
+from lightning_neuro.print_summary import summary_of
 from lightning_neuro.probe import Probe
 from lightning_neuro.refinement.callback import RepresentationRefinement
-from lightning_neuro.summary import HEADER
 from lightning_neuro.topology.callback import ActivationTopology
 
 
@@ -116,7 +116,7 @@ def _print_summary(callbacks: Sequence[MetricCallback[Any]], trainer: "pl.Traine
     accuracy_reached = float(trainer.callback_metrics["val/accuracy"])
     print(f"\nValidation accuracy {accuracy_reached:.3f} after {trainer.current_epoch} epochs.")
     print("The measures of the last layer that each callback uses:\n")
-    print("\n".join([HEADER, *(callback.summary() for callback in callbacks)]))
+    print(summary_of(callbacks))
     print(f"\nTo see the curves and figures of all layers:\n\n    {_tensorboard_command()} --logdir {logdir}\n")
 
 

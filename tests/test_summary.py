@@ -2,10 +2,14 @@
 
 import pytest
 
-from lightning_neuro import ArgumentError, Probe
+from lightning_neuro import ArgumentError, PrintSummary, Probe
+from lightning_neuro.figures import pixels
 from lightning_neuro.summary import HEADER
 from tests.contract.callbacks import SIX
+from tests.helpers import texts
 from tests.models import fit, mlp
+
+PAIRS = (("communities", None), ("entropy", ["net.4"]))
 
 
 @pytest.mark.parametrize("name", SIX)
@@ -17,6 +21,29 @@ def test_results_are_shown_by_their_scalars(name: str) -> None:
         assert text.startswith(f"{type(result).__name__}(") and len(text) < 1_200 and "tensor" not in text
         measure, value = next(iter(result.scalars().items()))
         assert f"{measure}={value:.4g}" in text
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_results_draw_themselves(name: str) -> None:
+    callback = SIX[name](Probe(num_samples=24))
+    fit(mlp(), callback)
+    for layer, result in callback.result.items():
+        figure = result.plot(layer=layer)
+        assert pixels(figure).std() > 5 and layer in texts(figure)
+        assert texts(figure) == texts(callback.metric.plot(result, layer=layer))
+
+
+@pytest.mark.parametrize(("layer", "expected"), [(None, "net.4"), ("net.2", "net.2")])
+def test_a_summary_of_all_callbacks_is_printed_at_the_end(
+    layer: str | None, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callbacks = [SIX[name](Probe(num_samples=24, layers=layers)) for name, layers in PAIRS]
+    fit(mlp(), PrintSummary(layer), *callbacks)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index(HEADER) + 1].startswith("communities/modularity/" + expected)
+    assert any(line.startswith("entropy/") for line in lines) == (layer is None)
+    with pytest.raises(ArgumentError, match="`layer` must be the name of a layer or None; got 3"):
+        PrintSummary(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SIX)

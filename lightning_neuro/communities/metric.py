@@ -218,9 +218,8 @@ class NeuronModularity(ResultMetric):
         Returns:
             A matplotlib figure that is not registered with pyplot.
         """
-        from lightning_neuro.communities.plot import plot_communities
-
-        return plot_communities({layer: self.compute() if result is None else result})
+        found = self.compute() if result is None else result
+        return found.plot(layer=layer)
 
     def _detect(self, adjacency: Tensor) -> Communities:
         return detect_communities(

@@ -11,6 +11,7 @@ from lightning_neuro.layer_result import nonfinite_note, short_repr
 
 if TYPE_CHECKING:
     import networkx
+    from matplotlib.figure import Figure
 
 NAN = float("nan")
 
@@ -76,6 +77,19 @@ class CommunityResult:
     def defined(self) -> bool:
         """Whether there is a graph with communities."""
         return not self.reason
+
+    def plot(self, *, layer: str = "") -> "Figure":
+        """Draw the graph, sorted by community; see `plot_communities`.
+
+        Args:
+            layer: Name of the layer, for the title.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
+        from lightning_neuro.communities.plot import plot_communities
+
+        return plot_communities({layer: self})
 
     def scalars(self) -> dict[str, float]:
         """Measure -> value, without those that are undefined."""

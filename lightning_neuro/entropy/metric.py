@@ -255,9 +255,8 @@ class NeuronEntropy(ResultMetric):
         Returns:
             A matplotlib figure that is not registered with pyplot.
         """
-        from lightning_neuro.entropy.plot import plot_entropy
-
-        return plot_entropy({layer: self.compute() if result is None else result})
+        found = self.compute() if result is None else result
+        return found.plot(layer=layer)
 
     # Merging, ranks and checkpoints
 

@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_neuro.entropy.options import Mode
 from lightning_neuro.layer_result import nonfinite_note, short_repr
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_CLASSES = 256
 
@@ -66,6 +70,19 @@ class EntropyResult:
     def max_bits(self) -> float:
         """The largest possible entropy of counts in these states (the correction may add a little)."""
         return math.log2(self.num_bins + 1 if self.mode == "states" else self.num_bins)
+
+    def plot(self, *, layer: str = "") -> "Figure":
+        """Draw the entropy of every unit; see `plot_entropy`.
+
+        Args:
+            layer: Name of the layer, for the title.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
+        from lightning_neuro.entropy.plot import plot_entropy
+
+        return plot_entropy({layer: self})
 
     def scalars(self) -> dict[str, float]:
         """Measure -> value of the layer; undefined measures are left out, never NaN.

@@ -142,9 +142,8 @@ class LinearObserver(ResultMetric):
         Returns:
             A matplotlib figure that is not registered with pyplot.
         """
-        from lightning_neuro.observers.plot import plot_attributes
-
-        return plot_attributes({layer: self.compute() if result is None else result})
+        found = self.compute() if result is None else result
+        return found.plot(layer=layer)
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from lightning_neuro.layer_result import nonfinite_note, short_repr
 from lightning_neuro.observers.denotation import Denotation
 from lightning_neuro.observers.gain import captured, gain, undefined
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEASURES = (
     *("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity", "unseen_classes"),
@@ -163,6 +166,19 @@ class ObserverResult:
         if not len(scores):
             return {}
         return dict(zip(EXTREMES, (float(scores[:3].mean()), float(scores[-3:].mean())), strict=True))
+
+    def plot(self, *, layer: str = "") -> "Figure":
+        """Draw the balanced accuracy of every attribute; see `plot_attributes`.
+
+        Args:
+            layer: Name of the layer, for the title.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
+        from lightning_neuro.observers.plot import plot_attributes
+
+        return plot_attributes({layer: self})
 
     def scalars(self) -> dict[str, float]:
         """Measure -> mean over the attributes, and the measures of denotation; undefined measures are left out."""

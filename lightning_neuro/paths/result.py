@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from lightning_neuro.layer_result import short_repr
 from lightning_neuro.paths.class_tree import hierarchy_correlation
 from lightning_neuro.paths.similarity import TOP, confusion_top3, cosine, mean_between, path_similarity, reuse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +97,19 @@ class PathResult:
     def feature_similarity(self) -> Tensor:
         """float64 (K, K): cosine of the concepts' mean activations, the control for every measure of similarity."""
         return torch.where(self.similarity.isfinite(), cosine(self.features), float("nan"))
+
+    def plot(self, *, layer: str = "") -> "Figure":
+        """Draw how similar the paths are; see `plot_overlap`.
+
+        Args:
+            layer: Name of the layer, for the title.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
+        from lightning_neuro.paths.plot import plot_overlap
+
+        return plot_overlap({layer: self})
 
     def scalars(self) -> dict[str, float]:
         """Measure -> value of the layer; undefined measures are left out, never NaN."""

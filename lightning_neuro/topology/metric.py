@@ -174,11 +174,8 @@ class ActivationShape(ResultMetric):
         Returns:
             A matplotlib figure that is not registered with pyplot.
         """
-        from lightning_neuro.topology.plot import plot_graphs
-        from lightning_neuro.topology.plot_diagrams import plot_homology
-
         found = self.compute() if result is None else result
-        return plot_graphs({layer: found}) if found.graph is not None else plot_homology({layer: found})
+        return found.plot(layer=layer)
 
     def refreeze(self) -> None:
         """Estimate the radius again in the next computation, and freeze it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from lightning_neuro.layer_result import nonfinite_note, short_repr
 from lightning_neuro.topology.mapper_graph import MapperGraph
 from lightning_neuro.topology.persistence import Persistence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +25,9 @@ class TopologyResult:
         homology: Connected components and loops; None if they were not requested.
         scale: The .9 quantile of the distances, by which lengths are divided; 1 for cosine distances.
         null: Measure + `_null` -> its value in Gaussian clouds of the same mean and covariance: for loops and branches
-            the mean of three clouds, for the lengths of bars that of one.
+            the mean of several clouds, if asked for; for the lengths of bars that of one.
         spread: Measure + `_std` -> standard deviation of the homology's measures over random halves of the points.
-        drift_samples: int64, the samples (at most 256) on which drift is measured.
+        drift_samples: int64, the samples on which drift and homology are measured.
         drift_distances: float32, their scaled distances in condensed form; empty without homology.
         num_units: Number of units of the layer.
         num_samples: Number of samples used.
@@ -43,6 +47,20 @@ class TopologyResult:
     num_nonfinite: int = 0
 
     __repr__ = short_repr
+
+    def plot(self, *, layer: str = "") -> "Figure":
+        """Draw the Mapper graph, or the persistence diagram if there is none.
+
+        Args:
+            layer: Name of the layer, for the title.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
+        from lightning_neuro.topology.plot import plot_graphs
+        from lightning_neuro.topology.plot_diagrams import plot_homology
+
+        return plot_graphs({layer: self}) if self.graph is not None else plot_homology({layer: self})
 
     def scalars(self) -> dict[str, float]:
         """Measure -> value of the graph and the homology; undefined measures are left out."""
