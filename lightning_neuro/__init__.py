@@ -4,6 +4,7 @@ from lightning_neuro.__about__ import __version__
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.communities import NeuronCommunities, NeuronModularity
+from lightning_neuro.count_evaluations import CountEvaluations
 from lightning_neuro.entropy import ActivationEntropy, NeuronEntropy
 from lightning_neuro.observers import LinearObserver, ObserverProbes
 from lightning_neuro.paths import ConceptPaths, LayerPaths
@@ -19,6 +20,7 @@ __all__ = [
     "ActivationTopology",
     "ArgumentError",
     "ConceptPaths",
+    "CountEvaluations",
     "LayerPaths",
     "LinearObserver",
     "MetricCallback",
