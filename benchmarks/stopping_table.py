@@ -74,7 +74,7 @@ MONITORS = {
     "communities/nmi_previous": level("communities/nmi_previous", "max", "no"),
     "topology/drift": level("topology/drift", "min", "no"),
 }
-REFERENCE = "validation loss"
+REFERENCE, NO_STOP = "validation loss", "no stop"
 
 
 class Rule(NamedTuple):
@@ -170,7 +170,7 @@ def outcomes_of(runs: Sequence[Curves], rule: Rule) -> dict[str, list[Outcome]]:
         found[name] = [
             stop_and_best(monitor.curve(curves), monitor.mode, rule, curves["train/loss"]) for curves in runs
         ]
-    found["no stop"] = [(len(curve) - 1,) * 2 for curve in accuracies]
+    found[NO_STOP] = [(len(curve) - 1,) * 2 for curve in accuracies]
     found["best epoch of the other seeds"] = [
         (int(np.mean(accuracies[:left] + accuracies[left + 1 :], axis=0).argmax()),) * 2 if len(runs) > 1 else (0, 0)
         for left in range(len(runs))
@@ -192,6 +192,7 @@ def outcomes_of(runs: Sequence[Curves], rule: Rule) -> dict[str, list[Outcome]]:
 HEADER = (
     *("network", "setting", "rule", "monitor", "mode", "seeds", "stopped", "kept", "accuracy_at_stop", "accuracy_kept"),
     *("regret", "regret_half_width", "minus_validation_loss", "minus_validation_loss_half_width"),
+    *("minus_no_stop", "minus_no_stop_half_width"),
 )
 
 
@@ -204,36 +205,43 @@ def summarise(runs: dict[tuple[str, str], list[Curves]]) -> list[dict[str, objec
             kept = {name: np.array([one.of_kept for one in found]) for name, found in outcomes.items()}
             for name, found in outcomes.items():
                 regret = mean_and_half_width(kept["oracle"] - kept[name])
-                gain = mean_and_half_width(kept[name] - kept[REFERENCE])
+                gains = [mean_and_half_width(kept[name] - kept[other]) for other in (REFERENCE, NO_STOP)]
                 means = np.mean(found, axis=0)
                 mode = MONITORS[name].mode if name in MONITORS else ""
-                values = (network, setting, rule_name, name, mode, len(found), *means, *regret, *gain)
+                values = (network, setting, rule_name, name, mode, len(found), *means, *regret, *gains[0], *gains[1])
                 rows.append(dict(zip(HEADER, values, strict=True)))
     return rows
 
 
-def markdown(rows: Sequence[dict[str, object]], rule: str) -> str:
-    """The table of one rule: validation loss and the oracle in percent, all others minus validation loss."""
+def markdown(rows: Sequence[dict[str, object]], rule: str, reference: str = REFERENCE) -> str:
+    """The table of one rule: the oracle and a reference in percent, all others minus the reference.
+
+    Relative to no stop, it has only the monitors that need no labels of validation data.
+    """
     chosen = [row for row in rows if row["rule"] == rule]
     cells = sorted({(str(row["setting"]), str(row["network"])) for row in chosen})
     values = {(row["monitor"], row["setting"], row["network"]): row for row in chosen}
-    names = dict.fromkeys(row["monitor"] for row in chosen)
+    names = [str(name) for name in dict.fromkeys(row["monitor"] for row in chosen)]
+    if reference == NO_STOP:
+        names = [name for name in names if name in MONITORS and MONITORS[name].labels == "no"]
     lines = [
         f"| | {' | '.join(f'{setting}, {network.upper()}' for setting, network in cells)} |",
         f"|---|{'---|' * len(cells)}",
     ]
-    for name in ("oracle", REFERENCE, *(name for name in names if name not in ("oracle", REFERENCE))):
-        line = [_cell(values.get((name, *cell)), absolute=name in ("oracle", REFERENCE)) for cell in cells]
+    for name in dict.fromkeys(["oracle", reference, *names]):
+        monitored = (values.get((name, *cell)) for cell in cells)
+        line = [_cell(row, None if name in ("oracle", reference) else reference) for row in monitored]
         lines.append(f"| {name} | {' | '.join(line)} |")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, object] | None, *, absolute: bool) -> str:
+def _cell(row: dict[str, object] | None, reference: str | None) -> str:
     if row is None:
         return ""
-    if absolute:
+    if reference is None:
         return f"{row['accuracy_kept']:.1f} ({row['kept']:.0f})"
-    gain, half = float(str(row["minus_validation_loss"])), float(str(row["minus_validation_loss_half_width"]))
+    name = f"minus_{reference.replace(' ', '_')}"
+    gain, half = float(str(row[name])), float(str(row[f"{name}_half_width"]))
     text = f"{gain:+.1f} ± {half:.1f} ({row['kept']:.0f})"
     return f"**{text}**" if gain - half > 0 else text
 
@@ -256,7 +264,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows({key: f"{v:.2f}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     for rule in args.rules:
-        print(f"\n{rule}; accuracy of the checkpoint, and in brackets its epoch:\n\n{markdown(rows, rule)}")
+        for reference in (REFERENCE, NO_STOP):
+            print(f"\n{rule}: accuracy minus that of {reference} (epoch of the checkpoint)\n")
+            print(markdown(rows, rule, reference))
 
 
 if __name__ == "__main__":

@@ -51,12 +51,20 @@ def test_the_heads_of_the_page_about_layers(tmp_path, monkeypatch, capsys):
     assert float(capsys.readouterr().out.splitlines()[-1]) > 0.5  # chance is a third
 
 
-def test_early_stopping_stops_on_modularity():
+def test_early_stopping_keeps_a_checkpoint_before_wrong_labels_are_learned():
     printed = run(str(ROOT / "examples/early_stopping.py"), cwd=ROOT)
-    epochs, best = re.search(r"Stopped after (\d+) epochs; best modularity (\S+)\.", printed).groups()
-    untrained = re.search(r"Untrained it was (\S+)\.", printed).group(1)
-    assert 4 <= int(epochs) < 50
-    assert float(best) > float(untrained)
+    stopped, kept = map(int, re.search(r"Stopped after (\d+) epochs; .* of epoch (\d+)\.", printed).groups())
+    assert stopped == kept + 3 < 40
+    with_stop, without = map(float, re.findall(r"Test accuracy.*: (0\.\d{3})", printed))
+    assert with_stop > without + 0.05
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_code_of_the_page_on_stopping_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = code_blocks("docs/stopping.md")
+    assert len(blocks) == 3
+    exec(compile(blocks[number], "docs/stopping.md", "exec"), {"__name__": "stopping"})
 
 
 def test_training_stops_when_the_network_knows_the_mark():

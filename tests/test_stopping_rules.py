@@ -80,3 +80,4 @@ def test_regret_and_gain_of_a_planted_run(table: Any) -> None:
     assert (found["validation loss"]["regret"], found["validation loss"]["minus_validation_loss"]) == (30, 0)
     assert found["communities/modularity"]["minus_validation_loss"] == pytest.approx(30)
     assert found["no stop"]["regret"] == pytest.approx(30)
+    assert found["communities/modularity"]["minus_no_stop"] == pytest.approx(30)

@@ -74,9 +74,8 @@ class NeuronCommunities(MetricCallback[CommunityResult]):
 
     Example:
         >>> from pytorch_lightning import Trainer
-        >>> from pytorch_lightning.callbacks import EarlyStopping
-        >>> stop = EarlyStopping("communities/modularity", mode="max", patience=3)
-        >>> trainer = Trainer(callbacks=[NeuronCommunities(), stop], logger=False, enable_checkpointing=False)
+        >>> communities = NeuronCommunities(prog_bar="communities/modularity")
+        >>> trainer = Trainer(callbacks=[communities], logger=False, enable_checkpointing=False)
     """
 
     family = "communities"
