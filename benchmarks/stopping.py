@@ -4,7 +4,8 @@
     python benchmarks/stopping_table.py
 
 Two networks (an MLP on scikit-learn's digits as 64 columns, a CNN on 2,000 images of Fashion-MNIST at 14 x 14 pixels),
-four settings, eight seeds, in half an hour on one busy core. No run is stopped: `stopping_table.py` asks where each rule would have stopped it.
+four settings, eight seeds: half an hour on one core of a busy machine. No run is stopped: `stopping_table.py` asks
+where each rule would have stopped it.
 
 | setting | training and validation data | test data |
 |---|---|---|
