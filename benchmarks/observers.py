@@ -338,9 +338,10 @@ def nlvr(out: Path | None, epochs: int = 30) -> None:
     print("  denoting units:", dict(zip(layers, counts, strict=True)))
     if out is not None:
         draw_history(history, layers, observers.from_input["contains circle"], out / "nlvr_circle.png")
-        for name, figure in observers.draw(observers.result).items():
-            if name in ("attributes", "weights", "explanation", "proportion"):
-                figure.savefig(out / f"nlvr_{name}.png")
+        shown = {"attributes": "attributes", f"weights/{layers[-1]}": "weights", "proportion": "proportion"}
+        for tag, figure in observers.draw(observers.result).items():
+            if tag in shown:
+                figure.savefig(out / f"nlvr_{shown[tag]}.png")
 
 
 def draw_history(history: dict[int, dict[str, list[float]]], layers: list[str], floor: float, path: Path) -> None:

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train a small network on handwritten digits with every callback")
     demo.add_argument("--logdir", default="runs/demo", help="folder for the logs (default: %(default)s)")
-    demo.add_argument("--epochs", type=int, default=20, help="maximum number of epochs (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, default=12, help="maximum number of epochs (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.epochs < 1:
         parser.error(f"--epochs must be at least 1; got {options.epochs}.")

@@ -77,7 +77,7 @@ def digits_loaders(batch_size: int = 64) -> tuple[DataLoader[Any], DataLoader[An
     )
 
 
-def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, float]:
+def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 12) -> dict[str, float]:
     """Train, log to TensorBoard and print a table of the measures.
 
     Args:
@@ -101,7 +101,7 @@ def run_demo(logdir: str = "runs/demo", *, max_epochs: int = 20) -> dict[str, fl
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator="cpu",
-        callbacks=[*callbacks, EarlyStopping("communities/modularity/relu3", mode="max", patience=8)],
+        callbacks=[*callbacks, EarlyStopping("val/loss", mode="min", patience=3)],
         logger=TensorBoardLogger(path.parent, name=path.name),
         log_every_n_steps=5,
         enable_model_summary=False,
