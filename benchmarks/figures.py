@@ -40,7 +40,7 @@ from lightning_neuro.demo import DigitsNet, digits_loaders
 Calls = dict[str, Callable[[], Any]]
 Times = dict[str, list[float]]
 PARTS = ("draw", "pixels", "png", "free")
-AT_THE_END = "plot_top_samples"  # drawn once a run
+AT_THE_END = "plot_samples"  # drawn once a run
 
 
 def watch(module: ModuleType, calls: Calls, single: Times) -> None:

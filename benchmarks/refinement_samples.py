@@ -1,16 +1,13 @@
-"""How useful per-sample refinement is: for finding mislabelled samples, and influential ones.
+"""How useful per-sample refinement is: for finding influential samples, and what it costs.
 
-    python benchmarks/refinement_samples.py [--data fashion digits] [--epochs 5] [--part mislabelled influence norms]
+    python benchmarks/refinement_samples.py [--data fashion digits] [--epochs 5] [--part influence norms]
 
-(1) 10 % of the training labels are flipped. AUROC for finding them by the refinement r_i of each layer, summed over
-training, next to the loss of each sample after training and the self-influence of captum's TracInCPFast (last layer,
-one checkpoint per epoch). Chance is .5.
-(2) Clean labels. Spearman correlation between the scores of the influence table and of the update log over all training
+(1) Clean labels. Spearman correlation between the scores of the influence table and of the update log over all training
 samples, mean over the test inputs; and the fraction of the top 10 training samples that have the class of the test
 input, next to TracInCPFast and the cosine of the features before the head. With a class contrast at the head the same
 class is favoured by construction; along the refinement it is not. Chance is .1.
 
-(3) `--part norms`: cost of per-sample gradient norms in single layers, as multiples of the weight gradient of the layer
+(2) `--part norms`: cost of per-sample gradient norms in single layers, as multiples of the weight gradient of the layer
 in the backward pass, taken in turn (best of 10): ours, each of its two forms, and vmap(grad) of torch.func.
 
 Fashion-MNIST: small CNN, digits: MLP 64-128-64-10, 20 epochs. SGD, momentum 0.9, learning rate 0.05, batch 128 (digits:
@@ -28,27 +25,26 @@ from pathlib import Path
 import torch
 from data import load_images
 from networks import small_cnn
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import stats
-from lightning_neuro.refinement import InfluenceTable, SampleTable, UpdateLogWriter, load_update_log
+from lightning_neuro.refinement import InfluenceTable, UpdateLogWriter, load_update_log
 from lightning_neuro.refinement.convolution_norms import Form, possible_forms
 from lightning_neuro.refinement.patches import padded
 from lightning_neuro.refinement.position_sums import chunks
 from lightning_neuro.refinement.sample_norms import gradient_norms
 from lightning_neuro.refinement.training_steps import StepListener, TrainBatch
 
-RATE, FLIPPED, INPUTS, TOP = 0.05, 0.1, 50, 10
+RATE, INPUTS, TOP = 0.05, 50, 10
 
 
 def main() -> None:
     """Parse the choices and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["fashion", "digits"], choices=["fashion", "digits"])
-    parser.add_argument("--part", nargs="+", default=["mislabelled", "influence"])
+    parser.add_argument("--part", nargs="+", default=["influence"])
     parser.add_argument("--epochs", type=int, default=5, help="on Fashion-MNIST")
     parser.add_argument("--samples", type=int, default=60_000, help="training samples of Fashion-MNIST")
     parser.add_argument("--refresh", type=int, default=20, help="steps between two updates of the test inputs")
@@ -66,10 +62,7 @@ def main() -> None:
         for part in args.part:
             torch.manual_seed(args.seed)
             print(f"\n{name}: {part}, {len(run.train)} samples, {run.epochs} epochs, seed {args.seed}")
-            if part == "mislabelled":
-                mislabelled(run, args.seed)
-            else:
-                influence(run, args.refresh)
+            influence(run, args.refresh)
 
 
 def mlp() -> nn.Module:
@@ -139,41 +132,8 @@ class Run:
         return net.eval(), checkpoints
 
 
-def mislabelled(run: Run, seed: int) -> None:
-    """Part 1."""
-    labels = run.train.tensors[1].clone()
-    generator = torch.Generator().manual_seed(seed)
-    flipped = torch.rand(len(labels), generator=generator) < FLIPPED
-    other = torch.randint(1, 10, (len(labels),), generator=generator)
-    labels = torch.where(flipped, (labels + other) % 10, labels)
-    table: list[SampleTable] = []
-
-    def watch(layers: dict[str, nn.Module]) -> list[StepListener]:
-        table.append(SampleTable(list(layers), len(labels)))
-        return [*table]
-
-    start = time.perf_counter()
-    net, checkpoints = run.fit(labels, watch)
-    print(
-        f"  training with the table: {time.perf_counter() - start:.0f} s; test accuracy {accuracy(net, run.test):.3f}"
-    )
-
-    def row(name: str, scores: Tensor) -> None:
-        print(f"  {name:<44}{roc_auc_score(flipped, scores):.4f}")
-
-    print(f"  {'score':<44}AUROC")
-    columns = {layer: torch.as_tensor(table[0].arrays()[f"refinement/{layer}"]) for layer in table[0].layers}
-    for layer, values in columns.items():
-        row(f"refinement, layer {layer}", values)
-    row("refinement, all layers, each over its mean", sum(values / values.mean() for values in columns.values()))
-    row("loss after training", losses(net, run.train.tensors[0], labels))
-    start = time.perf_counter()
-    row("captum TracInCPFast self-influence", tracin(net, checkpoints, run.train.tensors[0], labels).self_influence())
-    print(f"  (captum took {time.perf_counter() - start:.0f} s)")
-
-
 def influence(run: Run, refresh: int) -> None:
-    """Part 2."""
+    """Part 1."""
     labels, x = run.train.tensors[1], run.train.tensors[0]
     inputs, own = (tensor[:INPUTS] for tensor in run.test.tensors)
     with tempfile.TemporaryDirectory() as folder:
@@ -225,7 +185,7 @@ LAYERS = {  # as in ResNet-18 at 32 x 32, in a small CNN, and in a transformer
 
 
 def norms_of_layers(samples: int = 32, repeats: int = 10) -> None:
-    """Part 3."""
+    """Part 2."""
     print(f"\nper-sample norms over the layer's weight gradient, batch {samples}, {torch.get_num_threads()} threads")
     print(f"  {'layer':<36}{'ours':>8}{'vmap(grad)':>12}   the forms of a convolution")
     for name, (module, shape) in LAYERS.items():
@@ -285,13 +245,6 @@ def features(net: nn.Module, x: Tensor) -> Tensor:
     """The head's input, in evaluation mode."""
     net.eval()
     return torch.cat([nn.Sequential(*list(net)[:-1])(part) for part in x.split(1000)])
-
-
-@torch.no_grad()
-def losses(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    """Each sample's cross-entropy."""
-    parts = zip(x.split(1000), labels.split(1000), strict=True)
-    return torch.cat([cross_entropy(net(part), target, reduction="none") for part, target in parts])
 
 
 def accuracy(net: nn.Module, test: TensorDataset) -> float:

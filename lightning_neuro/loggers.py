@@ -97,6 +97,11 @@ def logging_step(trainer: "pl.Trainer") -> int:
     return step - 1 if trainer.lightning_module._current_fx_name == "on_train_epoch_end" else step
 
 
+def last_step(trainer: "pl.Trainer") -> int:
+    """The step under which Lightning wrote the last values of a training that has ended."""
+    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+
 def log_figures(
     trainer: "pl.Trainer",
     name: str,
@@ -161,14 +166,14 @@ def log_embedding(
             writer.add_embedding(points.float(), metadata, label_img, logging_step(trainer), tag)
 
 
-def log_text(trainer: "pl.Trainer", tag: str, text: str) -> None:
-    """Write Markdown to the loggers that accept text."""
+def log_text(trainer: "pl.Trainer", tag: str, text: str, *, step: int | None = None) -> None:
+    """Write Markdown to the loggers that accept text, under a step; default: this moment's."""
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
         writer = _writer(logger)
         if writer is not None:
-            writer.add_text(tag, text, logging_step(trainer))
+            writer.add_text(tag, text, logging_step(trainer) if step is None else step)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

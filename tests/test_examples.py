@@ -123,3 +123,21 @@ def test_readme_metric_logs_the_share_of_active_units():
     logged = [log.curves[key][-1][1] for key in ("sparsity/active_share/net.2", "sparsity/active_share/net.4")]
     assert logged == pytest.approx(shares)
     assert log.curves["sparsity/active_share"][-1][1] == pytest.approx(sum(shares) / 2)
+
+
+@pytest.mark.parametrize("page", ["docs/mislabels.md"])
+def test_pages_on_a_question_run_from_beginning_to_end(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    for block in code_blocks(page):
+        exec(compile(block, page, "exec"), names)
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_flipped_labels_are_found(tmp_path):
+    printed = run(str(ROOT / "examples/mislabels.py"), "--epochs=5", f"--folder={tmp_path / 'found'}", cwd=ROOT)
+    found, suggested = map(int, re.findall(r" (\d+)% (?:are|have)", printed))
+    assert found > 80 and suggested > 80
+    assert (tmp_path / "found/samples.png").stat().st_size > 10_000
+    header = (tmp_path / "found/lightning_neuro/refinement/samples.csv").read_text().splitlines()[0]
+    assert header.startswith("rank,sample_id,label,predicted,suggested,loss,score")

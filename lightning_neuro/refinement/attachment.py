@@ -7,6 +7,7 @@ from math import inf
 import pytorch_lightning as pl
 
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
+from lightning_neuro.refinement.layer_gradients import is_linear
 from lightning_neuro.refinement.ledger import bytes_of_ledger
 from lightning_neuro.refinement.options import RunOptions
 from lightning_neuro.refinement.sample_ids import SampleIds
@@ -22,12 +23,14 @@ class Attachment:
         tracked: Names of the layers in the table of samples.
         hooks: Hooks on both.
         ids: The ids of the samples; None if they are not needed.
+        classifier: The last linear layer in the table, which may be the classifier head; None if there is none.
     """
 
     traced: tuple[str, ...]
     tracked: tuple[str, ...]
     hooks: GradientHooks
     ids: SampleIds | None
+    classifier: str | None
 
     def close(self) -> None:
         """Remove the hooks from the layers."""
@@ -63,9 +66,13 @@ def attach(
     if options.update_log:
         for name in traced:
             require_linear(name, layers[name][0], "update_log")
+    tracked = tuple(layers) if options.track_samples else ()
+    in_order = order or [name for name, _ in pl_module.named_modules()]
+    linear = [name for name in in_order if name in tracked and is_linear(layers[name][0])]
     return Attachment(
         traced=traced,
-        tracked=tuple(layers) if options.track_samples else (),
+        tracked=tracked,
         hooks=GradientHooks(layers),
         ids=ids,
+        classifier=linear[-1] if linear else None,
     )

@@ -24,7 +24,9 @@ from lightning_neuro.refinement.options import MEMORY_LIMIT, Direction, Mode, Ru
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.plot import plot_refinement
 from lightning_neuro.refinement.result import Divided, RefinementExplanation, RefinementResult, with_sample_gini
-from lightning_neuro.refinement.sample_table import Arrays, SampleTable, gini
+from lightning_neuro.refinement.sample_figures import plot_samples
+from lightning_neuro.refinement.sample_table import Arrays, gini
+from lightning_neuro.refinement.sample_tracking import Samples
 from lightning_neuro.refinement.training_hooks import TrainingHooksCallback
 
 if TYPE_CHECKING:
@@ -105,9 +107,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
 
         The class shares and `sample_gini` are available from the first evaluation after a training step. Also logged: a
         figure (`sources`) and a histogram (`class_share/<layer>`); with `influence_every_n_steps`, samples of the probe
-        set next to the training samples that moved them most (`influence/<layer>`); at the end of the fit, the 20
-        samples that refined each layer most as images and as a table (`top_samples/<layer>`), and the whole table in a
-        file `samples.csv`.
+        set next to the training samples that moved them most (`influence/<layer>`); at the end of the fit, the 24
+        training samples whose labels are most likely wrong, as images and as a table (`samples`), and the table of all
+        samples in a file `samples.csv`.
 
     Exact for SGD (momentum, Nesterov, dampening, weight decay), Adam and AdamW (with amsgrad), parameter groups,
     learning rate schedules, gradient accumulation, clipping, mixed precision, several optimizers, frozen and shared
@@ -116,7 +118,6 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
 
     Attributes:
         ledger: Layer -> `RefinementLedger`, whose `explain(layer_inputs)` divides the output of the layer on any input.
-        sample_table: The table of the training samples.
 
     Raises:
         ArgumentError: If an argument is invalid, at construction. Before the first step: if an argument that was given
@@ -200,7 +201,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     def start_run(self) -> None:
         """Reset the state of an earlier run."""
         super().start_run()
-        self._whole_table: SampleTable | None = None
+        self._all_samples: Samples | None = None
 
     @property
     def ledger(self) -> dict[str, RefinementLedger]:
@@ -208,13 +209,44 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         return {} if self.run is None else self.run.ledgers
 
     @property
-    def sample_table(self) -> Arrays:
-        """The table of the training samples, over all ranks at the last evaluation: 1-D arrays of the same length.
+    def samples(self) -> Arrays:
+        """The training samples, those whose label is most likely wrong first; over all ranks at the last evaluation.
 
-        `sample_id`, `target` (-1 where unknown), `visits`, `recorded` (how many of them were tracked; all, unless
-        `sample_every_n_steps` is given), and `refinement/<layer>` for each layer; empty if the samples have no ids.
+        A dict of 1-D arrays of the same length, for `pandas.DataFrame(callback.samples)`; empty if the samples have no
+        ids. It is sorted by `loss`, or by `score` if there is no `loss`.
+
+        | column | meaning |
+        |---|---|
+        | `rank` | 1, 2, ... |
+        | `sample_id` | index in the training dataset |
+        | `base_index`, `path` | index in the dataset behind a `Subset`, and path of the file; see `sample_origins` |
+        | `label`, `label_name` | the given class, -1 where unknown, and its name if class names are known |
+        | `predicted`, `predicted_name` | the class predicted at the last visit |
+        | `suggested`, `suggested_name` | the likeliest class besides the label, over all visits |
+        | `loss` | mean cross-entropy over the visits |
+        | `score` | refinement per visit, each layer relative to its mean over samples; mean over layers |
+        | `visits`, `recorded` | number of visits, and how many were tracked (all, without `sample_every_n_steps`) |
+        | `refinement/<layer>` | how much the updates by the sample refined a layer, over all visits |
+
+        `predicted`, `suggested` and `loss` are known if the classifier head is one of the tracked layers, and is
+        trained with a cross-entropy over its outputs.
         """
-        return {} if self._whole_table is None else self._whole_table.arrays()
+        return {} if self._all_samples is None else self._all_samples.ranked(self.class_names)
+
+    def plot_samples(self, dataset: Any, *, count: int = 24) -> "Figure":
+        """Draw the first of the `samples`, with their given and suggested labels.
+
+        Args:
+            dataset: The training dataset, whose items are images or begin with one.
+            count: Number of samples.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+
+        Raises:
+            ArgumentError: If no samples were tracked.
+        """
+        return plot_samples(self.samples, dataset, count=count)
 
     @property
     def step_scores(self) -> dict[str, StepScores]:
@@ -311,22 +343,21 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         if self.hooks is not None:
             self.hooks.stop_recording()
         if trainer.state.fn == "fit" and self.tracking is not None:
-            self._whole_table = self.tracking.table_over_ranks(trainer)
+            self._all_samples = self.tracking.samples_over_ranks(trainer)
         everywhere, elsewhere = names_on_all_ranks(trainer, [] if self.run is None else list(self.run.broken))
         broken = {*everywhere, *elsewhere}
         # The last values of a layer that is not followed any more are not those of the present network.
         self.scalars = {
             key: value for key, value in self.scalars.items() if not broken or (results and not _is_of(key, broken))
         }
-        if not results or self._whole_table is None:
+        if not results or self._all_samples is None:
             return results
-        for kind, note in self._whole_table.notes().items():
+        table = self._all_samples.table
+        for kind, note in table.notes().items():
             self.warn_once(f"samples/{kind}", f"{self.name}: {note}")
         layers = {} if self.hooks is None else self.hooks.layers
-        followed = [
-            name for name in self._whole_table.layers if name in layers and not why_unsupported(layers[name][0])
-        ]
-        return with_sample_gini(results, {layer: gini(self._whole_table.values(layer)) for layer in followed})
+        followed = [name for name in table.layers if name in layers and not why_unsupported(layers[name][0])]
+        return with_sample_gini(results, {layer: gini(table.values(layer)) for layer in followed})
 
     def draw(self, results: Mapping[str, Divided]) -> dict[str, "Figure"]:
         """Draw which classes of training samples shaped the output for which classes, and when."""

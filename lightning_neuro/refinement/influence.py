@@ -39,17 +39,25 @@ class Influence:
         sample_ids: (Q, k) int64, the strongest first.
         scores: (Q, k) float64, in units of the output of the layer.
         targets: (Q, k) int64, classes of the samples, -1 where unknown.
+        opponent_ids: (Q, k) int64, the samples that pushed most against the direction, the strongest first.
+        opponent_scores: (Q, k) float64.
+        opponent_targets: (Q, k) int64.
         total: (Q,) float64, the sum of the scores of all samples.
         num_samples: Number of training samples that were scored.
-        direction: "refinement", "contrast" or "given".
+        direction: The direction, or "given".
+        predictions: (Q,) int64, the predicted class of each input, if the layer is the classifier head.
     """
 
     sample_ids: Tensor
     scores: Tensor
     targets: Tensor
+    opponent_ids: Tensor
+    opponent_scores: Tensor
+    opponent_targets: Tensor
     total: Tensor
     num_samples: int
     direction: str = "refinement"
+    predictions: Tensor | None = None
 
     def same_class_rate(self, targets: Tensor) -> float:
         """The fraction of the samples that have the class of their input.
@@ -64,7 +72,7 @@ class Influence:
 
     def plot(self, inputs: Any, images: Any, **options: Any) -> "Figure":
         """Draw one row per input, with its strongest training samples next to it; see `plot_influence`."""
-        from lightning_neuro.refinement.plot import plot_influence
+        from lightning_neuro.refinement.sample_figures import plot_influence
 
         return plot_influence(self, inputs, images, **options)
 
@@ -226,12 +234,16 @@ def direction_name(direction: str | Tensor) -> str:
 def strongest(
     scores: Tensor, sample_ids: Tensor, targets: Tensor, *, top_k: int = 10, direction: str = "refinement"
 ) -> Influence:
-    """The `top_k` samples with the highest of (N, Q) scores for each of Q inputs; ids and targets are (N,)."""
+    """The `top_k` samples with the highest, and those with the lowest, of (N, Q) scores; ids and targets are (N,)."""
     best = scores.topk(min(top_k, len(scores)), dim=0)
+    worst = scores.topk(min(top_k, len(scores)), dim=0, largest=False)
     return Influence(
         sample_ids=sample_ids[best.indices].T.cpu(),
         scores=best.values.T.cpu().double(),
         targets=targets[best.indices].T.cpu(),
+        opponent_ids=sample_ids[worst.indices].T.cpu(),
+        opponent_scores=worst.values.T.cpu().double(),
+        opponent_targets=targets[worst.indices].T.cpu(),
         total=scores.sum(0).cpu().double(),
         num_samples=len(scores),
         direction=direction,

@@ -1,22 +1,17 @@
-"""Figures: which sources shaped the output of a layer, and which training samples refined a layer or moved an input."""
+"""Figures: which sources shaped the output of a layer, on average over the probe set and for single inputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lightning_neuro.batches import default_input
-from lightning_neuro.checks import ArgumentError, require
 from lightning_neuro.figure_panels import TICK, Panel, draw_areas, draw_cells, draw_lines
-from lightning_neuro.figure_words import width_of, write, write_legend
+from lightning_neuro.figure_words import width_of, write
 from lightning_neuro.figures import (
     DIVERGING,
-    DPI,
     FAINT,
-    INK,
     NULL,
     OTHER,
     VALUE,
@@ -25,22 +20,15 @@ from lightning_neuro.figures import (
     layers_left_out,
     new_figure,
     short_name,
-    thumbnails,
 )
-from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.result import RefinementExplanation, RefinementResult
-from lightning_neuro.refinement.sample_table import top_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ROWS = 20
 BANDWIDTH = 0.1  # of the density over cosines, as in the paper
-MAX_INPUTS = 6
-MAX_TOP = 10
-PITCH, ROW, TILE = 84, 104, 72  # pixels: from tile to tile, from row to row, and side of a tile
 _SIDE, _ABOVE = 1.8, 0.68  # inches: side of a heat map, space above it
-Tile = tuple[Any, str, str]
 
 
 def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequence[str] | None = None) -> "Figure":
@@ -194,167 +182,3 @@ def plot_explanation(
     more = len(cosines) - len(largest)
     write(figure, 0.1, 0.1, f"{more} more sources not drawn" if more else "")
     return figure
-
-
-def plot_top_samples(
-    arrays: Mapping[str, Any],
-    layer: str,
-    images: Any,
-    *,
-    count: int = 20,
-    class_names: Sequence[str] | None = None,
-) -> "Figure":
-    """Draw the training samples that refined a layer most, in decreasing order.
-
-    Below each sample: its class, its id, and its refinement relative to the mean over samples. Samples with a large
-    refinement are often mislabelled, because the network never fits them.
-
-    Args:
-        arrays: The table, as `SampleTable.arrays` returns it.
-        layer: Name of the layer.
-        images: Returns the image of a sample id: the training dataset (its items are images, or begin with one), or a
-            tensor (samples, channels, H, W).
-        count: Number of samples.
-        class_names: Names of the classes.
-
-    Returns:
-        A matplotlib figure that is not registered with pyplot. Samples that are not images are grey tiles.
-
-    Raises:
-        ArgumentError: If the table is empty.
-
-    Example:
-        >>> import numpy as np, torch
-        >>> table = {"sample_id": np.arange(3), "target": np.zeros(3), "visits": np.ones(3)}
-        >>> figure = plot_top_samples(table | {"refinement/fc": np.arange(3.0)}, "fc", torch.rand(3, 1, 8, 8))
-        >>> figure.savefig("top.png")  # doctest: +SKIP
-    """
-    values = arrays[f"refinement/{layer}"]
-    require(len(values) > 0, "arrays", "hold at least one sample", arrays)
-    top, mean = top_samples(arrays, layer, count), float(values.mean())
-    tiles: list[Tile] = []
-    for sample, target, value in zip(top["sample_id"], top["target"], top[f"refinement/{layer}"], strict=True):
-        times = f"{value / mean:.1f} x mean" if mean > 0 else ""
-        caption = f"{_class(int(target), class_names)}  #{int(sample)}\n{times}"
-        tiles.append((_picture_of(images, int(sample)), caption, INK))
-    columns = min(10, len(tiles))
-    title = f"Layer {layer}: the {len(tiles)} of {len(values):,} training samples that refined it most"
-    return _tiled([tiles[i : i + columns] for i in range(0, len(tiles), columns)], title)
-
-
-def plot_influence(
-    influence: Influence,
-    inputs: Any,
-    images: Any,
-    *,
-    layer: str = "",
-    targets: Tensor | None = None,
-    predictions: Tensor | None = None,
-    class_names: Sequence[str] | None = None,
-) -> "Figure":
-    """Draw one row per input, with the training samples that pushed its representation most.
-
-    Below an input: its class and, if it differs, the predicted class. Below a training sample: its class, id and score,
-    in units of the output of the layer. Blue captions: samples of the class of the input; orange: of another class.
-    With a class contrast at the classifier head, samples of the same class are favoured by construction.
-
-    Args:
-        influence: Influence on Q inputs; the first 6 are drawn, with the first 10 samples each.
-        inputs: Their images, (Q, channels, H, W), or a sequence of dataset items.
-        images: Returns the image of a training sample's id: the training dataset, or a tensor.
-        layer: Name of the layer, for the title.
-        targets: (Q,) classes of the inputs.
-        predictions: (Q,) predicted classes.
-        class_names: Names of the classes.
-
-    Returns:
-        A matplotlib figure that is not registered with pyplot. Samples that are not images are grey tiles.
-
-    Raises:
-        ArgumentError: If there is no input.
-    """
-    shown = min(MAX_INPUTS, len(influence.sample_ids))
-    require(shown > 0, "influence", "be of at least one input", influence.sample_ids)
-    rows: list[list[Tile]] = []
-    for q in range(shown):
-        own = None if targets is None else int(targets[q])
-        guess = None if predictions is None else int(predictions[q])
-        caption = "input" if own is None else _class(own, class_names)
-        caption += "" if guess is None or guess == own else f"\n→ {_class(guess, class_names)}"
-        row: list[Tile] = [(_picture(inputs[q]), caption, INK)]
-        found = zip(influence.sample_ids[q], influence.targets[q], influence.scores[q], strict=True)
-        for sample, target, score in [*found][:MAX_TOP]:
-            color = INK if own is None else (VALUE if int(target) == own else OTHER)
-            caption = f"{_class(int(target), class_names)}  #{int(sample)}\n{float(score):.2g}"
-            row.append((_picture_of(images, int(sample)), caption, color))
-        rows.append(row)
-    where = f"Layer {layer}: inputs" if layer else "Inputs"
-    title = f"{where}, and what pushed them most of {influence.num_samples:,} training samples"
-    figure = _tiled(rows, f"{title} (class, id, score; direction: {influence.direction})", gap=0.25)
-    if targets is not None:
-        width, height = figure.get_size_inches()
-        legend = [("■", VALUE, "same class"), ("■", OTHER, "other class")]
-        write_legend(figure, width - 2.1, height - 0.14, legend, width + 1)
-    return figure
-
-
-def is_image(sample: Any) -> bool:
-    """Whether an item of a dataset is, or begins with, an image: (H, W), or (1 or 3 channels, H, W)."""
-    image = _input(sample)
-    if not isinstance(image, Tensor) or image.ndim not in (2, 3) or image.numel() == 0:
-        return False
-    return min(image.shape[-2:]) > 1 and (image.ndim == 2 or image.shape[0] in (1, 3))
-
-
-def _tiled(rows: Sequence[Sequence[Tile]], title: str, *, gap: float = 0.0) -> "Figure":
-    """Tiles with captions below them; `gap` sets the first column apart, in tiles."""
-    columns = max(map(len, rows)) + gap
-    sheet = np.full((len(rows) * ROW, round(columns * PITCH), 3), 255, np.uint8)
-    tall, wide = sheet.shape[0] / DPI, sheet.shape[1] / DPI
-    width = max(wide + 0.1, 5.0, width_of(title, 9) + (2.5 if gap else 0.2))
-    figure = new_figure(width, tall + 0.3)
-    # One image for all tiles, because one image each would take ten times as long to draw.
-    for i, row in enumerate(rows):
-        for j, (picture, caption, color) in enumerate(row):
-            top, left = i * ROW, round((j + (gap if j else 0)) * PITCH)
-            sheet[top : top + TILE, left : left + TILE] = _enlarged(picture)
-            x, y = 0.06 + (left + TILE / 2) / DPI, tall - (top + TILE + 2) / DPI
-            write(figure, x, y, caption, size=7, color=color, ha="center", va="top")
-    draw_cells(figure, sheet, (0.06, 0), (wide, tall), framed=False)
-    write(figure, 0.06, tall + 0.16, title, size=9)
-    return figure
-
-
-def _enlarged(picture: Any) -> Any:
-    """(H, W, 3) bytes -> (TILE, TILE, 3) bytes."""
-    rows, columns = ((np.arange(TILE) * size) // TILE for size in picture.shape[:2])
-    return picture[rows][:, columns]
-
-
-def _input(sample: Any) -> Any:
-    """The input in an item of a dataset; None if it cannot be found."""
-    if isinstance(sample, (Mapping, list, tuple)):
-        try:
-            sample = default_input(sample)
-        except ArgumentError:
-            return None
-    return torch.as_tensor(sample) if isinstance(sample, np.ndarray) else sample
-
-
-def _picture_of(images: Any, sample: int) -> Any:
-    """The picture of a sample id; a grey tile if there is none."""
-    try:
-        return _picture(images[sample])
-    except (IndexError, KeyError):
-        return _picture(None)
-
-
-def _picture(sample: Any) -> Any:
-    """(H, W, 3) bytes, each image stretched to its own range; a grey tile if the sample is not an image."""
-    image = _input(sample) if is_image(sample) else None
-    small = None if image is None else thumbnails(image.reshape(1, -1, *image.shape[-2:]))
-    return np.full((2, 2, 3), 217, np.uint8) if small is None else small[0].numpy()
-
-
-def _class(label: int, class_names: Sequence[str] | None) -> str:
-    return short_name(class_name(label, class_names), 14)

@@ -17,6 +17,7 @@ from lightning_neuro.cost import Cost
 from lightning_neuro.isolation import evaluation_mode
 from lightning_neuro.ranks import reduced
 from lightning_neuro.refinement.attachment import Attachment
+from lightning_neuro.refinement.drawn_indices import training_loaders
 from lightning_neuro.refinement.followed_classes import FollowedClasses
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.options import RunOptions, check_memory, parse_bytes
@@ -172,14 +173,16 @@ class RefinementRun:
         head = (
             (last, require_linear(last, layers[last], "influence_every_n_steps")) if options.tracks_influence else None
         )
-        # The tables in a checkpoint are sums over all ranks, so only one rank continues them.
-        mine = saved.get("of_this_rank") or trainer.global_rank == 0
         return SampleTracking(
             attachment.tracked,
             num_samples,
+            classifier=attachment.classifier,
             head=head,
+            dataset=training_loaders(trainer)[0].dataset,
             memory_limit=options.memory_bytes,
-            saved=saved.get("tracking") if mine else None,
+            saved=saved.get("tracking"),
+            # The tables in a checkpoint are sums over all ranks, so only one rank continues them.
+            continues_sums=saved.get("of_this_rank", False) or trainer.global_rank == 0,
         )
 
     def _open_log(

@@ -9,9 +9,7 @@ If only some steps are recorded, the sum over all visits of a sample is estimate
 times the number of its visits. Samples without a recorded visit are left out.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -21,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_neuro.checks import ArgumentError, check_int, require
-from lightning_neuro.figures import class_name
 from lightning_neuro.ranks import over_ranks, reduced
 from lightning_neuro.refinement.sample_norms import gradient_norms
 from lightning_neuro.refinement.sources import ledger_dtype
 from lightning_neuro.refinement.training_steps import TrainBatch
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-_PREFIX = "refinement/"
+PREFIX = "refinement/"
+"""First part of the names of the columns that hold the refinement of a layer."""
 
 
 class SampleTable:
@@ -137,7 +135,7 @@ class SampleTable:
         found = (self._recorded[:-1] > 0).nonzero().flatten()
         counts = {"target": self._targets, "visits": self._visits, "recorded": self._recorded}
         columns = {"sample_id": found} | {name: values[found] for name, values in counts.items()}
-        columns |= {f"{_PREFIX}{layer}": self.values(layer) for layer in self._refinement}
+        columns |= {f"{PREFIX}{layer}": self.values(layer) for layer in self._refinement}
         return {name: column.cpu().numpy() for name, column in columns.items()}
 
     def notes(self) -> dict[str, str]:
@@ -241,33 +239,3 @@ def gini(values: Tensor) -> float:
         return float("nan")
     weights = 2 * torch.arange(1, count + 1, device=ordered.device, dtype=ordered.dtype) - count - 1
     return float((weights * ordered).sum()) / (count * total)
-
-
-def top_samples(arrays: Mapping[str, Any], layer: str, count: int = 20) -> Arrays:
-    """The rows of the samples that refined a layer most, in decreasing order; at most `count` of them."""
-    order = np.argsort(-arrays[f"{_PREFIX}{layer}"], kind="stable")[:count]
-    return {name: column[order] for name, column in arrays.items()}
-
-
-def top_rows(
-    arrays: Mapping[str, Any], layer: str, count: int = 20, class_names: Sequence[str] | None = None
-) -> list[list[object]]:
-    """Rows for a Markdown table: rank, sample id, class, visits, refinement, and its fraction of the layer's total."""
-    top, total = top_samples(arrays, layer, count), float(arrays[f"{_PREFIX}{layer}"].sum())
-    columns = (top["sample_id"], top["target"], top["visits"], top[f"{_PREFIX}{layer}"])
-    rows: list[list[object]] = []
-    for rank, (sample, target, visits, value) in enumerate(zip(*columns, strict=True), start=1):
-        if total > 0:
-            name = class_name(int(target), class_names)
-            rows.append([rank, int(sample), name, int(visits), f"{value:.4g}", f"{value / total:.2%}"])
-    return rows
-
-
-def write_csv(arrays: Mapping[str, Any], path: Path) -> None:
-    """Save the table, one row per sample. An existing file is replaced only once the new one is complete."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(arrays)
-        writer.writerows(zip(*(column.tolist() for column in arrays.values()), strict=True))
-    temporary.replace(path)

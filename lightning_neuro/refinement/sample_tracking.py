@@ -1,4 +1,4 @@
-"""Tracking of single training samples in a fit: their table, their influence on a few inputs, and the files."""
+"""Tracking of single training samples in a fit: their tables, their influence on a few inputs, and the files."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -21,15 +21,19 @@ from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.influence_table import InfluenceTable
 from lightning_neuro.refinement.options import megabytes
-from lightning_neuro.refinement.plot import plot_influence, plot_top_samples
+from lightning_neuro.refinement.predictions import PredictionTable
 from lightning_neuro.refinement.sample_dims import SampleDims
-from lightning_neuro.refinement.sample_table import Arrays, SampleTable, top_rows, write_csv
+from lightning_neuro.refinement.sample_figures import plot_influence, plot_samples
+from lightning_neuro.refinement.sample_origins import sample_origins
+from lightning_neuro.refinement.sample_table import Arrays, SampleTable
+from lightning_neuro.refinement.samples import ranked_samples, top_rows, write_csv
 from lightning_neuro.refinement.training_steps import TrainBatch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOP = 20
+# In the table and the figure of the samples whose labels are most likely wrong.
+TOP = 24
 # Number of inputs in the influence table, which holds a vector per training sample for each of them.
 NUM_INPUTS = 16
 
@@ -48,15 +52,32 @@ class TrackedInputs(NamedTuple):
     targets: Tensor | None
 
 
+class Samples(NamedTuple):
+    """What is known of the training samples, over all ranks."""
+
+    table: SampleTable
+    predictions: PredictionTable | None
+    origins: Mapping[str, Any]
+
+    def ranked(self, class_names: Sequence[str] | None) -> Arrays:
+        """The table of `RepresentationRefinement.samples`."""
+        arrays = self.table.arrays()
+        found = {} if self.predictions is None else self.predictions.columns(arrays["sample_id"])
+        return ranked_samples(arrays, found, self.origins, class_names)
+
+
 class SampleTracking:
     """A `StepListener` that fills the table of samples and the table of influence, and logs them.
 
     Args:
         layers: Names of the layers in the table; empty: there is no table.
         num_samples: Number of samples in the training dataset.
+        classifier: The one of the layers that may be the classifier head, from which predictions are read, if any.
         head: Name and module of the layer whose influence is tracked, if any.
-        memory_limit: Bytes that both tables may take.
+        dataset: The training dataset.
+        memory_limit: Bytes that the tables may take.
         saved: The state of an earlier part of the run.
+        continues_sums: Whether this rank continues the sums in it, which are those of all ranks.
 
     Raises:
         ArgumentError: If the tables would take more memory.
@@ -67,14 +88,20 @@ class SampleTracking:
         layers: Sequence[str],
         num_samples: int,
         *,
+        classifier: str | None = None,
         head: tuple[str, nn.Linear] | None = None,
+        dataset: Any = None,
         memory_limit: float = float("inf"),
         saved: Mapping[str, Any] | None = None,
+        continues_sums: bool = True,
     ) -> None:
         self.table = SampleTable(layers, num_samples) if layers else None
+        self.predictions = PredictionTable(classifier, num_samples) if layers and classifier is not None else None
+        self.origins = sample_origins(dataset) if layers else {}
         self.influence_table = None if head is None else InfluenceTable(*head, num_samples)
         self.inputs: TrackedInputs | None = None
         size = 0 if self.table is None else self.table.num_bytes
+        size += 0 if self.predictions is None else self.predictions.num_bytes
         size += 0 if self.influence_table is None else self.influence_table.num_bytes(NUM_INPUTS)
         if size > memory_limit:
             raise ArgumentError(
@@ -84,29 +111,31 @@ class SampleTracking:
             )
         try:
             for name, table in self._tables().items():
-                if saved and name in saved:
+                if saved and name in saved and continues_sums:
                     table.load_state_dict(saved[name])
+            if saved and "predictions" in saved and self.predictions is not None and not continues_sums:
+                self.predictions.load_state_dict(saved["predictions"], sums=False)
         except ValueError as error:
             rank_zero_warn(
                 f"Per-sample tracking starts anew at this step, because the saved state does not fit: {error}"
             )
 
     def _tables(self) -> dict[str, Any]:
-        tables = {"table": self.table, "influence": self.influence_table}
+        tables = {"table": self.table, "predictions": self.predictions, "influence": self.influence_table}
         return {name: table for name, table in tables.items() if table is not None}
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
-        """Pass a backward pass on to both tables."""
+        """Pass a backward pass on to the tables."""
         for table in self._tables().values():
             table.see(layer, module, inputs, gradients, batch)
 
     def commit(self, layer: str, rate: Tensor) -> None:
-        """Add the pending values of both tables."""
+        """Add the pending values of the tables."""
         for table in self._tables().values():
             table.commit(layer, rate)
 
     def drop(self, layer: str) -> None:
-        """Discard the pending values of both tables."""
+        """Discard the pending values of the tables."""
         for table in self._tables().values():
             table.drop(layer)
 
@@ -148,9 +177,12 @@ class SampleTracking:
 
     # Over all ranks
 
-    def table_over_ranks(self, trainer: "pl.Trainer") -> SampleTable | None:
-        """The table of all ranks. Call it on every rank."""
-        return None if self.table is None else self.table.over_ranks(trainer)
+    def samples_over_ranks(self, trainer: "pl.Trainer") -> Samples | None:
+        """The tables of all ranks. Call it on every rank."""
+        if self.table is None:
+            return None
+        predictions = None if self.predictions is None else self.predictions.over_ranks(trainer)
+        return Samples(self.table.over_ranks(trainer), predictions, self.origins)
 
     def top_over_ranks(self, trainer: "pl.Trainer") -> Influence | None:
         """The strongest samples of all ranks for each input. Call it on every rank."""
@@ -176,22 +208,29 @@ class SampleTracking:
     def write_samples(
         self, trainer: "pl.Trainer", name: str, device: torch.device, class_names: Sequence[str] | None
     ) -> None:
-        """Log the samples that refined each layer most, and write the table to `samples.csv`. Call it on every rank."""
-        table = self.table_over_ranks(trainer)
+        """Log the samples whose labels are most likely wrong, and write `samples.csv`. Call it on every rank."""
+        found = self.samples_over_ranks(trainer)
         folder = loggers.artefact_folder(trainer, name)
-        if table is None or not trainer.is_global_zero:
+        if found is None or not trainer.is_global_zero:
             return
-        arrays = table.arrays()
-        if not len(arrays["sample_id"]):
+        samples = found.ranked(class_names)
+        if not len(samples["sample_id"]):
             return  # no sample had an id, and a warning has said why
+        step = loggers.last_step(trainer)
+        loggers.log_text(trainer, f"{name}/samples", loggers.markdown_table(*top_rows(samples, TOP)), step=step)
         # Datasets often augment what they return.
         with isolated_random_state(device):
-            _log_top_samples(trainer, name, table.layers, arrays, class_names)
+            loggers.log_figures(
+                trainer,
+                name,
+                lambda: {"samples": plot_samples(samples, _training_dataset(trainer), count=TOP)},
+                step=step,
+            )
         if folder is not None:
-            write_csv(arrays, folder / "samples.csv")
+            write_csv(samples, folder / "samples.csv")
 
     def state_dict(self, trainer: "pl.Trainer | None" = None) -> dict[str, Any]:
-        """Both tables; with a trainer, those of all ranks, and it must be called on every rank."""
+        """The tables; with a trainer, those of all ranks, and it must be called on every rank."""
         tables = self._tables()
         if trainer is not None:
             tables = {name: table.over_ranks(trainer) for name, table in tables.items()}
@@ -205,25 +244,6 @@ def is_recorded(step: int, every: int) -> bool:
     would show the same samples again in each epoch.
     """
     return every == 1 or step % every == Random(step // every).randrange(every)
-
-
-def _log_top_samples(
-    trainer: "pl.Trainer", name: str, layers: Sequence[str], arrays: Arrays, class_names: Sequence[str] | None
-) -> None:
-    """Log a table and a figure of the samples that refined each layer most."""
-    header = ("rank", "sample id", "class", "visits", "refinement", "fraction of the layer's total")
-    for layer in layers:
-        text = loggers.markdown_table(header, top_rows(arrays, layer, TOP, class_names))
-        loggers.log_text(trainer, f"{name}/top_samples/{layer}", text)
-
-    def draw() -> dict[str, "Figure"]:
-        images = _training_dataset(trainer)
-        return {
-            f"top_samples/{layer}": plot_top_samples(arrays, layer, images, count=TOP, class_names=class_names)
-            for layer in layers
-        }
-
-    loggers.log_figures(trainer, name, draw)
 
 
 def _one_sample(inputs: Any, row: int, num_samples: int) -> Any:

@@ -164,7 +164,7 @@ SHUFFLED = ("null", "excess", "_z", "_std")
 # at the probe's layers is said of theirs in their own folders.
 OWN_LAYERS = {"refinement": ("net.5",)}
 # Figures that are drawn once, at the end of the fit.
-AT_THE_END = {"refinement": ["top_samples/net.5"]}
+AT_THE_END = {"refinement": ["samples"]}
 
 over_activations = pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in OWN_LAYERS])
 with_modes = pytest.mark.parametrize("name", CALLBACKS | MODES)

@@ -1,7 +1,8 @@
-"""Plain training loops followed by ledgers, without Lightning."""
+"""Plain training loops followed by ledgers, without Lightning; and tables of samples in a fixed order."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -86,3 +87,9 @@ class Follower:
     def residual(self) -> float:
         """The largest residual of all layers."""
         return max(explanation.residual for explanation in self.explain().values())
+
+
+def by_id(samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The table of samples in the order of their ids, without their ranks."""
+    order = np.argsort(samples["sample_id"])
+    return {name: column[order] for name, column in samples.items() if name != "rank"}

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_neuro import Probe, RepresentationRefinement
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from tests.models import Module, fit
+from tests.refinement.following import by_id
 
 
 class Sum:
@@ -248,5 +249,5 @@ def test_values_are_those_of_the_run_without_the_penalty(make, without, with_gra
     expected, found = refinement_of(plain_module), refinement_of(module)
     torch.testing.assert_close(module.state_dict(), plain_module.state_dict(), rtol=0, atol=1e-6)
     assert found.scalars == pytest.approx(expected.scalars, rel=1e-4, abs=1e-5)
-    for name, values in expected.sample_table.items():
-        assert found.sample_table[name] == pytest.approx(values, rel=1e-4)
+    for name, values in by_id(expected.samples).items():
+        assert by_id(found.samples)[name] == pytest.approx(values, rel=1e-4)

@@ -15,7 +15,7 @@ from lightning_neuro import (
 from tests.models import convnet, fit, mlp
 
 OTHERS = (NeuronCommunities, ActivationEntropy, ObserverProbes, ActivationTopology)
-VALUES = ("scalars", "initial", "sample_table")
+VALUES = ("scalars", "initial", "samples")
 
 
 def refinement():
@@ -70,7 +70,7 @@ def test_callback_added_at_a_resume_changes_nothing(added, first, tmp_path):
     run(expected, max_epochs=4, ckpt_path=tmp_path / "old.ckpt")
     ours = RepresentationRefinement()
     run(*([added(), ours] if first else [ours, added()]), max_epochs=4, ckpt_path=tmp_path / "old.ckpt")
-    assert set(ours.sample_table["visits"].tolist()) == {4}
+    assert set(ours.samples["visits"].tolist()) == {4}
     assert_same(ours, expected)
 
 
@@ -78,6 +78,6 @@ def test_refinement_added_at_a_resume_starts_there(tmp_path):
     fit(mlp(), ActivationEntropy(), max_epochs=2).save_checkpoint(tmp_path / "old.ckpt")
     ours = RepresentationRefinement(on_error="raise")
     fit(mlp(), ActivationEntropy(), ours, max_epochs=5, ckpt_path=tmp_path / "old.ckpt")
-    assert set(ours.sample_table["visits"].tolist()) == {3}
+    assert set(ours.samples["visits"].tolist()) == {3}
     assert ours.scalars["refinement/untraced_share"] < 1e-4
     assert ours.scalars["refinement/completeness_error"] < 1e-5

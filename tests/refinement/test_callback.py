@@ -242,7 +242,7 @@ def test_iterable_dataset_says_once_that_samples_have_no_ids():
         warnings.simplefilter("always")
         fit(mlp(), callback, train=DataLoader(Stream(), batch_size=16))
     assert sum("IterableDataset" in str(w.message) for w in caught) == 1
-    assert callback.sample_table == {}
+    assert callback.samples == {}
     assert callback.scalars["refinement/completeness_error"] < EXACT
     assert math.isfinite(callback.scalars["refinement/own_class_share"])
 
@@ -277,10 +277,12 @@ def test_table_update_log_and_figures_are_written(tmp_path):
     fit(mlp(), callback, logger=logger)
     (table,) = tmp_path.rglob("samples.csv")
     header, *rows = table.read_text().splitlines()
-    names = {"sample_id", "target", "visits", "recorded", "refinement/net.1", "refinement/net.3", "refinement/net.5"}
-    assert set(header.split(",")) == names
+    layers = ["refinement/net.5", "refinement/net.1", "refinement/net.3"]
+    names = ["rank", "sample_id", "label", "predicted", "suggested", "loss", "score", "visits"]
+    names += ["recorded", *layers]
+    assert header.split(",") == names == list(callback.samples)
     assert len(rows) == 64
-    assert callback.sample_table["visits"].tolist() == [2] * 64
+    assert callback.samples["visits"].tolist() == [2] * 64
     assert 0 <= callback.scalars["refinement/sample_gini/net.3"] < 1
     (folder,) = [path for path in tmp_path.rglob("updates") if path.is_dir()]
     found = load_update_log(folder).influence(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
@@ -292,8 +294,8 @@ def test_table_update_log_and_figures_are_written(tmp_path):
     (path,) = {path.parent for path in tmp_path.rglob("version_0/events.out*")}
     tags = EventAccumulator(str(path)).Reload().Tags()
     assert "refinement/sources" in tags["images"]
-    assert "refinement/top_samples/net.5" in tags["images"]
-    assert any(tag.startswith("refinement/top_samples/net.5") for tag in tags["tensors"])
+    assert "refinement/samples" in tags["images"]
+    assert any(tag.startswith("refinement/samples") for tag in tags["tensors"])
 
 
 # Failures
@@ -378,8 +380,9 @@ SMALL = {"num_sources": 1, "phases": 1, "track_samples": False}  # a ledger of 3
     [
         # In double precision: parts, means, four times the parts in a step, twice two of its rows in an evaluation.
         ({}, 36 * (2 * 3 + 4 * 3 + 2 * 2) * 8),
-        # Three layers, both kinds of visits and class of 640 samples, and a row for samples without one.
-        ({"track_samples": "*"}, 8 * (3 + 3) * 641),
+        # Three layers, both kinds of visits and class of 640 samples, and a row for samples without one. Of their
+        # predictions loss, both classes, votes, visits and the time of the last.
+        ({"track_samples": "*"}, 8 * (3 + 3 + 6) * 641),
         # A vector of 4 numbers for each of 16 inputs, class and flag.
         ({"influence_every_n_steps": 1}, 641 * (8 * 16 * 4 + 9)),
         # All weights in single precision, in each of 80 steps.
@@ -409,7 +412,7 @@ def test_samples_are_tracked_where_the_user_says():
         values = [callback.scalars[f"refinement/sample_gini/{layer}"] for layer in layers]
         assert callback.scalars["refinement/sample_gini"] == pytest.approx(sum(values) / len(values))
     callback, run, _ = opened_with(track_samples=False)
-    assert run.tracking is None and callback.sample_table == {}
+    assert run.tracking is None and callback.samples == {}
     assert not any("sample_gini" in key for key in callback.scalars)
 
 

@@ -141,7 +141,7 @@ def test_finders_beside_ours(make, first, workers, tmp_path):
         default_root_dir=tmp_path,
     )
     trainer.fit(module)
-    assert callback.sample_table["visits"].tolist() == [2] * 64
+    assert callback.samples["visits"].tolist() == [2] * 64
     assert callback.scalars["refinement/untraced_share"] < 1e-4
 
 

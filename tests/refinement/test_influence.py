@@ -115,7 +115,7 @@ def test_the_strongest_by_sorting():
 
 def test_same_class_rate_by_hand():
     targets = torch.tensor([[0, 0, 1, -1], [2, 2, 2, 2]])
-    found = Influence(torch.zeros(2, 4), torch.zeros(2, 4), targets, torch.zeros(2), 4)
+    found = Influence(torch.zeros(2, 4), torch.zeros(2, 4), targets, *[torch.zeros(2, 4)] * 3, torch.zeros(2), 4)
     assert found.same_class_rate(torch.tensor([0, 2])) == 6 / 8
     assert found.same_class_rate(torch.tensor([1, 0])) == 1 / 8
 

@@ -9,6 +9,7 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.sample_norms import gradient_norms
 from lightning_neuro.refinement.traced_layers import find_layers
 from tests.models import Module, fit
+from tests.refinement.following import by_id
 
 
 class Conv1D(nn.Module):
@@ -51,8 +52,8 @@ def test_conv1d_of_transformers_is_a_linear_layer(options):
         torch.manual_seed(0)
         fit(Module(net), callback)
     assert found.scalars == pytest.approx(expected.scalars, rel=1e-3, abs=1e-5)
-    for name, values in expected.sample_table.items():
-        assert found.sample_table[name] == pytest.approx(values, rel=1e-3)
+    for name, values in by_id(expected.samples).items():
+        assert by_id(found.samples)[name] == pytest.approx(values, rel=1e-3)
     assert list(found.ledger) == list(expected.ledger)
     assert found.result["net.last"].num_units == 4
     if options.get("mode"):

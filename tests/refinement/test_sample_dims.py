@@ -7,6 +7,7 @@ from torch import nn
 from lightning_neuro import Probe, RepresentationRefinement
 from lightning_neuro.refinement.sample_dims import SampleDims
 from tests.models import Module, fit
+from tests.refinement.following import by_id
 
 TIME = 16  # as many as samples in a batch of the loaders
 
@@ -41,8 +42,8 @@ def test_values_are_those_with_the_samples_in_front(num_samples):
     found = refinement_of(TimeFirst(time_first=True), num_samples)
     assert found.scalars == pytest.approx(expected.scalars, rel=1e-3, abs=1e-5)
     assert found.scalars["refinement/untraced_share"] < 1e-4
-    for name, values in expected.sample_table.items():
-        assert found.sample_table[name] == pytest.approx(values, rel=1e-3)
+    for name, values in by_id(expected.samples).items():
+        assert by_id(found.samples)[name] == pytest.approx(values, rel=1e-3)
     assert found.influence().scores == pytest.approx(expected.influence().scores, rel=1e-3, abs=1e-5)
 
 
@@ -70,7 +71,7 @@ def test_dimension_that_is_not_known_is_not_guessed():
     weight = ledger.weights()["weight"]
     torch.testing.assert_close(weight.sum(0).float(), module.auxiliary.weight.detach())
     assert not weight[:-2].any()  # all is credited to "other"
-    assert callback.sample_table["visits"].sum() > 0
+    assert callback.samples["visits"].sum() > 0
 
 
 def test_dimension_is_learned_from_a_batch_of_another_size():

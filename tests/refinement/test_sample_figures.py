@@ -8,7 +8,7 @@ from lightning_neuro.figure_panels import Cells
 from lightning_neuro.figure_words import Words
 from lightning_neuro.figures import DPI, INK, OTHER, VALUE
 from lightning_neuro.refinement.influence import Influence
-from lightning_neuro.refinement.plot import PITCH, ROW, TILE, is_image, plot_influence, plot_top_samples
+from lightning_neuro.refinement.sample_figures import PITCH, TILE, is_image, plot_influence, plot_samples
 from tests.helpers import check_cost, drawn, texts
 from tests.models import images
 
@@ -20,89 +20,96 @@ def flat(number, channels=1):
     return image
 
 
-def table(n=30):
-    values = torch.rand(n, generator=torch.Generator().manual_seed(0)).double().numpy()
+def table(n=30, **columns):
     return {
-        "sample_id": np.arange(n) * 2,
-        "target": np.arange(n) % 3 - 1,
-        "visits": np.ones(n, dtype=int),
-        "refinement/fc": values,
+        "sample_id": (7 * np.arange(n)) % n,
+        "label": np.arange(n) % 3 - 1,
+        "predicted": np.arange(n) % 2,
+        "suggested": np.arange(n) % 2,
+        **columns,
     }
 
 
 def influence(q=3, k=4):
     ids = torch.arange(q * k).view(q, k)
-    return Influence(ids, 10.0 - ids.double(), ids % 3, torch.ones(q).double(), 99, "contrast")
+    against = torch.arange(q * k).flip(0).view(q, k)
+    most = (ids, 10.0 - ids.double(), ids % 3)
+    least = (against, -10.0 - against.double(), against % 3)
+    return Influence(*most, *least, torch.ones(q).double(), 99, "contrast", torch.arange(q) % 2)
 
 
 def captions(figure):
-    """The texts below the tiles."""
-    return [text for text in drawn(figure, Words)[0].texts if text.va == "top"]
+    """The lines below the tiles."""
+    return [text for text in drawn(figure, Words)[0].texts if text.ha == "center"]
 
 
 def words(figure):
     return [text.words for text in captions(figure)]
 
 
-def tiles(figure, across):
-    """What is drawn in the middle of each tile, row after row."""
+def tiles(figure, row, across, lines):
+    """What is drawn in the middle of some tiles of a row."""
     canvas, half = drawn(figure, Cells)[0].get_array(), TILE // 2
-    rows = canvas.shape[0] // ROW
-    return [[canvas[ROW * i + half, round(PITCH * x) + half].tolist() for x in across] for i in range(rows)]
+    tall = TILE + 12 * lines + 5
+    return [canvas[tall * row + half, PITCH * x + PITCH // 2].tolist() for x in across]
 
 
-def test_the_top_is_drawn_in_order_with_class_id_and_size():
-    arrays = table()
-    figure = plot_top_samples(arrays, "fc", torch.rand(60, 1, 8, 8), count=12, class_names=["cat", "dog"])
-    order = np.argsort(-arrays["refinement/fc"])[:12]
-    mean = arrays["refinement/fc"].mean()
-    names = {-1: "no label", 0: "cat", 1: "dog"}
-    expected = [
-        f"{names[arrays['target'][i]]}  #{2 * i}\n{arrays['refinement/fc'][i] / mean:.1f} x mean" for i in order
-    ]
-    assert words(figure) == expected
-    assert texts(figure).endswith("| Layer fc: the 12 of 30 training samples that refined it most")
-    assert drawn(figure, Cells)[0].get_array().shape[0] == 2 * ROW
+def test_given_and_predicted_label_and_index_are_below_each_sample():
+    figure = plot_samples(table(), torch.rand(30, 1, 8, 8), count=8)
+    assert words(figure)[:6] == ["no label", "→ 0", "#0", "class 0", "→ 1", "#7"]
+    assert len(words(figure)) == 3 * 8
+    assert [text.style.color for text in captions(figure)[:9]] == [INK, OTHER, INK, INK, OTHER, INK, INK, OTHER, INK]
+    same = table(predicted=np.arange(30) % 3 - 1)
+    assert {text.style.color for text in captions(plot_samples(same, torch.rand(30, 1, 8, 8)))} == {INK}
+    assert "The 8 of 30 training samples whose labels are most likely wrong" in texts(figure)
+    named = table(label_name=np.array(["cat"] * 30), suggested_name=np.array(["dog"] * 30))
+    assert words(plot_samples(named, torch.rand(30, 1, 8, 8)))[:3] == ["cat", "→ dog", "#0"]
+    bare = {name: column for name, column in table().items() if name != "suggested"}
+    assert words(plot_samples(bare, torch.rand(30, 1, 8, 8), count=2)) == ["no label", "#0", "class 0", "#7"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_any_number_of_samples_in_a_figure_as_wide_as_a_card(count):
+    figure = plot_samples(table(120), torch.rand(120, 1, 8, 8), count=count)
+    assert len(words(figure)) == 3 * count
+    assert round(figure.get_size_inches()[0] * DPI) == 330
+    assert drawn(figure, Cells)[0].get_array().shape[0] == -(-count // 6) * (TILE + 41)
 
 
 def test_each_tile_is_its_own_sample():
-    arrays = table()
     pictures = torch.zeros(60, 3, 8, 8)
     pictures[:, 0, :, 4:] = torch.arange(60.0)[:, None, None] + 1  # red to the right, over its own range
     pictures[:, 1] = 0.5 * pictures[:, 0] * (torch.arange(60) % 4 == 0)[:, None, None]
-    figure = plot_top_samples(arrays, "fc", pictures, count=5)
-    order = np.argsort(-arrays["refinement/fc"])[:5]
-    greens = [row[1] for row in tiles(figure, [0, 1, 2, 3, 4])[0]]
-    assert greens == [127 * (2 * i % 4 == 0) for i in order]
-    assert all(pixel[0] == 255 for pixel in tiles(figure, [0, 1, 2, 3, 4])[0])
+    figure = plot_samples(table(), pictures, count=9)
+    found = tiles(figure, 0, range(6), 3) + tiles(figure, 1, range(3), 3)
+    assert [pixel[1] for pixel in found] == [127 * (i % 4 == 0) for i in table()["sample_id"][:9]]
+    assert all(pixel[0] == 255 for pixel in found)
 
 
-def test_influence_has_a_row_an_input():
+def test_influence_has_a_row_an_input_with_proponents_and_opponents():
     found, own = influence(), torch.tensor([0, 1, 2])
-    figure = plot_influence(found, torch.rand(3, 1, 8, 8), images(12), targets=own, predictions=torch.tensor([0, 2, 2]))
+    figure = plot_influence(found, torch.rand(3, 1, 8, 8), images(12), targets=own)
     said = words(figure)
-    assert said[:3] == ["class 0", "class 0  #0\n10", "class 1  #1\n9"]
-    assert said[5] == "class 1\n→ class 2"
+    assert said[:2] == ["class 0", "→ 0"]
+    assert said[2:8] == ["class 0", "#0", "+10", "class 1", "#1", "+9"]
+    assert said[11:17] == ["class 2", "#11", "-21", "class 1", "#10", "-20"]
+    third = captions(figure)[2 * 17 :]
+    assert [third[0].words, third[1].words, third[1].style.color] == ["class 2", "→ 0", OTHER]
+    assert captions(figure)[1].style.color == INK  # predicted as labelled
     colors = [text.style.color for text in captions(figure)]
-    assert colors[1:5] == [VALUE, OTHER, OTHER, VALUE]
+    assert colors[2:17:3] == [VALUE, OTHER, OTHER, OTHER, OTHER]
+    assert colors[17 + 2 : 34 : 3] == [VALUE, OTHER, OTHER, VALUE, OTHER]
     title = texts(figure)
-    assert "of 99 training samples" in title and "direction: contrast" in title and "■ | same class" in title
+    assert "of 99 training samples" in title and "Direction: contrast" in title and "■ | same class" in title
     bare = plot_influence(found, torch.rand(3, 1, 8, 8), images(12))
     assert words(bare)[0] == "input" and "same class" not in texts(bare)
     assert {text.style.color for text in captions(bare)} == {INK}
 
 
-def test_the_input_stands_apart_from_its_samples():
-    pictures = torch.stack([flat(1) for _ in range(12)])
-    figure = plot_influence(influence(1, 3), pictures[:1], pictures)
-    places = [(text.x - captions(figure)[0].x) * DPI / PITCH for text in captions(figure)]
-    assert places == pytest.approx([0, 1.25, 2.25, 3.25])
-    assert tiles(figure, [0, 1.25, 2.25, 3.25]) == [[[255, 255, 255]] * 4]
-
-
-def test_at_most_six_inputs_and_ten_samples():
+def test_at_most_six_inputs_with_five_samples_each():
     figure = plot_influence(influence(8, 12), torch.rand(8, 1, 8, 8), images(96))
-    assert len(words(figure)) == 6 * 11
+    assert len(words(figure)) == 6 * (2 + 5 * 3)
+    assert round(figure.get_size_inches()[0] * DPI) == 330
     check_cost(figure, 6)
 
 
@@ -117,15 +124,18 @@ def test_what_is_an_image():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("pictures", [torch.rand(60, 64), ["text"] * 60, {}, torch.full((60, 1, 4, 4), torch.nan)])
 def test_samples_that_are_no_images_are_grey(pictures):
-    figure = plot_top_samples(table(), "fc", pictures, count=2)
+    figure = plot_samples(table(), pictures, count=2)
     figure.canvas.draw()
-    (one, other) = tiles(figure, [0, 1])[0]
+    one, other = tiles(figure, 0, [0, 1], 3)
     assert one == other and len(set(one)) == 1
 
 
 def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="`arrays`"):
-        plot_top_samples({name: column[:0] for name, column in table().items()}, "fc", images(1))
+    for nothing in ({}, {name: column[:0] for name, column in table().items()}):
+        with pytest.raises(ValueError, match="`samples`"):
+            plot_samples(nothing, images(1))
+    with pytest.raises(ValueError, match="`count`"):
+        plot_samples(table(), images(30), count=0)
     with pytest.raises(ValueError, match="`influence`"):
         plot_influence(influence(0, 3), [], images(1))
 

@@ -29,6 +29,7 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement import Indexed, drawn_indices
 from lightning_neuro.refinement.sample_ids import SampleIds
 from tests.models import fit, images, mlp
+from tests.refinement.following import by_id
 
 N = 50
 
@@ -343,12 +344,13 @@ def test_the_callback_takes_the_field_and_the_table_holds_its_ids(field):
     read = None if field is None else lambda batch: batch[field] - 32
     callback = RepresentationRefinement(sample_id_fn=read, on_error="raise")
     fit(mlp(), callback, train=train)
-    table = callback.sample_table
+    table = by_id(callback.samples)
     assert table["sample_id"].tolist() == list(range(32))
-    assert np.array_equal(table["target"], np.arange(32) % 4)
+    assert np.array_equal(table["label"], np.arange(32) % 4)
+    assert np.array_equal(table["base_index"], np.arange(32, 64))
     shifted = RepresentationRefinement(sample_id_fn=lambda batch: 63 - batch[-1], on_error="raise")
     fit(mlp(), shifted, train=train)
-    assert np.array_equal(shifted.sample_table["refinement/net.5"], table["refinement/net.5"][::-1])
+    assert np.array_equal(by_id(shifted.samples)["refinement/net.5"], table["refinement/net.5"][::-1])
 
 
 # Where the ids cannot be known
@@ -442,7 +444,7 @@ def test_a_field_without_a_known_number_of_samples_is_said_once():
     callback = RepresentationRefinement(sample_id_fn=2, num_sources=4)
     (warning,) = warnings_of(lambda: run(callback, train, max_steps=4))
     assert "no length" in warning
-    assert callback.sample_table == {}
+    assert callback.samples == {}
 
 
 # The private names

@@ -1,6 +1,5 @@
 """The table of samples: what is counted, when, and for which sample."""
 
-import csv
 import gc
 import io
 import math
@@ -13,10 +12,11 @@ from torch import nn
 
 from lightning_neuro import Probe, RepresentationRefinement
 from lightning_neuro.checks import ArgumentError
-from lightning_neuro.refinement.sample_table import SampleTable, gini, top_rows, top_samples, write_csv
+from lightning_neuro.refinement.sample_table import SampleTable, gini
 from lightning_neuro.refinement.sample_tracking import is_recorded
 from lightning_neuro.refinement.training_steps import TrainBatch
 from tests.models import fit, loader, mlp
+from tests.refinement.following import by_id
 
 
 def batch(ids, targets=None):
@@ -222,30 +222,6 @@ def test_gini_of_nothing_is_undefined():
     assert gini(torch.ones(1)) == 0.0
 
 
-def test_the_top_is_ordered_and_its_rows_are_readable():
-    arrays = {
-        "sample_id": np.array([4, 7, 9]),
-        "target": np.array([1, -1, 0]),
-        "visits": np.array([2, 3, 4]),
-        "refinement/a": np.array([1.0, 6.0, 3.0]),
-    }
-    assert top_samples(arrays, "a", 2)["sample_id"].tolist() == [7, 9]
-    rows = top_rows(arrays, "a", 2, ["cat", "dog"])
-    assert rows == [[1, 7, "no label", 3, "6", "60.00%"], [2, 9, "cat", 4, "3", "30.00%"]]
-    assert top_rows(SampleTable(["a"], 2).arrays(), "a") == []
-
-
-def test_the_csv_holds_the_table(tmp_path):
-    table, path = random_table(0), tmp_path / "samples.csv"
-    path.write_text("old")
-    write_csv(table.arrays(), path)
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    for name, column in table.arrays().items():
-        assert [float(row[name]) for row in rows] == column.tolist()
-    assert [file.name for file in tmp_path.iterdir()] == ["samples.csv"]
-
-
 def test_visits_in_other_steps_are_estimated_by_those_in_recorded_steps():
     table = SampleTable(["a", "b"], 4)
     for step, who in enumerate(([0, 1], [0, 2], [0, 1])):
@@ -283,7 +259,7 @@ def test_estimates_of_a_fit_are_those_of_all_steps():
     for every in (1, 2):
         callback = RepresentationRefinement(Probe(num_samples=16), track_samples="*", sample_every_n_steps=every)
         fit(mlp(), callback, train=loader(64), max_epochs=20)
-        tables[every] = callback.sample_table
+        tables[every] = by_id(callback.samples)
         followed[every] = callback.ledger["net.5"].weights()["weight"]
     full, some = tables[1], tables[2]
     assert torch.equal(followed[1], followed[2])  # the ledger does not depend on it

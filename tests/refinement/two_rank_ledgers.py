@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 from lightning_neuro import Probe, RepresentationRefinement
 from lightning_neuro.refinement.result import RefinementResult
 from tests.models import Module, fit, images, loader, mlp
+from tests.refinement.following import by_id
 
 LAYERS = ["net.1", "net.5"]
 CASES = {
@@ -42,7 +43,7 @@ def run(case, ranks, folder, *, epochs=2, ckpt_path=None):
     found = {
         "parts": {layer: ledger.weights() for layer, ledger in callback.ledger.items()},
         "phases": {layer: ledger.by_phase() for layer, ledger in callback.ledger.items()},
-        "samples": {key: torch.as_tensor(column) for key, column in callback.sample_table.items()},
+        "samples": {key: torch.as_tensor(column) for key, column in by_id(callback.samples).items()},
         "scalars": callback.scalars,
         "weights": {key: value.clone() for key, value in module.state_dict().items()},
     }
