@@ -47,10 +47,12 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     holds; no weights are copied into it. `untraced_share` is the fraction of the gradient that could not be assigned to
     any sample.
 
-    How to read it: the refinement p of a sample is what training added to the output of the layer on it. The share of a
-    class is sum <c, p> / sum |p|^2, where c is the contribution of its training samples. Shares sum to 1; they are
-    negative for classes that worked against the refinement. They attribute the output that training produced. They do
-    not predict what would happen if these samples were removed.
+    How to read it: the refinement p of a sample is what training added to the output of the layer on it. One part of it
+    is the same for all samples, its mean (`common_share`). The share of a class is that in the rest, which sets the
+    samples apart: g / sum of |g| over the classes, where g = sum <c - mean c, p - mean p> and c is the contribution of
+    its training samples. A share is negative if the class worked against the others, and the absolute values of all
+    shares sum to 1. They attribute the output that training produced. They do not predict what would happen if these
+    samples were removed.
 
     Args:
         probe: The samples that are explained, and when; see `Probe`. Its `layers` are not used here.
@@ -100,8 +102,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         | `norm` | mean norm of the refinement p over the probe set | 0 .. | neither |
         | `completeness_error` | max \|sum of all parts - output\| / max \|output\| | 0 .. | 0 |
         | `untraced_share` | fraction of the gradient that could not be assigned to any sample | 0 .. | 0 |
-        | `own_class_share` | share of the class of a sample in its refinement | any | higher |
-        | `own_class_share_null` | the same with labels shuffled over the samples | any | (reference) |
+        | `own_class_share` | share of the class of a sample in what sets its output apart | -1 .. 1 | higher |
+        | `own_class_share_null` | the same with labels shuffled over the samples | -1 .. 1 | (reference) |
+        | `common_share` | fraction of the refinement that is common to all samples | 0 .. 1 | neither |
         | `initial_share` | fraction of the output that is due to the initial weights | any | neither |
         | `sample_gini` | how unevenly single training samples refined the layer (Gini) | 0 .. 1 | neither |
 
@@ -138,6 +141,7 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     follows_training = True
     charts = {  # noqa: RUF012
         "share of a sample's own class": ("own_class_share", "own_class_share_null"),
+        "refinement common to all samples": ("common_share",),
         "norm of the refinement": ("norm",),
         "part of the initial weights": ("initial_share",),
         "errors of the sum": ("completeness_error", "untraced_share"),
@@ -146,8 +150,9 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
     meanings = {  # noqa: RUF012
         "norm": "norm of what training added to the output of the layer, mean over samples",
         "completeness_error": "error of the sum of all contributions, relative to the output",
-        "own_class_share": "share of the class of a sample in its refinement",
+        "own_class_share": "share of the class of a sample in what sets its output apart",
         "own_class_share_null": "the same with shuffled labels",
+        "common_share": "fraction of the refinement that is common to all samples",
         "initial_share": "fraction of the output that is due to the initial weights",
     }
 

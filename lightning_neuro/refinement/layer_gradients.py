@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_neuro.refinement.patches import CONVOLUTIONS, Convolution, padded, patches_of
 from lightning_neuro.refinement.position_sums import chunks
-from lightning_neuro.refinement.sources import Sources
+from lightning_neuro.refinement.sources import Sources, ledger_dtype
 
 Operator = nn.Linear | Convolution
 
@@ -55,6 +55,36 @@ def parameters_of(module: Operator) -> Mapping[str, nn.Parameter]:
 def num_outputs(module: Operator) -> int:
     """Number of output units (channels) of a layer."""
     return module.weight.shape[1 if is_transposed_linear(module) else 0]
+
+
+def units_last(module: Operator, outputs: Tensor) -> Tensor:
+    """Outputs of the layer as (B, positions, units)."""
+    if is_linear(module):
+        return outputs.reshape(len(outputs), -1, outputs.shape[-1])
+    return outputs.flatten(2).mT
+
+
+def one_output_shape(module: Operator) -> tuple[int, ...]:
+    """The shape of the weight if the layer had one output per group; see `input_sums`."""
+    shape = module.weight.shape
+    return (shape[0], 1) if is_transposed_linear(module) else (getattr(module, "groups", 1), *shape[1:])
+
+
+def outer(module: Operator, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Products of outputs with the inputs of one output per group, in the shape of the weight.
+
+    Args:
+        module: The layer.
+        outputs: (N, units).
+        inputs: (N, *shape), as `input_sums` returns them.
+
+    Returns:
+        (N, *weight shape).
+    """
+    if is_transposed_linear(module):
+        return inputs * outputs[:, None]
+    grouped = outputs.view(len(outputs), inputs.shape[1], -1, *[1] * (inputs.ndim - 2))
+    return (grouped * inputs[:, :, None]).reshape(len(outputs), *module.weight.shape)
 
 
 def layer_output(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -185,6 +215,38 @@ def add_source_gradients(
         sums["bias"].index_add_(0, sources.rows, per_sample.to(sums["bias"].dtype))
 
 
+def input_sums(module: Operator, inputs: Tensor, outputs: Tensor, sources: Sources) -> Tensor:
+    """The inputs from which single outputs of the layer are computed, summed over positions and samples, by source.
+
+    Args:
+        module: The layer.
+        inputs: Its input, (B, ..., features) or (B, channels, ...).
+        outputs: Its output, of which only the shape is used.
+        sources: The sources of the samples.
+
+    Returns:
+        (sources, *weight shape), with one output per group instead of all of them: what the weights of any output of
+        the group are multiplied with. Float64 (float32 on devices without it).
+
+    Example:
+        >>> layer = nn.Conv1d(1, 4, 2)
+        >>> inputs = torch.tensor([[[1.0, 2.0, 3.0]], [[0.0, 0.0, 5.0]]])
+        >>> input_sums(layer, inputs, layer(inputs), Sources(torch.tensor([1, 1]), 2)).tolist()
+        [[[[0.0, 0.0]]], [[[3.0, 10.0]]]]
+    """
+    dtype = ledger_dtype(inputs.device)
+    if is_linear(module):
+        per_sample = inputs.reshape(len(inputs), -1, inputs.shape[-1]).to(dtype).sum(1)
+        sums = per_sample.new_zeros(sources.num, per_sample.shape[1]).index_add_(0, sources.rows, per_sample)
+        return sums.unsqueeze(2 if is_transposed_linear(module) else 1)
+    assert isinstance(module, CONVOLUTIONS)
+    # Of the sum over samples, because a convolution is linear in its input.
+    summed = inputs.new_zeros(sources.num, *inputs.shape[1:], dtype=dtype)
+    summed = summed.index_add_(0, sources.rows, inputs.to(dtype))
+    ones = summed.new_ones(1, module.groups, *outputs.shape[2:])
+    return torch.stack([_conv_weight(module, part[None], ones, one_output=True) for part in summed])
+
+
 def _in_one_product(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:
     """(B, positions, in) inputs and (B, positions, out) gradients -> (sources, out, in)."""
     num_in, num_out = inputs.shape[-1], gradients.shape[-1]
@@ -220,7 +282,8 @@ def add_by_sample(
         sums.index_add_(0, mine, product.reshape(len(a), *shape).to(sums.dtype))
 
 
-def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tensor:
+def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor, *, one_output: bool = False) -> Tensor:
+    """The weight gradient; with `one_output`, of a convolution with one output per group."""
     dims = module.weight.ndim - 2
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -228,6 +291,7 @@ def _conv_weight(module: Convolution, inputs: Tensor, gradients: Tensor) -> Tens
     else:
         padding = list(module.padding)
     weight = module.weight.detach().to(gradients.dtype)  # only its shape is used
+    weight = weight[: module.groups] if one_output else weight
     _, gradient, _ = torch.ops.aten.convolution_backward(
         gradients,
         inputs,

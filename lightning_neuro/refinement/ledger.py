@@ -119,6 +119,11 @@ class RefinementLedger:
 
     # While training
 
+    @property
+    def num_begun(self) -> int:
+        """Number of phases that have begun: training may end before the last one."""
+        return len(self._snapshots) + 1
+
     def is_moved_by(self, optimizer: Optimizer) -> bool:
         """Whether a step of this optimizer changes the layer, so that the ledger must repeat it."""
         return any(True for _ in self._moved_by(optimizer))

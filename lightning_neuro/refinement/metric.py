@@ -1,5 +1,6 @@
 """How a ledger divides the outputs of a layer on many samples, as a torchmetrics metric with additive state."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +10,13 @@ from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_r
 from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.refinement.layer_gradients import (
     add_source_gradients,
+    input_sums,
     layer_output,
     layer_samples_first,
     num_outputs,
+    one_output_shape,
+    outer,
+    units_last,
 )
 from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.result import RefinementResult
@@ -21,14 +26,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# A smaller part of the refinement than this cannot be told from the rounding of the part that is common to all samples.
+_ROUNDING = 1e-6
+
+
 class RefinementSummary(ResultMetric):
     """Divides the output of a layer on the given samples among the sources of its training samples, by class.
 
-    The share of source s is sum <A_s h, p> / sum |p|^2, where h is the input of the layer, A_s the part of source s of
-    its weights, and p the refinement. All shares are computed in one pass: the sum over samples is the inner product of
-    A_s with one matrix, the sum of p h^T. So the state is one such matrix per class, independent of the number of
-    samples, sources and phases. The share is a ratio of sums and not a mean of ratios, because the ratio of a single
-    sample is unbounded where p passes through 0, as a single logit does.
+    Let h be the input of the layer, A_s the part of source s of its weights, c_s = A_s h its contribution and p the
+    refinement, the sum of all contributions. A part of p is common to all samples: its mean m over samples and
+    positions. What a source did to set the samples of a class apart is g_s = sum <c_s - mean c_s, p - m> over them; the
+    g_s sum to sum |p - m|^2. Its share is
+
+        share of s = g_s / sum over sources of |g|
+
+    It is negative if the source worked against the others, and the absolute values of all shares sum to 1. Sums that
+    cancel do not make it large, unlike the ratios to the sum: `shares` x `gross`, and `raw_shares` without the means.
+
+    All shares are computed in one pass: the sum over samples is the inner product of A_s with one matrix, the sum of
+    p h^T, from which the means are subtracted at the end. So the state is one such matrix per class, independent of the
+    number of samples, sources and phases. The share is a ratio of sums and not a mean of ratios, because the ratio of a
+    single sample is unbounded where p passes through 0, as a single logit does.
 
     Args:
         ledger: The ledger of the layer.
@@ -63,6 +81,9 @@ class RefinementSummary(ResultMetric):
     squares: Tensor
     weight: Tensor
     bias: Tensor
+    input_sums: Tensor
+    refined_sums: Tensor
+    positions: Tensor
     num_samples: Tensor
 
     def __init__(
@@ -88,6 +109,11 @@ class RefinementSummary(ResultMetric):
         for name in ("weight", "bias"):
             shape = parts[name][:-1].shape if name in parts else (0,)
             self.add_state(name, zero.new_zeros(shape), dist_reduce_fx="sum")
+        units = 0 if ledger is None else num_outputs(ledger.module)
+        one_output = (0,) if ledger is None else one_output_shape(ledger.module)
+        self.add_state("positions", zero.new_zeros(classes), dist_reduce_fx="sum")
+        self.add_state("refined_sums", zero.new_zeros(classes, units), dist_reduce_fx="sum")
+        self.add_state("input_sums", zero.new_zeros(classes, *one_output), dist_reduce_fx="sum")
 
     def update(self, inputs: ArrayLike, outputs: ArrayLike, targets: ArrayLike | None = None) -> None:
         """Add a batch.
@@ -137,19 +163,22 @@ class RefinementSummary(ResultMetric):
         shape = layer_output(module, inputs, module.weight, module.bias).shape
         sums = {"weight": self.weight, "bias": self.bias}
         gradients = refined.view(shape).to(inputs.dtype)
-        add_source_gradients(module, inputs, gradients, Sources(rows, num + 1), sums, may_wait=True)
+        sources = Sources(rows, num + 1)
+        add_source_gradients(module, inputs, gradients, sources, sums, may_wait=True)
+        self.input_sums = self.input_sums + input_sums(module, inputs, gradients, sources)
+        by_unit = units_last(module, refined.view(shape))
+        self.refined_sums = self.refined_sums.index_add(0, rows, by_unit.sum(1))
+        self.positions = self.positions + by_unit.shape[1] * sources.counts
         self.counts = self.counts.index_add(0, rows, torch.ones_like(rows, dtype=self.counts.dtype))
         self.squares = self.squares.index_add(0, rows, refined.square().sum(1))
 
     def compute(self) -> RefinementResult:
         """The result for all samples since the last reset."""
         ledger = self._opened()
-        weights = ledger.weights()
-        seen: dict[str, Tensor] = {name: getattr(self, name) for name in weights}
-        shares = self.counts.new_zeros(len(self.counts), ledger.num_sources + 1)
-        for name, parts in weights.items():
-            shares += seen[name].flatten(1) @ parts[:-1].flatten(1).to(shares).T
-        by_phase = ledger.phase_products({name: products.sum(0) for name, products in seen.items()})
+        raw = {name: getattr(self, name) for name in ledger.weights()}
+        centred, squares, common = self._centred(raw["weight"])
+        gains = self._products({"weight": centred}).where(squares[:, None] > 0, torch.nan)
+        by_phase = ledger.phase_products({"weight": centred.sum(0)})[: ledger.num_begun]
         return RefinementResult(
             num_units=num_outputs(ledger.module),
             num_samples=int(self.num_samples),
@@ -157,16 +186,49 @@ class RefinementSummary(ResultMetric):
             norm=float(self.norms / self.num_samples),
             completeness_error=self._error(),
             initial_share=float(self.initial_products / self.output_squares),
-            shares=(shares / self.squares[:, None]).cpu(),
-            phase_shares=(by_phase.T / self.squares.sum()).cpu(),
+            common_share=common,
+            shares=_as_shares(gains, (1,)).cpu(),
+            gross=(gains.abs().sum(1) / squares).cpu(),
+            raw_shares=(self._products(raw) / self.squares[:, None]).cpu(),
+            phase_shares=_as_shares(by_phase, (0, 1)).T.cpu(),
             counts=self.counts.cpu(),
-            squares=self.squares.cpu(),
+            squares=squares.cpu(),
             untraced_share=ledger.untraced_share,
             names=ledger.names,
             inexact=ledger.inexact,
             own=self.own,
             are_some=self.are_some,
         )
+
+    def _products(self, seen: Mapping[str, Tensor]) -> Tensor:
+        """Inner products of the matrix of each class with the part of each source: (classes + 1, sources)."""
+        weights = self._opened().weights()
+        shares = self.counts.new_zeros(len(self.counts), self._opened().num_sources + 1)
+        for name, products in seen.items():
+            shares += products.flatten(1) @ weights[name][:-1].flatten(1).to(shares).T
+        return shares
+
+    def _centred(self, products: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Subtract the means over all samples and positions from contributions and refinement.
+
+        The bias contributes the same to all of them, so nothing of it is left.
+
+        Args:
+            products: (classes + 1, *weight shape), sum of p h^T.
+
+        Returns:
+            The same of the differences from the means; (classes + 1,) sum of |p - m|^2, 0 where only rounding is left;
+            and |m|^2 relative to the mean of |p|^2.
+        """
+        module, total = self._opened().module, self.positions.sum()
+        mean, mean_input = self.refined_sums.sum(0) / total, self.input_sums.sum(0) / total
+        # (p - m)(h - k)^T summed is the sum of p h^T - (sum p - n m) k^T - m (sum h)^T.
+        rest = self.refined_sums - self.positions[:, None] * mean
+        centred = products - outer(module, rest, mean_input.expand_as(self.input_sums))
+        centred -= outer(module, mean.expand_as(rest), self.input_sums)
+        squares = self.squares - 2 * self.refined_sums @ mean + self.positions * mean.square().sum()
+        squares = torch.where(squares > _ROUNDING * self.squares, squares, 0.0)
+        return centred, squares, float(mean.square().sum() * total / self.squares.sum())
 
     def _error(self) -> float:
         if not self.num_samples:
@@ -191,3 +253,8 @@ class RefinementSummary(ResultMetric):
         from lightning_neuro.refinement.plot import plot_refinement
 
         return plot_refinement({layer: result or self.compute()})
+
+
+def _as_shares(gains: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Divide by the sum of the absolute values; NaN where all are 0."""
+    return gains / gains.abs().sum(dims, keepdim=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -28,43 +28,100 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 20
 BANDWIDTH = 0.1  # of the density over cosines, as in the paper
-_SIDE, _ABOVE = 1.8, 0.68  # inches: side of a heat map, space above it
+_SIDE = 1.8  # inches: side of the heat map of an explanation
+_CARD = 3.3  # inches: width of a card of TensorBoard
 
 
 def plot_refinement(results: Mapping[str, RefinementResult], class_names: Sequence[str] | None = None) -> "Figure":
-    """Draw two heat maps per layer: the shares by class of the explained samples, and by phase of training.
+    """Draw two heat maps per layer: the shares of each class of training samples, by explained class and by phase.
+
+    Rows are classes of training samples. On the left, the absolute values of a column sum to 1: who set the samples of
+    this class apart. On the right, those of a row sum to 1: when the class did so. Red is for what the samples have
+    become, blue against it. All maps have one scale, that of the bar. Phases that have not begun are not drawn.
 
     Args:
         results: Layer -> result.
         class_names: Names of the classes, if the sources are the classes; default: the names in the results.
 
     Returns:
-        A matplotlib figure that is not registered with pyplot.
+        A matplotlib figure that is not registered with pyplot, as wide as a card of TensorBoard.
     """
-    shown, rows, columns = first_panels(results, max_columns=1 if len(results) < 3 else 2)
+    shown, rows, _ = first_panels(results, max_columns=1)
     labels = [_names(result, class_names) for _, result in shown]
     widest = max(map(_widest, labels))
-    room, under = 0.3 + widest, 0.5 + (widest if widest > _SIDE / MAX_ROWS else 0.1)
-    block, tall = 2 * (room + _SIDE + 0.1), _ABOVE + _SIDE + under
-    width, height = columns * block + 0.15, rows * tall + 0.3
-    figure = new_figure(width, height)
-    for number, ((layer, result), names) in enumerate(zip(shown, labels, strict=True)):
-        row, column = divmod(number, columns)
-        left = Panel(column * block + room, height - row * tall - _ABOVE - _SIDE, _SIDE, _SIDE)
-        right = replace(left, left=left.right + 0.1 + room)
-        own = slice(None, len(names))
-        phases = [str(phase + 1) for phase in range(result.phase_shares.shape[1])]
-        title = f"{layer}\nshare of the refinement,\nmean over {int(result.counts.sum()):,} samples".lstrip()
-        null = f"class of the training samples\n(null, shuffled labels: {result.own_class_share_null:.2f})"
-        _draw_heat_map(figure, left, result.shares[:-1][own, own], title, names, names, null)
-        after = f"phase of training (1 to {len(phases)})"
-        _draw_heat_map(figure, right, result.phase_shares[own], "share by phase of training", names, phases, after)
-        for panel, words in ((left, "class of the explained sample"), (right, "class of the training samples")):
-            write(figure, panel.left - room + 0.1, panel.middle[1], words, ha="center", upwards=True)
+    maps = [_shown_shares(result, len(names)) for (_, result), names in zip(shown, labels, strict=True)]
+    known = [np.abs(values[np.isfinite(values)]) for pair in maps for values in pair]
+    limit = max(0.1, float(np.ceil(max((part.max() for part in known if part.size), default=0.0) * 10) / 10))
+    room, below = 0.32 + widest, 0.32 + widest
+    left_side = 0.6 * (_CARD - room - 0.25)
+    tall = 0.6 + left_side + below
+    height = rows * tall + 0.5
+    figure = new_figure(_CARD, height)
+    for row, ((layer, result), names, (by_class, by_phase)) in enumerate(zip(shown, labels, maps, strict=True)):
+        left = Panel(room, height - (row + 1) * tall + below, left_side, left_side)
+        right = replace(left, left=left.right + 0.15, width=_CARD - 0.1 - left.right - 0.15)
+        write(figure, 0.05, left.top + 0.54, short_name(layer, 40), size=9, va="top", bold=True)
+        write(figure, 0.05, left.top + 0.38, _in_words(result), va="top")
+        phases = [str(phase + 1) for phase in range(by_phase.shape[1])]
+        for panel, values, columns, words, turned in (
+            (left, by_class, names, "explained class", True),
+            (right, by_phase, phases, "phase", False),
+        ):
+            _draw_map(figure, panel, values, limit)
+            _name_columns(figure, panel, columns, turned=turned)
+            depth = (widest if turned else 0.12) + 0.08
+            write(figure, panel.middle[0], panel.bottom - depth, words, ha="center", va="top")
+        _name_rows(figure, left, names)
+        write(figure, 0.1, left.middle[1], "class of training samples", ha="center", upwards=True)
+    _draw_bar(figure, Panel(1.0, 0.3, _CARD - 2.0, 0.1), limit)
     cut = f"the first {MAX_ROWS} classes" if any(len(result.names) > MAX_ROWS + 1 for _, result in shown) else ""
-    foot = "; ".join(filter(None, ["The shares of all sources sum to 1", cut, layers_left_out(len(results))]))
-    write(figure, 0.1, 0.12, foot)
+    write(figure, 0.05, 0.1, "; ".join(filter(None, [cut, layers_left_out(len(results))])))
     return figure
+
+
+def _shown_shares(result: RefinementResult, count: int) -> tuple[Any, Any]:
+    """The shares by explained class, (training class, explained class), and by phase, (training class, phase)."""
+    by_phase = result.phase_shares[:count].double()
+    by_phase = by_phase / by_phase.abs().sum(1, keepdim=True)
+    return result.shares[:-1][:count, :count].T.double().numpy(), by_phase.numpy()
+
+
+def _in_words(result: RefinementResult) -> str:
+    if not np.isfinite(result.shares[:-1].numpy()).any():
+        return "undefined: no training step yet,\nor no known classes"
+    own = f"own class {result.own_class_share:.2f} (shuffled labels {result.own_class_share_null:.2f})\n"
+    return f"{own if result.own else ''}common to all samples, not shown: {result.common_share:.0%}"
+
+
+def _draw_map(figure: "Figure", panel: Panel, values: Any, limit: float) -> None:
+    if np.isfinite(values).any():
+        size = (panel.width, panel.height)
+        draw_cells(figure, values, (panel.left, panel.bottom), size, cmap=DIVERGING, vmin=-limit, vmax=limit)
+    else:
+        draw_lines(figure, [panel.outline])
+
+
+def _draw_bar(figure: "Figure", panel: Panel, limit: float) -> None:
+    """A colour bar with the ends of the scale."""
+    colors = np.linspace(-limit, limit, 101)[None]
+    size = (panel.width, panel.height)
+    draw_cells(figure, colors, (panel.left, panel.bottom), size, cmap=DIVERGING, vmin=-limit, vmax=limit)
+    write(figure, panel.left - 0.08, panel.middle[1], f"against  {-limit:.1f}", ha="right")
+    write(figure, panel.right + 0.08, panel.middle[1], f"{limit:.1f}  for it")
+    write(figure, panel.middle[0], panel.bottom - 0.03, "share", ha="center", va="top")
+
+
+def _name_columns(figure: "Figure", panel: Panel, names: Sequence[str], *, turned: bool) -> None:
+    cell = panel.width / max(1, len(names))
+    for number in range(0, len(names), 1 + int(0.13 / cell)):
+        x = panel.left + (number + 0.5) * cell
+        write(figure, x, panel.bottom - 0.04, names[number], size=TICK, ha="center", va="top", upwards=turned)
+
+
+def _name_rows(figure: "Figure", panel: Panel, names: Sequence[str]) -> None:
+    cell = panel.height / max(1, len(names))
+    for number in range(0, len(names), 1 + int(0.11 / cell)):
+        write(figure, panel.left - 0.05, panel.top - (number + 0.5) * cell, names[number], size=TICK, ha="right")
 
 
 def _names(result: RefinementResult, class_names: Sequence[str] | None) -> list[str]:
@@ -72,7 +129,7 @@ def _names(result: RefinementResult, class_names: Sequence[str] | None) -> list[
     names = result.names[:-1][:MAX_ROWS]
     if result.own and class_names is not None:
         names = tuple(class_name(label, class_names) for label in range(len(names)))
-    return [short_name(name, 14) for name in names]
+    return [short_name(name, 10) for name in names]
 
 
 def _draw_heat_map(
@@ -95,13 +152,9 @@ def _draw_heat_map(
         draw_lines(figure, [panel.outline])
         title += "\n(undefined: no training step yet,\nor no known sources)"
     write(figure, panel.left, panel.top + 0.05, title, va="bottom")
-    cell, wide = panel.width / max(1, len(columns)), _widest(columns)
-    for number in range(0, len(columns), 1 + int(0.13 / cell)):
-        x = panel.left + (number + 0.5) * cell
-        write(figure, x, panel.bottom - 0.04, columns[number], size=TICK, ha="center", va="top", upwards=wide > cell)
-    cell = panel.height / max(1, len(rows))
-    for number in range(0, len(rows), 1 + int(0.11 / cell)):
-        write(figure, panel.left - 0.05, panel.top - (number + 0.5) * cell, rows[number], size=TICK, ha="right")
+    wide = _widest(columns)
+    _name_columns(figure, panel, columns, turned=wide > panel.width / max(1, len(columns)))
+    _name_rows(figure, panel, rows)
     depth = wide if wide > panel.width / max(1, len(columns)) else 0.12
     write(figure, panel.middle[0], panel.bottom - depth - 0.08, below, ha="center", va="top")
 
@@ -135,6 +188,8 @@ def plot_explanation(
     cosines = explanation.cosines()[:, :, sample].double().cpu().numpy()
     norms = explanation.norms()[:, :, sample].double().cpu().numpy()
     shares = explanation.shares()[:, :, sample].double().cpu()
+    begun = 1 + max(np.flatnonzero(norms.any(0)), default=norms.shape[1] - 1)  # training may end before the last phase
+    shares = shares[:, :begun]
     outputs = explanation.outputs[sample]
     names = explanation.sources
     if class_names is not None:

@@ -22,9 +22,10 @@ UNTRACED = 0.05
 class RefinementResult:
     """How the output of one layer divides among the sources of the training samples: means over the probe set.
 
-    The refinement p of a sample is the output of the layer on it, minus the part of the initial weights. The share of a
-    source is sum <c, p> / sum |p|^2 over the samples, where c is the contribution of the source; the shares of all
-    sources sum to 1.
+    The refinement p of a sample is the output of the layer on it, minus the part of the initial weights. Its mean over
+    samples and positions is common to all of them. What a source did to set the samples of a class apart is g = sum
+    <c - mean c, p - mean p> over them, where c is its contribution. Its share is g / sum over sources of |g|: negative
+    if it worked against the others; the absolute values of all shares sum to 1.
 
     Attributes:
         num_units: Number of output units (channels) of the layer.
@@ -34,11 +35,16 @@ class RefinementResult:
         completeness_error: max |initial part + sum of contributions - output| / max |output|. It verifies the sum.
         initial_share: Fraction of the output z that is due to the initial weights, sum <z_initial, z> / sum |z|^2; 1
             before training.
-        shares: (classes + 1, sources) share of each source in the refinement of the samples of each class; the last row
+        common_share: Fraction of the refinement that is common to all samples, |mean p|^2 / mean |p|^2.
+        shares: (classes + 1, sources) share of each source in what sets the samples of each class apart; the last row
             is for samples without a class. NaN for a class without a refinement.
-        phase_shares: (sources, phases) share of each source and phase of training, over all samples.
+        gross: (classes + 1,) sum over sources of |g|, relative to sum |p - mean p|^2: 1 if no source worked against the
+            others. `shares` x `gross` sum to 1.
+        raw_shares: (classes + 1, sources) the exact division of p itself, sum <c, p> / sum |p|^2; they sum to 1.
+        phase_shares: (sources, phases) share of each source and phase of training that has begun, over all samples; the
+            absolute values of all sum to 1.
         counts: (classes + 1,) number of samples.
-        squares: (classes + 1,) sum of |p|^2 over them.
+        squares: (classes + 1,) sum of |p - mean p|^2 over them.
         untraced_share: Fraction of the gradient that could not be assigned to any sample.
         names: Names of the sources.
         inexact: Why the optimizer steps could only be divided approximately; empty if they were divided exactly.
@@ -53,7 +59,10 @@ class RefinementResult:
     norm: float
     completeness_error: float
     initial_share: float
+    common_share: float
     shares: Tensor
+    gross: Tensor
+    raw_shares: Tensor
     phase_shares: Tensor
     counts: Tensor
     squares: Tensor
@@ -68,7 +77,7 @@ class RefinementResult:
 
     @property
     def own_class_share(self) -> float:
-        """Share of a sample's own class in its refinement, over samples with a class; NaN without a refinement."""
+        """Share of the own class in what sets samples apart, over samples with a class; NaN without a refinement."""
         if not self.own or not self._any():
             return float("nan")
         return float((self.shares.diagonal() * self._of_labelled(self.squares)).nansum())
@@ -97,6 +106,7 @@ class RefinementResult:
             "completeness_error": self.completeness_error,
             "untraced_share": self.untraced_share,
             "initial_share": self.initial_share,
+            "common_share": self.common_share,
             "own_class_share": self.own_class_share,
             "own_class_share_null": self.own_class_share_null,
             "sample_gini": self.sample_gini,

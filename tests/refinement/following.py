@@ -89,6 +89,21 @@ class Follower:
         return max(explanation.residual for explanation in self.explain().values())
 
 
+def gains(contributions: Tensor) -> tuple[Tensor, Tensor]:
+    """What each source did to set each sample apart from the mean over samples and positions, by definition.
+
+    Args:
+        contributions: (sources, phases, samples, positions, units).
+
+    Returns:
+        (sources, phases, samples), and |p - mean p|^2, (samples,).
+    """
+    p = contributions.sum((0, 1))
+    p = p - p.mean((0, 1))
+    apart = contributions - contributions.mean((2, 3), keepdim=True)
+    return (apart * p).sum((3, 4)), p.square().sum((1, 2))
+
+
 def by_id(samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The table of samples in the order of their ids, without their ranks."""
     order = np.argsort(samples["sample_id"])

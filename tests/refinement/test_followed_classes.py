@@ -14,6 +14,7 @@ from lightning_neuro.checks import ArgumentError
 from lightning_neuro.refinement.followed_classes import DEFAULT_NUMBERS, DEFAULT_SOURCES, follow
 from lightning_neuro.refinement.traced_layers import default_layer
 from tests.models import Module, fit
+from tests.refinement.following import gains
 
 
 def samples(labels: Tensor) -> TensorDataset:
@@ -91,12 +92,13 @@ def test_own_class_shares_are_those_of_the_followed_classes():
     callback = trained(data, 50, Probe(num_samples=90), num_sources=4)
     ledger, result = callback.ledger["net.0"], callback.result["net.0"]
     explained = ledger.explain(data.tensors[0])
-    refinement = explained.refinement
+    each, squares = gains(explained.contributions.unsqueeze(3))
     own = total = 0.0
     for row, label in enumerate(callback.run.classes.labels.tolist()):
         mine = data.tensors[1] == label
-        own += float((explained.contributions[row].sum(0)[mine] * refinement[mine]).sum())
-        total += float(refinement[mine].square().sum())
+        whole = each[..., mine].sum((1, 2))
+        own += float(whole[row] / whole.abs().sum() * squares[mine].sum())
+        total += float(squares[mine].sum())
     assert result.own_class_share == pytest.approx(own / total, rel=1e-4)
     assert result.shares.shape == (5, 5)
     assert not result.notes()  # "other" is no sign of missing labels here

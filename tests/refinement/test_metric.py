@@ -12,13 +12,30 @@ from lightning_neuro.refinement.ledger import RefinementLedger
 from lightning_neuro.refinement.metric import RefinementSummary
 from lightning_neuro.refinement.result import RefinementResult
 from lightning_neuro.refinement.sources import Sources
+from tests.refinement.following import gains
 
 K = 3
+
+
+class Conv1D(nn.Module):
+    """Like that of Hugging Face transformers."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (5,)),
     "no bias": (lambda: nn.Linear(5, 4, bias=False), (5,)),
     "tokens": (lambda: nn.Linear(5, 4), (3, 5)),
     "conv": (lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), (2, 5, 5)),
+    "grouped without bias": (lambda: nn.Conv2d(2, 6, 2, bias=False, groups=2), (2, 3, 3)),
+    "transposed linear": (lambda: Conv1D(4, 5), (5,)),
     "circular conv": (lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), (2, 6)),
 }
 
@@ -57,33 +74,39 @@ def filled(ledger, inputs, targets=TARGETS, *, at=None, **options):
 def test_sums_over_samples_one_by_one(name):
     layer, ledger, inputs = trained(name)
     result = filled(ledger, inputs).compute()
-    products, initial, squares, totals = [], [], [], []
-    for sample in inputs:
-        found = ledger.explain(sample[None])
-        p, z = found.refinement, layer(sample[None]).detach()
-        products.append((found.contributions * p).flatten(2).sum(2))
-        squares.append(p.square().sum())
-        initial.append((found.initial * z).sum())
-        totals.append(z.square().sum())
-    products, squares = torch.stack(products), torch.stack(squares)  # (samples, sources, phases), (samples,)
+    found, z = ledger.explain(inputs), layer(inputs).detach()
+    p, c = found.refinement, found.contributions
     rows = torch.where((TARGETS >= 0) & (TARGETS < K), TARGETS, K)
-    whole = products.sum(2)
-    by_class = torch.stack([whole[rows == c].sum(0) / squares[rows == c].sum() for c in range(K + 1)])
+
+    def by_class(values):
+        return torch.stack([values[..., rows == row].sum(-1) for row in range(K + 1)])
+
+    raw = by_class((c * p).flatten(3).sum((1, 3))) / by_class(p.flatten(1).square().sum(1))[:, None]
+    torch.testing.assert_close(result.raw_shares, raw, rtol=1e-9, atol=1e-10)
+    units = c.unsqueeze(3) if c.ndim == 4 else (c if name == "tokens" else c.flatten(4).mT)
+    each, squares = gains(units)
+    whole = by_class(each.sum(1))
+    torch.testing.assert_close(result.shares, whole / whole.abs().sum(1, keepdim=True), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(result.squares, by_class(squares), rtol=1e-9, atol=1e-10)
+    # They are the parts of an exact sum.
+    torch.testing.assert_close(whole.sum(1), by_class(squares), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close((result.shares * result.gross[:, None]).sum(1), torch.ones(K + 1).double())
     # Snapshots of phases are in single precision; the shares of whole sources are not.
-    torch.testing.assert_close(result.shares, by_class, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(result.phase_shares, products.sum(0) / squares.sum(), rtol=1e-6, atol=1e-7)
-    assert result.norm == pytest.approx(float(squares.sqrt().mean()), rel=1e-10)
-    assert result.initial_share == pytest.approx(float(sum(initial) / sum(totals)), rel=1e-10)
+    phases = each.sum(2)
+    torch.testing.assert_close(result.phase_shares, phases / phases.abs().sum(), rtol=1e-6, atol=1e-7)
+    mean = units.sum((0, 1)).mean((0, 1)).square().sum() * units.shape[3]
+    lengths = p.flatten(1).square().sum(1)
+    assert result.common_share == pytest.approx(float(mean / lengths.mean()), rel=1e-9)
+    assert result.norm == pytest.approx(float(lengths.sqrt().mean()), rel=1e-10)
+    assert result.initial_share == pytest.approx(float((found.initial * z).sum() / z.square().sum()), rel=1e-10)
     assert result.counts.tolist() == [3, 2, 4, 2]
     assert result.completeness_error < 1e-12
-    torch.testing.assert_close(result.shares.sum(1), torch.ones(K + 1, dtype=torch.float64))
-    torch.testing.assert_close(result.squares, torch.stack([squares[rows == c].sum() for c in range(K + 1)]))
-    labelled = [i for i, c in enumerate(TARGETS.tolist()) if 0 <= c < K]
-    own = sum(whole[i, TARGETS[i]] for i in labelled) / squares[labelled].sum()
-    assert result.own_class_share == pytest.approx(float(own), rel=1e-9)
+    labelled = [i for i, label in enumerate(TARGETS.tolist()) if 0 <= label < K]
+    weights = by_class(squares)[:K] / squares[labelled].sum()
+    assert result.own_class_share == pytest.approx(float(weights @ result.shares.diagonal()[:K]), rel=1e-9)
     # Shuffled labels: each labelled sample with the label of each.
-    pairs = sum(whole[i, TARGETS[j]] for i in labelled for j in labelled) / (len(labelled) * squares[labelled].sum())
-    assert result.own_class_share_null == pytest.approx(float(pairs), rel=1e-9)
+    pairs = sum(float(weights @ result.shares[:K, TARGETS[i]]) for i in labelled) / len(labelled)
+    assert result.own_class_share_null == pytest.approx(pairs, rel=1e-9)
 
 
 def test_shards_are_the_whole():
@@ -94,9 +117,9 @@ def test_shards_are_the_whole():
         parts = torch.stack([getattr(first, name), getattr(second, name)])
         setattr(first, name, parts.amax(0) if name.startswith("largest") else reduce(parts))
     one, two = whole.compute(), first.compute()
-    for field in ("shares", "phase_shares", "counts"):
+    for field in ("shares", "raw_shares", "gross", "phase_shares", "counts"):
         torch.testing.assert_close(getattr(one, field), getattr(two, field), rtol=1e-5, atol=1e-6)
-    for field in ("norm", "initial_share", "completeness_error", "num_nonfinite"):
+    for field in ("norm", "initial_share", "common_share", "completeness_error", "num_nonfinite"):
         assert getattr(one, field) == pytest.approx(getattr(two, field), rel=1e-5)
 
 
@@ -121,9 +144,10 @@ def test_numbers_by_hand():
     assert result.initial_share == pytest.approx(1 / 17)
     assert result.shares[:2, :2].tolist() == [[0.75, 0.25], [0.75, 0.25]]
     assert result.shares[2].isnan().all()
-    assert result.squares.tolist() == [16, 64, 0]
-    # The second sample weighs four times the first: (16 * 3/4 + 64 * 1/4) / 80; shuffled, each share is one half.
-    assert result.own_class_share == pytest.approx(0.35)
+    assert result.raw_shares[:2, :2].tolist() == [[0.75, 0.25], [0.75, 0.25]]
+    assert result.squares.tolist() == [4, 4, 0]  # from the mean, 6
+    assert result.common_share == pytest.approx(36 / 40)
+    assert result.own_class_share == pytest.approx((0.75 + 0.25) / 2)
     assert result.own_class_share_null == pytest.approx(0.5)
     one = filled(ledger, inputs, torch.tensor([0, 0]), at=[1]).compute()
     assert one.own_class_share == pytest.approx(0.75)
@@ -176,8 +200,11 @@ def test_refinements_that_pass_through_zero_have_no_share_without_bound():
     assert ledger.explain(inputs[:1]).shares()[0].item() == pytest.approx(1e6)
     result = filled(ledger, inputs, torch.tensor([0, 0, 1]), at=[2]).compute()
     expected = torch.tensor([[2, -1], [-0.5, 1.5]], dtype=torch.float64)
+    torch.testing.assert_close(result.raw_shares[:2, :2], expected, rtol=1e-5, atol=1e-5)
+    # From their means: p 1/3, 4/3, -5/3; of source 0 -1/3, 2/3, -1/3; of source 1 2/3, 2/3, -4/3.
+    expected = torch.tensor([[7 / 17, 10 / 17], [5 / 25, 20 / 25]], dtype=torch.float64)
     torch.testing.assert_close(result.shares[:2, :2], expected, rtol=1e-5, atol=1e-5)
-    assert result.own_class_share == pytest.approx((2 * 1 + 1.5 * 4) / 5, rel=1e-5)
+    assert result.own_class_share == pytest.approx((7 + 20) / 42, rel=1e-5)
 
 
 def test_samples_without_a_refinement_add_nothing_to_a_share():
@@ -214,8 +241,11 @@ def result_with(**options):
         "norm": 1.0,
         "completeness_error": 1e-6,
         "initial_share": 0.1,
+        "common_share": 0.5,
     }
     tables = {"shares": torch.eye(3).double(), "phase_shares": torch.ones(3, 1) / 3, "counts": torch.ones(3).double()}
+    tables["gross"] = torch.ones(3).double()
+    tables["raw_shares"] = torch.eye(3).double()
     tables["squares"] = torch.ones(3).double()
     tables["phase_shares"][-1] = 0.04
     rest = {"untraced_share": 0.0, "names": ("a", "b", "other"), "inexact": "", "own": True}
@@ -261,7 +291,7 @@ def test_half_precision_layers():
     assert result.completeness_error < 5e-3
     whole = ledger.explain(inputs.half()).shares().sum(1).mean(1)
     assert float(whole.sum()) == pytest.approx(1, abs=1e-2)
-    weighted = (result.shares.nan_to_num(0) * result.counts[:, None]).sum(0) / result.counts.sum()
+    weighted = (result.raw_shares.nan_to_num(0) * result.counts[:, None]).sum(0) / result.counts.sum()
     torch.testing.assert_close(weighted, whole, rtol=0.02, atol=0.02)
 
 

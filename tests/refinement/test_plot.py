@@ -16,7 +16,8 @@ def result(num=3, phases=4):
     by_phase = torch.arange((num + 1) * phases).view(num + 1, phases).double()
     counts = torch.full((num + 1,), 7).double()
     names = (*(f"c{k}" for k in range(num)), "other")
-    return RefinementResult(4, 28, 0, 1.0, 1e-6, 0.1, shares, by_phase, counts, counts / 2, 0.0, names, "", True)
+    tables = (shares, counts, shares, by_phase, counts, counts / 2)
+    return RefinementResult(4, 28, 0, 1.0, 1e-6, 0.1, 0.5, *tables, 0.0, names, "", True)
 
 
 def explanation(num=3):
@@ -32,21 +33,32 @@ def explanation(num=3):
 
 def test_heat_maps_of_two_layers():
     figure = plot_refinement({"fc1": result(), "fc2": result(5)})
-    left, right, below, _ = drawn(figure, Cells)
-    np.testing.assert_allclose(left.get_array(), result().shares[:3, :3])
-    np.testing.assert_allclose(right.get_array(), result().phase_shares[:3])
-    assert left.get_clim() == pytest.approx((-0.6, 0.6))  # white is 0
-    said = texts(figure)
-    assert said.startswith("fc1 share of the refinement, mean over 28 samples red 0.6, white 0, blue -0.6 | c0 | c1")
-    assert "| 1 | 2 | 3 | 4 | c0 | c1 | c2 | phase of training (1 to 4)" in said
-    assert f"shuffled labels: {result().own_class_share_null:.2f}" in said
-    assert said.count("class of the explained sample") == 2
+    left, right, below, _, bar = drawn(figure, Cells)
+    np.testing.assert_allclose(left.get_array(), result().shares[:3, :3].T)
+    by_phase = result().phase_shares[:3]
+    np.testing.assert_allclose(right.get_array(), by_phase / by_phase.sum(1, keepdim=True))
     assert below.get_array().shape == (5, 5)
+    # One scale for all maps, and a bar that shows it; white is 0.
+    assert all(cells.get_clim() == pytest.approx((-0.6, 0.6)) for cells in drawn(figure, Cells))
+    assert bar.get_array()[0, [0, -1]].tolist() == pytest.approx([-0.6, 0.6])
+    said = texts(figure)
+    assert said.startswith(f"fc1 | own class {result().own_class_share:.2f} (shuffled labels ")
+    assert f"{result().own_class_share_null:.2f}) common to all samples, not shown: 50%" in said
+    assert "against  -0.6" in said and "0.6  for it" in said
+    assert said.count("class of training samples") == said.count("explained class") == 2
+    assert round(figure.get_size_inches()[0] * 100) == 330
+
+
+def test_training_classes_are_rows_and_columns_are_explained_classes():
+    one = result()
+    one.shares[0, 2] = -0.9  # class 2 worked against what set class 0 apart
+    left = drawn(plot_refinement({"fc": one}), Cells)[0]
+    assert left.get_array()[2, 0] == pytest.approx(-0.9) and left.get_clim() == pytest.approx((-0.9, 0.9))
 
 
 def test_many_classes_are_cut_and_few_ticks_drawn():
     figure = plot_refinement({"head": result(50, 30)})
-    left, right = drawn(figure, Cells)
+    left, right, _ = drawn(figure, Cells)
     assert left.get_array().shape == (MAX_ROWS, MAX_ROWS)
     assert right.get_array().shape == (MAX_ROWS, 30)
     assert texts(figure).count("| c") <= 4 * MAX_ROWS and "| c20 " not in texts(figure)
@@ -56,9 +68,17 @@ def test_many_classes_are_cut_and_few_ticks_drawn():
 def test_before_training_the_figure_says_so():
     untrained = result()
     untrained.shares.fill_(float("nan"))
+    untrained.phase_shares.fill_(float("nan"))
     figure = plot_refinement({"fc": untrained})
     assert texts(figure).count("undefined") == 1
-    assert len(drawn(figure, Cells)) == 1
+    assert len(drawn(figure, Cells)) == 1  # the bar
+
+
+def test_phases_that_have_not_begun_are_not_drawn():
+    late = explanation()
+    longer = torch.cat([late.contributions, torch.zeros_like(late.contributions)], 1)
+    shown = drawn(RefinementExplanation(longer, late.initial, late.outputs, late.sources).plot(1), Cells)[-1]
+    np.testing.assert_allclose(shown.get_array(), drawn(late.plot(1), Cells)[-1].get_array())
 
 
 @pytest.mark.parametrize("classes", [3, 1000])
