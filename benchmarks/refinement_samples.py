@@ -158,12 +158,12 @@ def influence(run: Run, refresh: int) -> None:
         log, h = load_update_log(folder), features(net, inputs)
         print(f"  {'score':<44}{'Spearman table/log':>20}{'same class, top 10':>20}")
         for name in ("refinement", "contrast"):
-            whole = log.influence(h, len(x), name, targets=own)
+            whole = log.influence_on_layer_inputs(h, len(x), name, targets=own)
             traced = torch.zeros(len(x), INPUTS).double().scatter(0, whole.sample_ids.T, whole.scores.T)
             agreement = spearman(live.scores(name, targets=own), traced)
             rate = live.top(TOP, name, targets=own).same_class_rate(own)
             print(f"  {f'table, {name}':<44}{agreement:>20.3f}{rate:>20.3f}")
-            rate = log.influence(h, TOP, name, targets=own).same_class_rate(own)
+            rate = log.influence_on_layer_inputs(h, TOP, name, targets=own).same_class_rate(own)
             print(f"  {f'update log, {name}':<44}{'':>20}{rate:>20.3f}")
     proponents = tracin(net, checkpoints, x, labels).influence((inputs, own), k=TOP, proponents=True)[0]
     print(f"  {'captum TracInCPFast':<64}{same_class(labels[proponents], own):>20.3f}")

@@ -125,7 +125,7 @@ def test_readme_metric_logs_the_share_of_active_units():
     assert log.curves["sparsity/active_share"][-1][1] == pytest.approx(sum(shares) / 2)
 
 
-@pytest.mark.parametrize("page", ["docs/mislabels.md"])
+@pytest.mark.parametrize("page", ["docs/mislabels.md", "docs/influence.md"])
 def test_pages_on_a_question_run_from_beginning_to_end(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}

@@ -23,7 +23,7 @@ class Attachment:
         tracked: Names of the layers in the table of samples.
         hooks: Hooks on both.
         ids: The ids of the samples; None if they are not needed.
-        classifier: The last linear layer in the table, which may be the classifier head; None if there is none.
+        classifier: The last linear layer of the model, which is taken for the classifier head, if it is hooked.
     """
 
     traced: tuple[str, ...]
@@ -68,11 +68,12 @@ def attach(
             require_linear(name, layers[name][0], "update_log")
     tracked = tuple(layers) if options.track_samples else ()
     in_order = order or [name for name, _ in pl_module.named_modules()]
-    linear = [name for name in in_order if name in tracked and is_linear(layers[name][0])]
+    modules = dict(pl_module.named_modules())
+    linear = [name for name in in_order if name in modules and is_linear(modules[name])]
     return Attachment(
         traced=traced,
         tracked=tracked,
         hooks=GradientHooks(layers),
         ids=ids,
-        classifier=linear[-1] if linear else None,
+        classifier=linear[-1] if linear and linear[-1] in layers else None,
     )

@@ -277,13 +277,46 @@ class RepresentationRefinement(TrainingHooksCallback[Divided]):
         return self.run.explain(pl_module, inputs, layer, self.probe.forward_fn)
 
     def influence(
-        self, top_k: int = 10, direction: Direction | Tensor = "refinement", *, targets: Tensor | None = None
+        self,
+        pl_module: "pl.LightningModule",
+        inputs: Any,
+        top_k: int = 10,
+        direction: Direction | Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+    ) -> Influence:
+        """The training samples that pushed the output for inputs of the model most, and those most against it.
+
+        Needs `update_log`. It is that of the last layer with a ledger, by default the classifier head.
+
+        Args:
+            pl_module: The model that was trained.
+            inputs: Q inputs, with which it is called.
+            top_k: Number of proponents and of opponents for each input.
+            direction: See `UpdateLog.influence_on_layer_inputs`; default: "contrast" between the predicted class and
+                its strongest rival at the classifier head, "centred" at other layers.
+            targets: (Q,) classes for "contrast"; default: the predicted classes.
+
+        Returns:
+            The strongest samples, their scores and classes, and the predicted classes of the inputs.
+
+        Raises:
+            ArgumentError: If no log was written, or the forward pass does not call the layer.
+        """
+        if self.run is None:
+            raise ArgumentError("`influence` must be called once training has started; got no update log yet.")
+        return self.run.influence(
+            pl_module, inputs, top_k, direction, targets=targets, forward_fn=self.probe.forward_fn
+        )
+
+    def probe_influence(
+        self, top_k: int = 10, direction: Direction | Tensor | None = None, *, targets: Tensor | None = None
     ) -> Influence | None:
         """The training samples of this rank that moved the first samples of the probe set most.
 
         Args:
             top_k: Number of training samples for each of them.
-            direction: "refinement", "contrast" or a tensor; see `InfluenceTable.scores`.
+            direction: See `InfluenceTable.scores`; default: as in `influence`.
             targets: (Q,) classes for "contrast"; default: the predicted classes.
 
         Returns:

@@ -1,12 +1,13 @@
 """Influence: how far each training sample moved the output of a linear layer for an input, along a direction.
 
-Training sample i, met at step t, changed the weights of a linear layer by D_i = -rate d_i a_i^T, where a_i is its input
-of the layer and d_i the gradient of its output. So it changed the output for an input h by c_i = D_i h = -rate d_i
-<a_i, h>. Its influence is the component of c_i along a unit direction u: positive if it pushed the output that way. Two
-directions are useful: the refinement p = W_T h - W_0 h, which is all that training changed in this output; and a class
-contrast (e_y - e_k) / sqrt(2) between a class y and its strongest rival k. The effect of a step on later steps, through
-momentum or adaptive learning rates, is not included, and influence does not predict what would have happened without
-the sample.
+Training sample i, met at step t, changed the weights of a linear layer by D_i = -rate d_i a_i^T, where a_i is its
+input of the layer and d_i the gradient of its output. So it changed the output for an input h by c_i = D_i h = -rate
+d_i <a_i, h>. Its influence is the component of c_i along a unit direction u: positive if it pushed the output that
+way (a proponent), negative if it pushed against it (an opponent). Three directions are useful: a class contrast (e_y
+- e_k) / sqrt(2) between the predicted class y and its strongest rival k, for the classifier head; the refinement p =
+W_T h - W_0 h, which is all that training changed in this output; and what of it sets the input apart, (W_T - W_0) (h
+- mean h). The effect of a step on later steps, through momentum or adaptive learning rates, is not included, and
+influence does not predict what would have happened without the sample.
 
 Source: L. Pfahler, K. Morik, *Explaining Deep Learning Representations by Tracing the Training Process*,
 arXiv 2109.05880 (2021), for c and p. The part of a step that a single sample caused is a contribution of this project.
@@ -197,6 +198,7 @@ def directions(
     initial: Sequence[Tensor],
     direction: Direction | Tensor,
     targets: Tensor | None = None,
+    centre: Tensor | None = None,
 ) -> Tensor:
     """The direction in the output of a linear layer along which the influence on each input is measured.
 
@@ -204,9 +206,11 @@ def directions(
         inputs: Inputs of the layer, (Q, ..., in).
         weights: Its weight and, if there is one, its bias.
         initial: The same before training.
-        direction: "refinement": along W h - W_0 h; "contrast": from the strongest rival class to the class of the
-            input, for the classifier head; or a tensor, (Q, ..., out), which is not normalised.
+        direction: "contrast": from the strongest rival class to the class of the input, for the classifier head;
+            "refinement": along W h - W_0 h; "centred": along (W - W_0) (h - centre); or a tensor, (Q, ..., out), which
+            is not normalised.
         targets: (Q,) classes of the inputs, for "contrast"; default: the predicted classes.
+        centre: (in,) mean input of the layer, for "centred"; default: that of the inputs.
 
     Returns:
         (Q, ..., out).
@@ -217,13 +221,17 @@ def directions(
         return direction
     if direction == "contrast":
         return contrast_directions(outputs, targets)
-    return refinement_directions(outputs - nn.functional.linear(inputs, *(part.to(outputs) for part in initial)))
+    before = [part.to(outputs) for part in initial]
+    if direction == "centred":
+        mean = inputs.flatten(0, -2).mean(0) if centre is None else centre.to(inputs)
+        return refinement_directions(nn.functional.linear(inputs - mean, weights[0] - before[0]))
+    return refinement_directions(outputs - nn.functional.linear(inputs, *before))
 
 
 def check_direction(direction: Any) -> None:
     """Require a known direction or a tensor."""
     known = isinstance(direction, Tensor) or direction in DIRECTIONS
-    require(known, "direction", "be 'refinement', 'contrast' or a tensor", direction)
+    require(known, "direction", "be 'contrast', 'centred', 'refinement' or a tensor", direction)
 
 
 def direction_name(direction: str | Tensor) -> str:

@@ -1,6 +1,7 @@
 """The table of influence: what each training sample did to the outputs for a few fixed inputs, summed over training."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -41,15 +42,15 @@ class InfluenceTable:
         layer: Name of the layer.
         module: The `nn.Linear`, with its weights before training, from which the refinement is measured.
         num_samples: Number of samples in the dataset: ids are 0 ... num_samples - 1. Others are left out.
-        direction: Default direction of `scores` and `top`: "refinement" or "contrast". Or directions, (Q, ..., out):
-            then only the components along them are summed, for layers that are too wide to keep vectors.
+        direction: Default direction of `scores` and `top`, see there. Or directions, (Q, ..., out): then only the
+            components along them are summed, for layers that are too wide to keep vectors.
 
     Raises:
         ArgumentError: If the layer is not linear, or the direction is unknown.
     """
 
     def __init__(
-        self, layer: str, module: nn.Module, num_samples: int, *, direction: Direction | Tensor = "refinement"
+        self, layer: str, module: nn.Module, num_samples: int, *, direction: Direction | Tensor = "contrast"
     ) -> None:
         check_direction(direction)
         self.layer = layer
@@ -58,6 +59,7 @@ class InfluenceTable:
         self.direction = direction
         self._initial = [parameter.detach().clone() for parameter in self._weights()]
         self._probe: Tensor | None = None
+        self._centre: Tensor | None = None
         self._sums: Tensor | None = None
         self._classes = torch.full((num_samples + 1,), -1, dtype=torch.int64)
         self._seen = torch.zeros(num_samples + 1, dtype=torch.bool)
@@ -69,8 +71,14 @@ class InfluenceTable:
             8 * num_inputs * (1 if isinstance(self.direction, Tensor) else self.module.out_features) + 9
         )
 
-    def refresh(self, probe_inputs: Tensor) -> None:
-        """From now on, score against these inputs of the layer, (Q, in) or (Q, ..., in)."""
+    def refresh(self, probe_inputs: Tensor, centre: Tensor | None = None) -> None:
+        """From now on, score against these inputs of the layer.
+
+        Args:
+            probe_inputs: (Q, in) or (Q, ..., in).
+            centre: (in,) mean input of the layer, for the direction "centred"; default: that of these inputs.
+        """
+        self._centre = None if centre is None else centre.detach().to(self.module.weight, copy=True)
         self._probe = probe_inputs.detach().to(self.module.weight, copy=True)
 
     def see(self, layer: str, module: nn.Module, inputs: Tensor, gradients: Tensor, batch: TrainBatch) -> None:
@@ -106,10 +114,11 @@ class InfluenceTable:
         """The scores so far.
 
         Args:
-            direction: "refinement": along W_t h_t - W_0 h_t, with the current weights and the latest inputs;
-                "contrast": between the class of each input and its current strongest rival, for the classifier head; or
-                a tensor, (Q, ..., out), which is not normalised. Default: the direction of the table; if that is a
-                tensor, it is the only direction available.
+            direction: "contrast": between the class of each input and its current strongest rival, for the classifier
+                head; "refinement": along W_t h_t - W_0 h_t, with the current weights and the latest inputs; "centred":
+                along (W_t - W_0) (h_t - mean h_t), what of it sets the input apart; or a tensor, (Q, ..., out),
+                which is not normalised. Default: the direction of the table; if that is a tensor, it is the only
+                direction available.
             targets: (Q,) classes of the inputs, for "contrast"; default: the currently predicted classes.
 
         Returns:
@@ -126,7 +135,7 @@ class InfluenceTable:
             return self._sums[:-1]
         with torch.no_grad():
             # Not by calling the module, whose hooks would deliver the call.
-            along = directions(self._probe, self._weights(), self._initial, direction, targets)
+            along = directions(self._probe, self._weights(), self._initial, direction, targets, self._centre)
             along = along.to(self._sums).flatten(1)
         return (self._sums[:-1].view(self.num_samples, *along.shape) * along).sum(2)
 
@@ -139,7 +148,12 @@ class InfluenceTable:
             return None
         scores = self.scores(direction, targets=targets)[seen]
         direction = self.direction if direction is None or isinstance(self.direction, Tensor) else direction
-        return strongest(scores, seen, self._classes[seen], top_k=top_k, direction=direction_name(direction))
+        found = strongest(scores, seen, self._classes[seen], top_k=top_k, direction=direction_name(direction))
+        if direction != "contrast" or self._probe is None:
+            return found
+        with torch.no_grad():
+            logits = nn.functional.linear(self._probe, *self._weights())
+        return replace(found, predictions=logits.argmax(1).cpu())
 
     def over_ranks(self, trainer: "pl.Trainer") -> "InfluenceTable":
         """The scores of all ranks, the same on each of them. Call it on every rank."""
@@ -153,6 +167,7 @@ class InfluenceTable:
         whole = InfluenceTable(self.layer, self.module, self.num_samples, direction=self.direction)
         whole._initial = self._initial
         whole._probe = self._probe
+        whole._centre = self._centre
         whole._sums = reduced(trainer, sums, "sum")
         whole._classes = reduced(trainer, self._classes, "max")
         whole._seen = reduced(trainer, self._seen.long(), "sum") > 0
@@ -163,6 +178,7 @@ class InfluenceTable:
         tensors = {"classes": self._classes, "seen": self._seen}
         tensors |= {} if self._sums is None else {"sums": self._sums}
         tensors |= {} if self._probe is None else {"probe_inputs": self._probe}
+        tensors |= {} if self._centre is None else {"centre": self._centre}
         tensors |= {f"initial{number}": parameter for number, parameter in enumerate(self._initial)}
         return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
@@ -189,6 +205,7 @@ class InfluenceTable:
         self._seen = moved["seen"]
         self._sums = moved.get("sums")
         self._probe = moved.get("probe_inputs")
+        self._centre = moved.get("centre")
         self._pending = []
 
     def _weights(self) -> list[Tensor]:

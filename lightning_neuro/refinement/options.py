@@ -11,7 +11,7 @@ from lightning_neuro.checks import ArgumentError, check_choice, check_int, check
 
 Mode = Literal["exact", "pfahler2021"]
 MODES: tuple[str, ...] = get_args(Mode)
-Direction = Literal["refinement", "contrast"]
+Direction = Literal["contrast", "centred", "refinement"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
 Form = Literal["cosine", "projection"]
 FORMS: tuple[str, ...] = get_args(Form)

@@ -11,16 +11,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_neuro import loggers
-from lightning_neuro.capture import uncompiled
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.cost import Cost
-from lightning_neuro.isolation import evaluation_mode
 from lightning_neuro.ranks import reduced
 from lightning_neuro.refinement.attachment import Attachment
 from lightning_neuro.refinement.drawn_indices import training_loaders
 from lightning_neuro.refinement.followed_classes import FollowedClasses
+from lightning_neuro.refinement.influence import Influence
+from lightning_neuro.refinement.layer_calls import call_layers
 from lightning_neuro.refinement.ledger import RefinementLedger
-from lightning_neuro.refinement.options import RunOptions, check_memory, parse_bytes
+from lightning_neuro.refinement.options import Direction, RunOptions, check_memory, parse_bytes
 from lightning_neuro.refinement.pfahler2021 import StepScores
 from lightning_neuro.refinement.result import RefinementExplanation
 from lightning_neuro.refinement.sample_dims import SampleDims
@@ -28,7 +28,7 @@ from lightning_neuro.refinement.sample_tracking import SampleTracking, is_record
 from lightning_neuro.refinement.sources import Sources, check_num_sources, source_rows
 from lightning_neuro.refinement.traced_layers import require_linear
 from lightning_neuro.refinement.training_steps import StepListener, TrainBatch, TrainingSteps
-from lightning_neuro.refinement.update_log import UpdateLogWriter
+from lightning_neuro.refinement.update_log import UpdateLogWriter, load_update_log
 
 
 def changes_elements(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
@@ -119,6 +119,7 @@ class RefinementRun:
         self._continue(saved)
         self.tracking = self._open_tracking(trainer, attachment, layers, options, saved)
         self._log = self._open_log(trainer, layers, options, saved)
+        self.log_folder = None if self._log is None else self._log.folder
         self.step_scores = self._open_step_scores(trainer, layers, options, saved)
         listeners: list[StepListener | None] = [self.tracking, self._log, *self.step_scores.values()]
         self._steps: TrainingSteps | None = TrainingSteps(
@@ -178,6 +179,7 @@ class RefinementRun:
             num_samples,
             classifier=attachment.classifier,
             head=head,
+            is_classifier=attachment.classifier == last,
             dataset=training_loaders(trainer)[0].dataset,
             memory_limit=options.memory_bytes,
             saved=saved.get("tracking"),
@@ -271,16 +273,29 @@ class RefinementRun:
         layer = next(reversed(self.ledgers)) if layer is None else layer
         if layer not in self.ledgers:
             raise ArgumentError(f"`layer` must be one of {', '.join(self.ledgers)}; got {layer!r}.")
-        seen: list[Tensor] = []
-        hook = self.ledgers[layer].module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-        try:
-            with uncompiled(), evaluation_mode(pl_module), torch.no_grad():
-                pl_module(inputs) if forward_fn is None else forward_fn(pl_module, inputs)
-        finally:
-            hook.remove()
-        if not seen:
-            raise ArgumentError(f"`layer` must be called in the forward pass; got {layer!r}, which was not called.")
-        return self.ledgers[layer].explain(seen[0])
+        calls = call_layers(pl_module, {layer: self.ledgers[layer].module}, inputs, forward_fn)
+        return self.ledgers[layer].explain(calls.inputs[layer])
+
+    def influence(
+        self,
+        pl_module: "pl.LightningModule",
+        inputs: Any,
+        top_k: int,
+        direction: Direction | Tensor | None,
+        *,
+        targets: Tensor | None,
+        forward_fn: Callable[[Any, Any], Any] | None,
+    ) -> Influence:
+        """The training samples that pushed the outputs for inputs of the model most, from the update log."""
+        if self.log_folder is None:
+            raise ArgumentError(
+                "`update_log` must be given for the influence on any input, for example True; got False. Without it,"
+                " `probe_influence` knows the first samples of the probe set, if `influence_every_n_steps` is given."
+            )
+        if self._log is not None:
+            self._log.flush()
+        log = load_update_log(self.log_folder)
+        return log.influence(pl_module, inputs, top_k, direction, targets=targets, forward_fn=forward_fn)
 
     def finish(self, trainer: "pl.Trainer", device: torch.device, class_names: Sequence[str] | None) -> None:
         """Write the tables and the log, because training ended as planned. Call it on every rank."""

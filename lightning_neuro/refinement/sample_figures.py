@@ -139,9 +139,9 @@ def plot_influence(
         pros = tiles(q, own, influence.sample_ids, influence.targets, influence.scores)[:PROPONENTS]
         cons = tiles(q, own, influence.opponent_ids, influence.opponent_targets, influence.opponent_scores)[:OPPONENTS]
         rows.append([(_picture(inputs[q]), caption), *pros, *cons])
-    where = f"Layer {layer}: " if layer else ""
+    where = f"Layer {layer}: input" if layer else "Input"
     title = (
-        f"{where}input (→ predicted), the {PROPONENTS} of {influence.num_samples:,} training samples that pushed its"
+        f"{where} (→ predicted), the {PROPONENTS} of {influence.num_samples:,} training samples that pushed its"
         f" output most and the {OPPONENTS} most against it. Direction: {influence.direction}"
     )
     same = [("■", VALUE, "same class"), ("■", OTHER, "other class")]

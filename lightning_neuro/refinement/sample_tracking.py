@@ -20,7 +20,7 @@ from lightning_neuro.refinement.drawn_indices import training_loaders
 from lightning_neuro.refinement.gradient_hooks import GradientHooks
 from lightning_neuro.refinement.influence import Influence
 from lightning_neuro.refinement.influence_table import InfluenceTable
-from lightning_neuro.refinement.options import megabytes
+from lightning_neuro.refinement.options import Direction, megabytes
 from lightning_neuro.refinement.predictions import PredictionTable
 from lightning_neuro.refinement.sample_dims import SampleDims
 from lightning_neuro.refinement.sample_figures import plot_influence, plot_samples
@@ -45,11 +45,13 @@ class TrackedInputs(NamedTuple):
         layer_inputs: (Q, ..., in), their current input of the layer.
         inputs: The input of the model of each of them.
         targets: (Q,) class labels, or None.
+        centre: (in,) mean input of the layer over the first batch of the probe set.
     """
 
     layer_inputs: Tensor | None
     inputs: Sequence[Any] | None
     targets: Tensor | None
+    centre: Tensor | None
 
 
 class Samples(NamedTuple):
@@ -72,8 +74,9 @@ class SampleTracking:
     Args:
         layers: Names of the layers in the table; empty: there is no table.
         num_samples: Number of samples in the training dataset.
-        classifier: The one of the layers that may be the classifier head, from which predictions are read, if any.
+        classifier: The layer that may be the classifier head, from which predictions are read, if any.
         head: Name and module of the layer whose influence is tracked, if any.
+        is_classifier: Whether this layer may be the classifier head, so that a contrast of classes has a meaning.
         dataset: The training dataset.
         memory_limit: Bytes that the tables may take.
         saved: The state of an earlier part of the run.
@@ -90,15 +93,18 @@ class SampleTracking:
         *,
         classifier: str | None = None,
         head: tuple[str, nn.Linear] | None = None,
+        is_classifier: bool = False,
         dataset: Any = None,
         memory_limit: float = float("inf"),
         saved: Mapping[str, Any] | None = None,
         continues_sums: bool = True,
     ) -> None:
         self.table = SampleTable(layers, num_samples) if layers else None
-        self.predictions = PredictionTable(classifier, num_samples) if layers and classifier is not None else None
+        self.predictions = PredictionTable(str(classifier), num_samples) if classifier in layers else None
         self.origins = sample_origins(dataset) if layers else {}
-        self.influence_table = None if head is None else InfluenceTable(*head, num_samples)
+        contrast = is_classifier and head is not None and head[1].out_features > 1
+        direction: Direction = "contrast" if contrast else "centred"
+        self.influence_table = None if head is None else InfluenceTable(*head, num_samples, direction=direction)
         self.inputs: TrackedInputs | None = None
         size = 0 if self.table is None else self.table.num_bytes
         size += 0 if self.predictions is None else self.predictions.num_bytes
@@ -148,7 +154,7 @@ class SampleTracking:
         sample_dims: SampleDims,
     ) -> "TrackedInputs":
         """The current state in the network of the first samples of the probe set."""
-        found = [TrackedInputs(None, None, None)]
+        found = [TrackedInputs(None, None, None, None)]
         if (table := self.influence_table) is None:
             return found[0]
 
@@ -159,7 +165,8 @@ class SampleTracking:
                 _one_sample(batch.inputs, row, batch.num_samples) for row in range(min(NUM_INPUTS, batch.num_samples))
             ]
             targets = None if batch.targets is None else batch.targets[:NUM_INPUTS]
-            found[0] = TrackedInputs(layer_inputs[:NUM_INPUTS], inputs, targets)
+            centre = layer_inputs.flatten(0, -2).mean(0)
+            found[0] = TrackedInputs(layer_inputs[:NUM_INPUTS], inputs, targets, centre)
 
         hooks.record(lambda: probe_pass.num_forwards)
         try:
@@ -172,7 +179,9 @@ class SampleTracking:
         """From now on, score against the inputs that rank 0 found. Call it on every rank."""
         found = trainer.strategy.broadcast(found) if trainer.world_size > 1 else found
         if self.influence_table is not None and found.layer_inputs is not None:
-            self.influence_table.refresh(found.layer_inputs)
+            if found.layer_inputs.ndim > 2:
+                self.influence_table.direction = "centred"  # positions have no classes
+            self.influence_table.refresh(found.layer_inputs, found.centre)
             self.inputs = found
 
     # Over all ranks

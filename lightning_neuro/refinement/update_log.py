@@ -8,8 +8,8 @@ weights of the layers before training are in `initial.pt`, those after training 
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ from lightning_neuro.refinement.influence import (
     influence_scores,
     strongest,
 )
+from lightning_neuro.refinement.layer_calls import call_layers
 from lightning_neuro.refinement.layer_gradients import weights_on_cpu
 from lightning_neuro.refinement.options import Direction, parse_bytes
 from lightning_neuro.refinement.traced_layers import require_linear
 from lightning_neuro.refinement.training_steps import TrainBatch
 
 _FORMAT = 1
+# Updates over which the mean input of a layer is taken.
+_MEAN_ROWS = 2048
 Weights = dict[str, list[Tensor]]
 Rows = dict[str, Tensor]
 
@@ -259,20 +262,61 @@ class UpdateLog:
 
     def influence(
         self,
+        model: nn.Module,
+        inputs: Any,
+        top_k: int = 10,
+        direction: Direction | Tensor | None = None,
+        *,
+        layer: str | None = None,
+        targets: Tensor | None = None,
+        forward_fn: Callable[[Any, Any], Any] | None = None,
+    ) -> Influence:
+        """The training samples that pushed the output for inputs of the model most, and those most against it.
+
+        Args:
+            model: The trained model, whose layers have the names that they had in training.
+            inputs: Q inputs, with which it is called.
+            top_k: Number of proponents and of opponents for each input.
+            direction: As in `influence_on_layer_inputs`; default: "contrast" if the model returns the output of the
+                layer, that is for the classifier head, else "centred".
+            layer: Name of a layer in the log; default: the last one.
+            targets: (Q,) classes of the inputs, for "contrast"; default: the predicted classes.
+            forward_fn: Calls the model on the inputs; default: `model(inputs)`.
+
+        Returns:
+            The strongest samples, their scores and classes, and the predicted classes of the inputs.
+
+        Raises:
+            ArgumentError: If the layer is not in the log, not in the model, or not called in the forward pass.
+        """
+        layer = list(self.final)[-1] if layer is None else layer
+        modules = dict(model.named_modules())
+        require(layer in self.final, "layer", f"be one of {', '.join(self.final)}", layer)
+        require(layer in modules, "model", f"have a layer {layer!r}", list(modules))
+        calls = call_layers(model, {layer: modules[layer]}, inputs, forward_fn)
+        is_head = calls.is_head(layer)
+        if direction is None:
+            direction = "contrast" if is_head else "centred"
+        found = self.influence_on_layer_inputs({layer: calls.inputs[layer]}, top_k, direction, targets=targets)
+        return replace(found, predictions=calls.outputs[layer].argmax(1).cpu()) if is_head else found
+
+    def influence_on_layer_inputs(
+        self,
         inputs: Tensor | Mapping[str, Tensor],
         top_k: int = 10,
-        direction: Direction | Tensor = "refinement",
+        direction: Direction | Tensor = "contrast",
         *,
         targets: Tensor | None = None,
     ) -> Influence:
-        """The training samples that pushed the outputs of the layers for some inputs most.
+        """As `influence`, for inputs of the layers.
 
         Args:
             inputs: Input of the layer for Q samples in the final network in evaluation mode: (Q, in). For several
                 layers: name -> such inputs; their scores are added.
             top_k: Number of samples for each input.
-            direction: "refinement": along W_T h - W_0 h; "contrast": from the strongest rival class to the class of the
-                input, for the classifier head; or a tensor, (Q, out), which is not normalised.
+            direction: "contrast": from the strongest rival class to the class of the input, for the classifier head;
+                "refinement": along W_T h - W_0 h; "centred": along (W_T - W_0) (h - mean h), where the mean is that of
+                the last training samples; or a tensor, (Q, out), which is not normalised.
             targets: (Q,) classes of the inputs, for "contrast"; default: the classes that the head predicts.
 
         Returns:
@@ -283,7 +327,8 @@ class UpdateLog:
         """
         check_direction(direction)
         by_layer = self._named(inputs)
-        along = {layer: self._along(layer, h, direction, targets) for layer, h in by_layer.items()}
+        centres = self._mean_inputs() if direction == "centred" else {}
+        along = {layer: self._along(layer, h, direction, targets, centres.get(layer)) for layer, h in by_layer.items()}
         scores = torch.zeros(0, len(next(iter(by_layer.values()))), dtype=torch.float64)
         ids = classes = torch.zeros(0, dtype=torch.int64)
         for shard in self.shards():
@@ -312,10 +357,19 @@ class UpdateLog:
         require(alike, "inputs", "name at least one layer, with the same number of samples for each", inputs)
         return {layer: h.detach().cpu().float() for layer, h in inputs.items()}
 
-    def _along(self, layer: str, h: Tensor, direction: Direction | Tensor, targets: Tensor | None) -> Tensor:
+    def _mean_inputs(self) -> dict[str, Tensor]:
+        """Layer -> mean input of the last updates in the log, (in,)."""
+        last: dict[str, Tensor] = {}
+        for shard in self.shards():
+            last |= {layer: rows["a"][-_MEAN_ROWS:].mean(0) for layer, rows in shard.items()}
+        return last
+
+    def _along(
+        self, layer: str, h: Tensor, direction: Direction | Tensor, targets: Tensor | None, centre: Tensor | None
+    ) -> Tensor:
         final, initial = ([weight.float() for weight in weights[layer]] for weights in (self.final, self.initial))
         direction = direction.cpu().float() if isinstance(direction, Tensor) else direction
-        return directions(h, final, initial, direction, None if targets is None else targets.cpu())
+        return directions(h, final, initial, direction, None if targets is None else targets.cpu(), centre)
 
 
 def load_update_log(path: Path | str) -> UpdateLog:

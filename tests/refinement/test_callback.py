@@ -286,9 +286,9 @@ def test_table_update_log_and_figures_are_written(tmp_path):
     assert callback.samples["visits"].tolist() == [2] * 64
     assert 0 <= callback.scalars["refinement/sample_gini/net.3"] < 1
     (folder,) = [path for path in tmp_path.rglob("updates") if path.is_dir()]
-    found = load_update_log(folder).influence(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
+    found = load_update_log(folder).influence_on_layer_inputs(images(5).tensors[0].flatten(1)[:, :8], top_k=3)
     assert found.sample_ids.shape == (5, 3)
-    live = callback.influence(top_k=4)
+    live = callback.probe_influence(top_k=4)
     assert live.sample_ids.shape[1] == 4
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -470,7 +470,7 @@ def test_influence_is_updated_whenever_its_interval_has_passed(every, steps):
     for step in range(2, 17, 2):
         assert probe.due_at_step(step, last) == (step in steps)
         last = step if step in steps else last
-    assert callback.influence().num_samples == 64
+    assert callback.probe_influence().num_samples == 64
 
 
 def test_a_resumed_run_updates_influence_as_the_uninterrupted_one(tmp_path):
@@ -483,7 +483,7 @@ def test_a_resumed_run_updates_influence_as_the_uninterrupted_one(tmp_path):
     watch = Refreshes(resumed)
     fit(mlp(), resumed, watch, train=loader(), max_epochs=4, ckpt_path=tmp_path / "part.ckpt")
     assert watch.steps == [6, 9, 12, 15]
-    one, other = whole.influence(), resumed.influence()
+    one, other = whole.probe_influence(), resumed.probe_influence()
     assert torch.equal(one.sample_ids, other.sample_ids)
     torch.testing.assert_close(one.scores, other.scores)
 
@@ -540,7 +540,7 @@ def test_influence_is_on_the_first_samples_of_the_probe_set_wherever_they_lie(ne
     tracked = callback.tracking.inputs
     assert tuple(tracked.layer_inputs.shape) == layer_inputs
     assert len(tracked.inputs) == 16 and len(drawn) == 1
-    assert callback.influence().scores.shape[0] == 16
+    assert callback.probe_influence().scores.shape[0] == 16
     pictures, labels = images(48).tensors
     rows = []
     for found, target, layer_input in zip(tracked.inputs, tracked.targets, tracked.layer_inputs, strict=True):

@@ -187,7 +187,7 @@ def test_bare_optimizer_gives_the_values_of_the_trainers_own(monkeypatch):
     assert (expected.phase_shares.abs().sum(0) > 0).all()
     torch.testing.assert_close(result.phase_shares, expected.phase_shares)
     assert updates.count(bare) == updates.count(own) == 2
-    torch.testing.assert_close(bare.influence().scores, own.influence().scores)
+    torch.testing.assert_close(bare.probe_influence().scores, own.probe_influence().scores)
 
 
 def test_resumed_run_with_a_bare_optimizer_continues_to_count(tmp_path):

@@ -174,7 +174,7 @@ def test_all_scores_add_up_to_the_move_along_the_direction(bias):
     assert torch.allclose(narrow.scores(), live.scores(along), atol=1e-12)
     assert narrow.top(3, "refinement").direction == live.top(3, along).direction == "given"
     assert live.top().direction == "contrast" and torch.equal(live.scores(), live.scores("contrast"))
-    assert InfluenceTable("fc", run.module, 30).direction == "refinement"
+    assert InfluenceTable("fc", run.module, 30).direction == "contrast"
     assert torch.allclose(narrow.scores().sum(0), (p * along).sum(1), atol=1e-12)
     assert live.num_bytes(4) == 31 * (8 * 4 * 3 + 9) and narrow.num_bytes(4) == 31 * (8 * 4 + 9)
     with pytest.raises(ValueError, match=r"`direction`.*\(4, 3\).*\(4, 2\)"):

@@ -44,7 +44,7 @@ def test_values_are_those_with_the_samples_in_front(num_samples):
     assert found.scalars["refinement/untraced_share"] < 1e-4
     for name, values in by_id(expected.samples).items():
         assert by_id(found.samples)[name] == pytest.approx(values, rel=1e-3)
-    assert found.influence().scores == pytest.approx(expected.influence().scores, rel=1e-3, abs=1e-5)
+    assert found.probe_influence().scores == pytest.approx(expected.probe_influence().scores, rel=1e-3, abs=1e-5)
 
 
 class OnlyInTraining(TimeFirst):

@@ -35,7 +35,7 @@ def test_the_log_gives_the_scores_of_the_table(tmp_path, shard_bytes, bias):
     run, along = Run(bias=bias), randn(4, 3, seed=3)
     live = InfluenceTable("fc", run.module, 30, direction=along)
     logged(tmp_path / "log", run, live, shard_bytes=shard_bytes)
-    found = load_update_log(tmp_path / "log").influence(run.probe, 30, along)
+    found = load_update_log(tmp_path / "log").influence_on_layer_inputs(run.probe, 30, along)
     expected = live.top(30)
     assert found.num_samples == 30 and found.direction == "given"
     largest = expected.scores.abs().max()
@@ -53,9 +53,10 @@ def test_along_the_refinement_the_scores_of_plain_sgd_sum_to_its_length(tmp_path
     run = logged(tmp_path)
     opened = load_update_log(tmp_path)
     p = run.module(run.probe).detach() - run.before
-    assert opened.influence(run.probe).total.tolist() == pytest.approx(p.norm(dim=1).tolist(), rel=2e-3)
+    found = opened.influence_on_layer_inputs(run.probe, direction="refinement")
+    assert found.total.tolist() == pytest.approx(p.norm(dim=1).tolist(), rel=2e-3)
     own = torch.tensor([0, 1, 2, 0])
-    contrast = opened.influence(run.probe, direction="contrast", targets=own)
+    contrast = opened.influence_on_layer_inputs(run.probe, direction="contrast", targets=own)
     outputs = run.module(run.probe).detach()
     rivals = outputs.scatter(1, own[:, None], -torch.inf).argmax(1)
     expected = (p.gather(1, own[:, None]) - p.gather(1, rivals[:, None]))[:, 0] / 2**0.5
@@ -101,20 +102,20 @@ def test_layers_add_and_must_be_named(tmp_path):
     opened, h = load_update_log(tmp_path), randn(2, 5, seed=1)
     along = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"by name.*fc, b"):
-        opened.influence(h)
+        opened.influence_on_layer_inputs(h)
     with pytest.raises(ValueError, match=r"`inputs`.*fc, b.*got 'c'"):
-        opened.influence({"c": h})
+        opened.influence_on_layer_inputs({"c": h})
     with pytest.raises(ValueError, match=r"`inputs`.*\(Q, 5\).*'fc'.*\(2, 4\)"):
-        opened.influence({"fc": h[:, :4]})
+        opened.influence_on_layer_inputs({"fc": h[:, :4]})
     with pytest.raises(ValueError, match="same number of samples"):
-        opened.influence({"fc": h, "b": h[:1]})
+        opened.influence_on_layer_inputs({"fc": h, "b": h[:1]})
     with pytest.raises(ValueError, match="`direction` must be"):
-        opened.influence({"fc": h}, direction="down")
+        opened.influence_on_layer_inputs({"fc": h}, direction="down")
     # Without training there is no refinement; along a given direction the scores of both layers add.
-    assert opened.influence({"fc": h, "b": h}).total.tolist() == [0, 0]
-    one = opened.influence({"fc": h}, 1, along).scores
+    assert opened.influence_on_layer_inputs({"fc": h, "b": h}, 4, "refinement").total.tolist() == [0, 0]
+    one = opened.influence_on_layer_inputs({"fc": h}, 1, along).scores
     assert one.abs().min() > 0
-    both = opened.influence({"b": h}, 4, torch.ones(2, 2)).total
+    both = opened.influence_on_layer_inputs({"b": h}, 4, torch.ones(2, 2)).total
     assert both.abs().min() > 0
 
 
@@ -138,7 +139,7 @@ def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["initial.pt", "shard-0-00000.pt", "shard-0-00001.pt"]
     opened = load_update_log(tmp_path)
-    assert opened.influence(run.probe).num_samples <= 12
+    assert opened.influence_on_layer_inputs(run.probe).num_samples <= 12
     assert sum(len(shard["fc"]["id"]) for shard in opened.shards()) == 12
 
 
@@ -191,7 +192,9 @@ def test_resume_is_as_uninterrupted(tmp_path):
     second.load_state_dict(saved[0])
     run.train(second, begin=23)
     second.close()
-    one, other = (load_update_log(tmp_path / name).influence(whole.probe, 30) for name in ("whole", "parts"))
+    one, other = (
+        load_update_log(tmp_path / name).influence_on_layer_inputs(whole.probe, 30) for name in ("whole", "parts")
+    )
     assert torch.equal(one.sample_ids, other.sample_ids) and torch.equal(one.scores, other.scores)
     elsewhere = Writer(tmp_path / "elsewhere", {"fc": run.module}, shard_bytes=1500)
     with pytest.warns(UserWarning, match="shards of the resumed run are not in"):
@@ -232,7 +235,7 @@ def test_ranks_write_side_by_side(tmp_path):
         writer.close()
     alone = logged(tmp_path / "alone")
     both, one = (
-        load_update_log(path).influence(alone.probe, direction=torch.ones(4, 3))
+        load_update_log(path).influence_on_layer_inputs(alone.probe, direction=torch.ones(4, 3))
         for path in (tmp_path, tmp_path / "alone")
     )
     assert both.total.tolist() == pytest.approx((2 * one.total).tolist(), rel=1e-6)
