@@ -64,27 +64,12 @@ def units_last(module: Operator, outputs: Tensor) -> Tensor:
     return outputs.flatten(2).mT
 
 
-def one_output_shape(module: Operator) -> tuple[int, ...]:
-    """The shape of the weight if the layer had one output per group; see `input_sums`."""
-    shape = module.weight.shape
-    return (shape[0], 1) if is_transposed_linear(module) else (getattr(module, "groups", 1), *shape[1:])
-
-
-def outer(module: Operator, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Products of outputs with the inputs of one output per group, in the shape of the weight.
-
-    Args:
-        module: The layer.
-        outputs: (N, units).
-        inputs: (N, *shape), as `input_sums` returns them.
-
-    Returns:
-        (N, *weight shape).
-    """
+def by_group(module: Operator, weights: Tensor) -> Tensor:
+    """Weights (N, *weight shape) of the layer as (N, groups, outputs, inputs) of each group; a linear layer is one."""
     if is_transposed_linear(module):
-        return inputs * outputs[:, None]
-    grouped = outputs.view(len(outputs), inputs.shape[1], -1, *[1] * (inputs.ndim - 2))
-    return (grouped * inputs[:, :, None]).reshape(len(outputs), *module.weight.shape)
+        return weights.mT.unsqueeze(1)
+    groups = getattr(module, "groups", 1)
+    return weights.reshape(len(weights), groups, weights.shape[1] // groups, -1)
 
 
 def layer_output(module: Operator, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -225,26 +210,26 @@ def input_sums(module: Operator, inputs: Tensor, outputs: Tensor, sources: Sourc
         sources: The sources of the samples.
 
     Returns:
-        (sources, *weight shape), with one output per group instead of all of them: what the weights of any output of
-        the group are multiplied with. Float64 (float32 on devices without it).
+        (sources, groups, inputs), as in `by_group`: what the weights of any output of a group are multiplied with.
+        Float64 (float32 on devices without it).
 
     Example:
         >>> layer = nn.Conv1d(1, 4, 2)
         >>> inputs = torch.tensor([[[1.0, 2.0, 3.0]], [[0.0, 0.0, 5.0]]])
         >>> input_sums(layer, inputs, layer(inputs), Sources(torch.tensor([1, 1]), 2)).tolist()
-        [[[[0.0, 0.0]]], [[[3.0, 10.0]]]]
+        [[[0.0, 0.0]], [[3.0, 10.0]]]
     """
     dtype = ledger_dtype(inputs.device)
     if is_linear(module):
         per_sample = inputs.reshape(len(inputs), -1, inputs.shape[-1]).to(dtype).sum(1)
         sums = per_sample.new_zeros(sources.num, per_sample.shape[1]).index_add_(0, sources.rows, per_sample)
-        return sums.unsqueeze(2 if is_transposed_linear(module) else 1)
+        return sums.unsqueeze(1)
     assert isinstance(module, CONVOLUTIONS)
     # Of the sum over samples, because a convolution is linear in its input.
     summed = inputs.new_zeros(sources.num, *inputs.shape[1:], dtype=dtype)
     summed = summed.index_add_(0, sources.rows, inputs.to(dtype))
     ones = summed.new_ones(1, module.groups, *outputs.shape[2:])
-    return torch.stack([_conv_weight(module, part[None], ones, one_output=True) for part in summed])
+    return torch.stack([_conv_weight(module, part[None], ones, one_output=True) for part in summed]).flatten(2)
 
 
 def _in_one_product(inputs: Tensor, gradients: Tensor, sources: Sources) -> Tensor:

@@ -1,6 +1,5 @@
 """How a ledger divides the outputs of a layer on many samples, as a torchmetrics metric with additive state."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +9,12 @@ from lightning_neuro.checks import ArgumentError, ArrayLike, as_labels, finite_r
 from lightning_neuro.layer_result import ResultMetric
 from lightning_neuro.refinement.layer_gradients import (
     add_source_gradients,
+    by_group,
     input_sums,
+    is_transposed_linear,
     layer_output,
     layer_samples_first,
     num_outputs,
-    one_output_shape,
-    outer,
     units_last,
 )
 from lightning_neuro.refinement.ledger import RefinementLedger
@@ -110,7 +109,7 @@ class RefinementSummary(ResultMetric):
             shape = parts[name][:-1].shape if name in parts else (0,)
             self.add_state(name, zero.new_zeros(shape), dist_reduce_fx="sum")
         units = 0 if ledger is None else num_outputs(ledger.module)
-        one_output = (0,) if ledger is None else one_output_shape(ledger.module)
+        one_output = (0,) if ledger is None else by_group(ledger.module, ledger.module.weight[None])[0, :, 0].shape
         self.add_state("positions", zero.new_zeros(classes), dist_reduce_fx="sum")
         self.add_state("refined_sums", zero.new_zeros(classes, units), dist_reduce_fx="sum")
         self.add_state("input_sums", zero.new_zeros(classes, *one_output), dist_reduce_fx="sum")
@@ -175,10 +174,10 @@ class RefinementSummary(ResultMetric):
     def compute(self) -> RefinementResult:
         """The result for all samples since the last reset."""
         ledger = self._opened()
-        raw = {name: getattr(self, name) for name in ledger.weights()}
-        centred, squares, common = self._centred(raw["weight"])
-        gains = self._products({"weight": centred}).where(squares[:, None] > 0, torch.nan)
-        by_phase = ledger.phase_products({"weight": centred.sum(0)})[: ledger.num_begun]
+        weights = {name: parts[:-1].to(self.counts.dtype) for name, parts in ledger.weights().items()}
+        raw = {name: getattr(self, name).flatten(1) @ parts.flatten(1).T for name, parts in weights.items()}
+        gains, squares, common = self._centred(weights["weight"], raw["weight"])
+        by_phase = ledger.phase_products({"weight": self._centred_matrix()})[: ledger.num_begun]
         return RefinementResult(
             num_units=num_outputs(ledger.module),
             num_samples=int(self.num_samples),
@@ -189,7 +188,7 @@ class RefinementSummary(ResultMetric):
             common_share=common,
             shares=_as_shares(gains, (1,)).cpu(),
             gross=(gains.abs().sum(1) / squares).cpu(),
-            raw_shares=(self._products(raw) / self.squares[:, None]).cpu(),
+            raw_shares=(sum(raw.values()) / self.squares[:, None]).cpu(),
             phase_shares=_as_shares(by_phase, (0, 1)).T.cpu(),
             counts=self.counts.cpu(),
             squares=squares.cpu(),
@@ -200,35 +199,42 @@ class RefinementSummary(ResultMetric):
             are_some=self.are_some,
         )
 
-    def _products(self, seen: Mapping[str, Tensor]) -> Tensor:
-        """Inner products of the matrix of each class with the part of each source: (classes + 1, sources)."""
-        weights = self._opened().weights()
-        shares = self.counts.new_zeros(len(self.counts), self._opened().num_sources + 1)
-        for name, products in seen.items():
-            shares += products.flatten(1) @ weights[name][:-1].flatten(1).to(shares).T
-        return shares
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """Mean refinement, (units,), and mean input, (groups, inputs), over all samples and positions."""
+        total = self.positions.sum()
+        return self.refined_sums.sum(0) / total, self.input_sums.sum(0) / total
 
-    def _centred(self, products: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _centred(self, weights: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, float]:
         """Subtract the means over all samples and positions from contributions and refinement.
 
         The bias contributes the same to all of them, so nothing of it is left.
 
         Args:
-            products: (classes + 1, *weight shape), sum of p h^T.
+            weights: (sources, *weight shape), the parts A_s.
+            raw: (classes + 1, sources), sum <A_s h, p>.
 
         Returns:
-            The same of the differences from the means; (classes + 1,) sum of |p - m|^2, 0 where only rounding is left;
-            and |m|^2 relative to the mean of |p|^2.
+            (classes + 1, sources) sum <A_s (h - k), p - m>, NaN where only rounding is left; (classes + 1,) sum of
+            |p - m|^2, 0 there; and |m|^2 relative to the mean of |p|^2.
         """
-        module, total = self._opened().module, self.positions.sum()
-        mean, mean_input = self.refined_sums.sum(0) / total, self.input_sums.sum(0) / total
-        # (p - m)(h - k)^T summed is the sum of p h^T - (sum p - n m) k^T - m (sum h)^T.
+        mean, mean_input = self._means()
+        parts = by_group(self._opened().module, weights)
+        # The sum of (p - m)(h - k)^T is the sum of p h^T - (sum p - n m) k^T - m (sum h)^T.
         rest = self.refined_sums - self.positions[:, None] * mean
-        centred = products - outer(module, rest, mean_input.expand_as(self.input_sums))
-        centred -= outer(module, mean.expand_as(rest), self.input_sums)
+        of_mean_input = torch.einsum("sgoi,gi->sgo", parts, mean_input).flatten(1)
+        onto_mean = torch.einsum("sgoi,go->sgi", parts, mean.view(parts.shape[1:3])).flatten(1)
+        gains = raw - rest @ of_mean_input.T - self.input_sums.flatten(1) @ onto_mean.T
         squares = self.squares - 2 * self.refined_sums @ mean + self.positions * mean.square().sum()
         squares = torch.where(squares > _ROUNDING * self.squares, squares, 0.0)
-        return centred, squares, float(mean.square().sum() * total / self.squares.sum())
+        common = float(mean.square().sum() * self.positions.sum() / self.squares.sum())
+        return gains.where(squares[:, None] > 0, torch.nan), squares, common
+
+    def _centred_matrix(self) -> Tensor:
+        """Sum of (p - m)(h - k)^T over all samples, in the shape of the weight."""
+        module, (mean, _) = self._opened().module, self._means()
+        total = by_group(module, self.weight.sum(0, keepdim=True))[0]
+        total = total - mean.view(total.shape[:2])[..., None] * self.input_sums.sum(0)[:, None]
+        return total[0].T if is_transposed_linear(module) else total.reshape(module.weight.shape)
 
     def _error(self) -> float:
         if not self.num_samples:
