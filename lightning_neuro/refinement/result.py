@@ -99,6 +99,19 @@ class RefinementResult:
         labelled[-1] = 0
         return labelled / labelled.sum()
 
+    def plot(self, *, layer: str = "") -> "Figure":
+        """Draw which classes of training samples shaped the output for which classes, and in which phase.
+
+        Args:
+            layer: Name of the layer, for the titles.
+
+        Returns:
+            A matplotlib figure that is not registered with pyplot.
+        """
+        from lightning_neuro.refinement.plot import plot_refinement
+
+        return plot_refinement({layer: self})
+
     def scalars(self) -> Mapping[str, float]:
         """Measure -> value. The class shares are available after the first training step."""
         found = {
