@@ -7,6 +7,7 @@ a headless Chromium (the command `chromium`; without it this picture is not chan
 """
 
 import contextlib
+import io
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytorch_lightning as pl
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_neuro.demo import run_demo
@@ -34,6 +36,20 @@ def write_figures(log: Path) -> None:
         name = f"{tag.replace('/', '_')}.png"
         if f"images/{name}" in shown:
             (IMAGES / name).write_bytes(events.Images(tag)[-1].encoded_image_string)
+
+
+def join_curves(log: Path) -> None:
+    """Write the curves of three families side by side, for the README."""
+    events = EventAccumulator(str(log), size_guidance={"images": 0})
+    events.Reload()
+    tags = ("topology/curves/purity", "communities/curves/modularity", "observers/curves/balanced_accuracy")
+    parts = [Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)) for tag in tags]
+    joined = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), "white")
+    left = 0
+    for part in parts:
+        joined.paste(part, (left, 0))
+        left += part.width
+    joined.save(IMAGES / "curves.png")
 
 
 def draw_unit() -> None:
@@ -82,6 +98,7 @@ def main() -> None:
         run_demo("runs/demo")
         log = Path("runs/demo/version_0")
         write_figures(log)
+        join_curves(log)
         if shutil.which("chromium"):
             photograph(log)
 

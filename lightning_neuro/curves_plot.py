@@ -117,5 +117,7 @@ def _rounded(low: float, high: float) -> tuple[float, float]:
 
 
 def _number(value: float, span: float) -> str:
+    if span < 1e-3:
+        return f"{value:.0e}" if value else "0"
     digits = max(0, 1 - int(np.floor(log10(span))))
     return f"{value:,.{digits}f}"

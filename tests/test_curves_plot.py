@@ -49,6 +49,11 @@ def test_constant_curves_have_a_scale(value):
     assert all(math.isfinite(y) for line in drawn(figure, LineCollection) for y in np.ravel(line.get_segments()[0]))
 
 
+def test_tiny_values_are_written_shortly():
+    figure = plot_curves("errors", ("x",), {"c/x/a": [(0, 0.0), (5, 9e-7)]}, "c")
+    assert "1e-06" in texts(figure) and "0.000" not in texts(figure)
+
+
 def test_the_cost_does_not_grow_with_layers_and_evaluations():
     history = {f"c/modularity/layer{n}": [(step, step % 7 / 7) for step in range(1000)] for n in range(50)}
     figure = plot_curves("many", MEASURES, history, "c")

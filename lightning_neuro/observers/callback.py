@@ -142,6 +142,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     baselines = ("balanced_accuracy",)
     meanings = {  # noqa: RUF012
         "balanced_accuracy": "how well a linear classifier predicts each class against the others; .5: chance",
+        "gain_over_initial_low": "what training has added to it: the lower 95 % bound",
         "information_bits": "usable information about each class, in bits",
         "num_denoting_units": "single units that denote a class or a set of classes",
     }
