@@ -2,19 +2,13 @@
 
     python docs/make_pictures.py
 
-Runs the demo, writes its last figures to docs/images/, and takes a screenshot of TensorBoard's Custom Scalars page with
-a headless Chromium (the command `chromium`; without it this picture is not changed).
+Runs the demo and writes its last figures, and the figure of the page about units, to docs/images/.
 """
 
 import contextlib
 import io
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -61,35 +55,6 @@ def draw_unit() -> None:
         shutil.copy("unit_28.png", IMAGES / "unit_report.png")
 
 
-def photograph(log: Path) -> None:
-    """Take a screenshot of TensorBoard's Custom Scalars page."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # A relative path, because TensorBoard shows it.
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", log.parent, "--port", str(port)]
-    server = subprocess.Popen(command)
-    address = f"http://localhost:{port}/"
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(address).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        with tempfile.TemporaryDirectory() as profile:
-            subprocess.run(
-                [
-                    *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-                    *(f"--user-data-dir={profile}", "--window-size=1560,800", "--virtual-time-budget=25000"),
-                    *(f"--screenshot={IMAGES / 'tensorboard.png'}", f"{address}#custom_scalars"),
-                ],
-                check=True,
-            )
-    finally:
-        server.terminate()
-
-
 def main() -> None:
     """Create all pictures."""
     IMAGES.mkdir(exist_ok=True)
@@ -99,8 +64,6 @@ def main() -> None:
         log = Path("runs/demo/version_0")
         write_figures(log)
         join_curves(log)
-        if shutil.which("chromium"):
-            photograph(log)
 
 
 if __name__ == "__main__":
