@@ -25,6 +25,7 @@ SIGNIFICANCE = 0.05
 NUM_NULL_SAMPLES = 99
 TRAIN_FRACTION = 0.4
 MIN_POSITIVES = 2
+MAX_TESTED = 8192  # samples; a correlation is then known to .01, and the product of all shuffles takes seconds
 _CELLS = 2**22
 
 
@@ -99,7 +100,8 @@ def find_denotation(
 ) -> Denotation:
     """Find what each single unit denotes.
 
-    It is done for four million activations at a time, so the memory does not grow with the number of units.
+    It is done for four million activations at a time, so the memory does not grow with the number of units. Rules are
+    tested on at most 8,192 samples.
 
     Args:
         x: (N, units) activations, finite, in the order of `attribute_order` (shuffles are drawn by position).
@@ -116,7 +118,7 @@ def find_denotation(
         The correlations, bounds and p-values of all units.
     """
     train = fold < max(1, round(TRAIN_FRACTION * num_folds))
-    tested = ~train if groups is None else ~train & _one_of_each(groups)
+    tested = _at_most(MAX_TESTED, ~train if groups is None else ~train & _one_of_each(groups))
     orders = shuffled_orders(int(tested.sum()), num_null_samples, seed).to(x.device)
     samples = _Samples(train, tested, orders, attributes.to(torch.float64), labels)
     some = max(1, _CELLS // max(1, len(x)))
@@ -177,6 +179,14 @@ def _denote(x: Tensor, samples: _Samples) -> tuple[Tested, ClassSets]:
 def _two_of_each(y: Tensor) -> Tensor:
     """Bool (A,): whether at least two samples have the attribute and two do not."""
     return ((y == 1).sum(0) >= MIN_POSITIVES) & ((y == 0).sum(0) >= MIN_POSITIVES)
+
+
+def _at_most(number: int, chosen: Tensor) -> Tensor:
+    """Bool (N,): of the chosen samples, every second, third, ..., which keeps the shares of all attributes."""
+    rows = chosen.nonzero().flatten()
+    kept = torch.zeros_like(chosen)
+    kept[rows[:: max(1, -(-len(rows) // number))]] = True
+    return kept
 
 
 def _one_of_each(groups: Tensor) -> Tensor:

@@ -255,3 +255,16 @@ def test_a_class_that_came_only_when_rules_were_tested_is_in_no_set():
     tested = labels[fold >= 2]
     assert found.proportion[0, 0].item() == pytest.approx((tested == 1).double().mean().item())
     assert found.mcc[0, 0].item() == pytest.approx(1.0)
+
+
+def test_many_samples_are_tested_by_a_part_with_the_same_shares(monkeypatch):
+    x, labels = classes(6000, 12, 5, seed=1)
+    x = x + 1.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    whole = read_attributes(x, labels).denotation
+    monkeypatch.setattr("lightning_neuro.observers.denotation.MAX_TESTED", 1000)
+    part = read_attributes(x, labels).denotation
+    known = whole.mcc.isfinite() & part.mcc.isfinite()
+    assert not torch.equal(whole.mcc, part.mcc)
+    assert (whole.mcc - part.mcc)[known].abs().max() < 0.12  # 3.5 standard errors
+    assert (part.lower <= whole.lower + 0.05)[known].all()  # fewer samples, lower bounds
+    torch.testing.assert_close(part.proportion, whole.proportion, atol=0.01, rtol=0)
