@@ -16,13 +16,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_neuro import loggers
-from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, describe, require
+from lightning_neuro.checks import ArgumentError, NothingToDoError, check_metric, require
 from lightning_neuro.drawing_callback import DrawingCallback, R
 from lightning_neuro.figure_schedule import Figures
 from lightning_neuro.keys import Entry, Table, key_of, require_segments, with_keys
 from lightning_neuro.layer_result import LayerResult
 from lightning_neuro.probe import Probe
-from lightning_neuro.probe_batch import ProbeBatch
+from lightning_neuro.probe_batch import ProbeBatch, why_no_labels
 from lightning_neuro.ranks import names_on_all_ranks
 from lightning_neuro.scheduled_callback import OnError
 from lightning_neuro.session import Event
@@ -275,10 +275,7 @@ class MetricCallback(DrawingCallback[R]):
         try:
             if self.needs_labels and not self.finds_targets(batch):
                 kind = NothingToDoError if self.probe.target_fn is None else ArgumentError
-                raise kind(
-                    f"{type(self).__name__} needs a class label (an integer) for each sample, and none was found in"
-                    f" the batch, which is {describe(batch.batch)}. Pass `Probe(target_fn=...)`."
-                )
+                raise kind(why_no_labels(type(self).__name__, batch, takes_positions=self.rides))
             self.observe(batch)
         except Exception as error:
             # The pass continues for the other callbacks; the ranks agree on the error at its end.

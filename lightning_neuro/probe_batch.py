@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_neuro.checks import describe
 from lightning_neuro.targets import Targets
 from lightning_neuro.units import UnitRows
 
@@ -88,3 +89,23 @@ class ProbeBatch:
         if samples is None:
             samples = torch.arange(len(rows.values), device=labels.device)
         return labels.flatten(1)[samples.to(labels.device), rows.positions.to(labels.device)]
+
+
+def why_no_labels(name: str, batch: ProbeBatch, *, takes_positions: bool) -> str:
+    """The sentence on a batch without class labels of its samples, with a remedy.
+
+    Args:
+        name: Name of the callback.
+        batch: The batch.
+        takes_positions: Whether the callback can work with labels of single positions.
+    """
+    remedy = "Pass `Probe(target_fn=...)`."
+    if takes_positions and batch.labels.positions is not None:
+        remedy = (
+            "Its labels are those of single positions (pixels, tokens): pass `Probe(reduction='random')`, which takes"
+            " one position of each sample, or `Probe(reduction='tokens')`, which takes all."
+        )
+    return (
+        f"{name} needs a class label (an integer) for each sample, and none was found in the batch, which is"
+        f" {describe(batch.batch)}. {remedy}"
+    )

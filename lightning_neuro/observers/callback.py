@@ -209,7 +209,9 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     def observe(self, batch: ProbeBatch) -> None:
         """Process one batch of the pass, and of the raw input in the first pass."""
         super().observe(batch)
-        if self._raw_input is not None:
+        # The input has no rows for labels of single positions.
+        known = self.attributes is not None or batch.targets is not None or batch.labels.attributes is not None
+        if self._raw_input is not None and known:
             self._raw_input.add(batch, lambda metric, rows: self.update(metric, rows, batch))
 
     def update(self, metric: Metric, activations: Tensor, batch: ProbeBatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_neuro import Probe
+from lightning_neuro import ObserverProbes, Probe
 from tests.contract.callbacks import RIDERS, SIX
 from tests.models import Module, fit
 
@@ -232,3 +232,16 @@ def test_lazy_modules_make_their_weights_in_the_runs_own_steps(name: str, sanity
         weights.append([weight.detach().clone() for weight in module.parameters()])
     assert all(map(torch.equal, *weights))
     assert callbacks[0].scalars
+
+
+def test_labels_of_pixels_go_with_single_positions() -> None:
+    from tests.clients.segmentation import fcn
+
+    project = fcn()
+    options = {"train": project.fit["train_dataloaders"], "val": project.fit["val_dataloaders"], "max_epochs": 1}
+    with pytest.warns(UserWarning, match=r"labels are those of single positions .* `Probe\(reduction='random'\)`"):
+        fit(project.module, ObserverProbes(), **options)
+    observers = ObserverProbes(Probe(reduction="random"), on_error="raise")
+    fit(fcn().module, observers, **options)
+    layer = next(iter(observers.result))
+    assert observers.scalars[f"observers/balanced_accuracy/{layer}"] > 0.5
