@@ -67,10 +67,9 @@ def cost_report(costs: Mapping[str, Cost], passes: Sequence[Cost], fit_seconds: 
         named.append(f"{name} {sum(parts.values()):.1f} s ({_parts(parts)})")
     line = f"lightning_neuro took {share:.1%} of the fit ({total:.1f} of {fit_seconds:.1f} s): {', '.join(named)}."
     if share > HIGH:
-        line += (
-            " To make it cheaper: `Probe(every_n_epochs=...)`, fewer `layers` or a smaller `num_samples`,"
-            ' or `figures="never"`.'
-        )
+        drawn = sum(parts.get("draw", 0.0) for parts in own.values())
+        line += " To make it cheaper: `Probe(every_n_epochs=...)`, fewer `layers` or a smaller `num_samples`"
+        line += ', or `figures="never"`.' if drawn > HIGH * total else "."
     return line
 
 

@@ -81,8 +81,8 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         `lowest_3` and `highest_3`, the means of the three lowest and highest scores of the moment: their keys exist
         from the first evaluation, and do not depend on which attributes they are. All other measures of single
         attributes are in `result`. The gains of single attributes have such keys, too, for EarlyStopping and
-        `log_scalars`. By default, `mcc`, `auroc`, `information_bits`, `gain_over_input` and `label_proportion` are not
-        logged; they are in `scalars`.
+        `log_scalars`. By default, `mcc`, `auroc`, `information_bits`, `gain_over_input`, `gain_over_class` and
+        `label_proportion` are not logged; they are in `scalars`.
 
         | measure | meaning | range | better when |
         |---|---|---|---|
@@ -94,6 +94,7 @@ class ObserverProbes(MetricCallback[ObserverResult]):
         | `unseen_classes` | balanced accuracy on classes to which the observer was not fitted | 0 .. 1 | > .5 |
         | `gain_over_initial`, `gain_over_initial_low` | minus that before training; lower 95 % bound | -1 .. 1 | > 0 |
         | `gain_over_input`, `gain_over_input_low` | minus that of the raw input; lower 95 % bound | -1 .. 1 | > 0 |
+        | `gain_over_class`, `gain_over_class_low` | minus that of the class label alone; lower bound | -1 .. 1 | > 0 |
         | `num_captured` | attributes captured decisively, see `ObserverResult.captured` | 0 .. | high |
         | `balanced_accuracy_initial` | before training | 0 .. 1 | (reference) |
         | `balanced_accuracy_input` | from the raw input; the mean over attributes | 0 .. 1 | (reference) |
@@ -141,10 +142,10 @@ class ObserverProbes(MetricCallback[ObserverResult]):
     histogram_name = "attribute_scores"
     baselines = ("balanced_accuracy",)
     meanings = {  # noqa: RUF012
-        "balanced_accuracy": "how well a linear classifier predicts each class against the others; .5: chance",
+        "balanced_accuracy": "how well a linear classifier predicts each attribute (default: each class); .5: chance",
         "gain_over_initial_low": "what training has added to it: the lower 95 % bound",
-        "information_bits": "usable information about each class, in bits",
-        "num_denoting_units": "single units that denote a class or a set of classes",
+        "information_bits": "usable information about each attribute, in bits",
+        "num_denoting_units": "single units that denote an attribute or a set of classes",
     }
     run_state: ClassVar[tuple[str, ...]] = ("_input", "_before")
 

@@ -19,6 +19,7 @@ from lightning_neuro.observers.attributes import as_attributes, check_names, cla
 from lightning_neuro.observers.controls import control_attributes
 from lightning_neuro.observers.denotation import find_denotation
 from lightning_neuro.observers.folds import attribute_order, stratified_folds
+from lightning_neuro.observers.gain import undefined
 from lightning_neuro.observers.logistic import logistic_cross_fit
 from lightning_neuro.observers.measures import balanced_accuracy_bounds, information_bits
 from lightning_neuro.observers.options import ObserverOptions, ObserverSettings
@@ -147,6 +148,7 @@ def _read(
         example_attributes=attributes[examples],
         num_samples=len(x),
         num_constant=int((~units.live).sum()) if len(x) else 0,
+        from_class=undefined(len(names)) if of_classes else _from_class(attributes, varies, labels, fold, settings),
         of_classes=of_classes,
         denotation=find_denotation(x, attributes, labels, fold, settings.num_folds, groups=groups) if denote else None,
     )
@@ -215,6 +217,20 @@ def _on_unseen_classes(x: Tensor, attributes: Tensor, labels: Tensor, settings: 
     num_folds = min(settings.num_folds, len(classes))
     fit = _fitted(x[labelled], y, number % num_folds, replace(settings, num_folds=num_folds))
     return balanced_accuracy(*confusion(fit.scores, y))
+
+
+def _from_class(attributes: Tensor, varies: Tensor, labels: Tensor, fold: Tensor, settings: ObserverSettings) -> Tensor:
+    """(A, 3), balanced accuracy of observers of the class label alone, and its bounds: what any good layer allows."""
+    found = undefined(attributes.shape[1]).to(attributes.device)
+    rows, classes = labels >= 0, torch.unique(labels[labels >= 0])
+    if len(classes) < 2 or not varies.any():
+        return found
+    one_hot, _ = _standardised((labels[rows, None] == classes).double())
+    y = attributes[rows][:, varies]
+    fit = cross_fit(one_hot, y, fold[rows], settings.num_folds)
+    cells = confusion(fit.scores, y)
+    found[varies] = torch.stack([balanced_accuracy(*cells), *balanced_accuracy_bounds(*cells)], 1)
+    return found
 
 
 def _per_class(labels: Tensor, names: tuple[str, ...] | None) -> tuple[Tensor, tuple[str, ...]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MEASURES = (
     *("balanced_accuracy", "mcc", "auroc", "information_bits", "selectivity", "unseen_classes"),
     *("gain_over_initial", "gain_over_initial_low", "gain_over_input", "gain_over_input_low"),
+    *("gain_over_class", "gain_over_class_low"),
 )
 MAIN_MEASURE = MEASURES[0]
 EXTREMES = ("lowest_3", "highest_3")
@@ -60,6 +61,7 @@ class ObserverResult:
         denotation: What single units denote; None if it was not requested.
         initial: (A, 3), balanced accuracy before training with its lower and upper 95 % bound; NaN if not measured.
         raw_input: (A, 3), the same for an observer of the raw input.
+        from_class: (A, 3), the same for an observer of the class label alone; NaN if the attributes are the classes.
         of_classes: Whether the attributes are the classes.
     """
 
@@ -88,6 +90,7 @@ class ObserverResult:
     denotation: Denotation | None = field(default=None, repr=False)
     initial: Tensor = field(default_factory=lambda: undefined(0))
     raw_input: Tensor = field(default_factory=lambda: undefined(0))
+    from_class: Tensor = field(default_factory=lambda: undefined(0))
     of_classes: bool = False
 
     __repr__ = short_repr
@@ -116,6 +119,16 @@ class ObserverResult:
     def gain_over_input_low(self) -> Tensor:
         """(A,), the lower 95 % bound of `gain_over_input`."""
         return gain(self.score, self._reference(self.raw_input))[1]
+
+    @property
+    def gain_over_class(self) -> Tensor:
+        """(A,), balanced accuracy minus what the class label alone allows to predict."""
+        return gain(self.score, self._reference(self.from_class))[0]
+
+    @property
+    def gain_over_class_low(self) -> Tensor:
+        """(A,), the lower 95 % bound of `gain_over_class`."""
+        return gain(self.score, self._reference(self.from_class))[1]
 
     @property
     def captured(self) -> Tensor:

@@ -94,8 +94,8 @@ class ConceptPaths(MetricCallback[PathResult]):
         | `overlap` | similarity of different classes' paths (IoU beyond chance) | -1 .. 1 | neither |
         | `overlap_initial` | `overlap` before the first training step | -1 .. 1 | (reference) |
         | `diversity` | 1 - `overlap` | 0 .. 2 | neither |
-        | `self_overlap` | similarity of a class's paths from two halves of its samples: noise floor | -1 .. 1 | high |
-        | `stability` | similarity to the previous evaluation; 1 is the noise floor | 0 .. 1 | high |
+        | `self_overlap` | similarity of a class's paths from two halves of its samples: upper limit | -1 .. 1 | high |
+        | `stability` | similarity to the previous evaluation; 1: the same path | 0 .. 1 | high |
         | `unused_share` | fraction of units in no path | 0 .. 1 | neither |
         | `exclusive_share` | fraction of units in one path only | 0 .. 1 | neither |
         | `common_share` | fraction of units in at least half of the paths | 0 .. 1 | neither |
@@ -133,15 +133,15 @@ class ConceptPaths(MetricCallback[PathResult]):
     rides = False
     baselines = ("overlap",)
     charts = {  # noqa: RUF012
-        "overlap of paths, and its noise floor": ("overlap", "self_overlap"),
-        "stability of the paths since the previous evaluation (1: noise floor)": ("stability",),
+        "overlap of different classes, and its upper limit (same class)": ("overlap", "self_overlap"),
+        "stability of the paths since the previous evaluation (1: the same path)": ("stability",),
     }
     histogram_name = "reuse"
     needs_labels = True
     run_state = ("previous",)
     meanings = {  # noqa: RUF012
-        "overlap": "similarity of different classes' paths beyond chance; compare it with its noise floor",
-        "self_overlap": "the same for one class's paths from two halves of its samples: the noise floor",
+        "overlap": "similarity of different classes' paths beyond chance; 0: as random ones",
+        "self_overlap": "the same for one class's paths from two halves of its samples: the upper limit",
         "stability": "similarity of the paths to those of the previous evaluation, 0 to 1",
         "exclusive_share": "fraction of units that are in the path of one class only",
         "common_share": "fraction of units that are in the paths of at least half of the classes",

@@ -42,8 +42,8 @@ def plot_overlap(
 
     Red: more units in common than random paths of their size, blue: fewer, white: as many. All panels have the concepts
     in the same order, by clustering of the mean over layers, so that similar concepts are neighbours. The title of each
-    panel gives the mean over pairs and its noise floor, the similarity of paths from two halves of one concept's
-    samples: an overlap at its noise floor means that the paths of different concepts cannot be distinguished.
+    panel gives the mean over pairs and its upper limit, the similarity of paths from two halves of one concept's
+    samples: an overlap at its upper limit means that the paths of different concepts cannot be distinguished.
 
     Args:
         results: Layer -> result.
@@ -64,7 +64,7 @@ def plot_overlap(
     figure = panels.figure
     for panel, name, result in panels.drawn:
         noise = result.self_overlap
-        floor = "" if math.isnan(noise) else f"noise floor {noise:.2f}"
+        floor = "" if math.isnan(noise) else f"upper limit (same class, other samples) {noise:.2f}"
         title = f"{name}\n{result.num_units:,} units; overlap {result.overlap:.2f}\n{floor}"
         write(figure, panel.left, panel.top + 0.05, title.rstrip(), va="bottom")
         similarity = result.similarity[order][:, order].numpy()

@@ -14,6 +14,8 @@ from lightning_neuro.topology.persistence import Persistence
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LOW_COVERAGE = 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class TopologyResult:
@@ -76,6 +78,12 @@ class TopologyResult:
         notes: dict[str, str] = {}
         if self.num_nonfinite:
             notes["nonfinite"] = nonfinite_note(self.num_nonfinite, self.num_samples)
+        if self.graph is not None and self.graph.num_nodes and self.graph.coverage < LOW_COVERAGE:
+            notes["coverage"] = (
+                f"Only {self.graph.coverage:.0%} of the samples are in clusters, so purity and graph are those of few"
+                " samples. The radius was frozen at an early evaluation: call `callback.refreeze()`, or pass a larger"
+                " `warm_up`."
+            )
         reasons = [self.homology.why_undefined()] if self.homology is not None else []
         reasons += [self.graph.why_empty()] if self.graph is not None else []
         if undefined := " ".join(filter(None, reasons)):

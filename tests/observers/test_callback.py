@@ -46,7 +46,7 @@ def test_every_documented_key_is_there():
                 assert values == {name: callback.scalars[key.format(name, layer)] for name in bright}
         assert f"observers/{measure}" in log.curves
     of_attributes = {key.split("/")[1] for key in callback.scalars if len(key.split("/")) == 4}
-    gains = {f"gain_over_{what}" for what in ("initial", "initial_low", "input", "input_low")}
+    gains = {f"gain_over_{what}" for what in ("initial", "initial_low", "input", "input_low", "class", "class_low")}
     assert of_attributes == {"balanced_accuracy", *gains}
     for layer in LAYERS:
         start = callback.initial[f"observers/balanced_accuracy/{layer}"]

@@ -110,3 +110,28 @@ def test_classes_themselves_have_no_unseen_classes():
     assert read_attributes(x, attribute).unseen_classes.isnan().all()
     single = read_attributes(x, (labels == 2).double()[:, None], labels)
     assert single.unseen_classes.isnan().all() and single.balanced_accuracy.item() > 0.9
+
+
+# What the class alone allows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [2, 6])
+def test_a_correlate_of_the_class_is_no_gain_over_the_class(num_classes):
+    """It agrees with the class in 90 %, and the activations hold nothing but the class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % num_classes
+    agrees = torch.rand(600, generator=generator) < 0.9
+    attribute = torch.where(agrees, labels == 0, labels != 0).double()[:, None]
+    x = torch.nn.functional.one_hot(labels, num_classes) + 0.1 * torch.randn(600, num_classes, generator=generator)
+    found = read_attributes(x, attribute, labels)
+    by_class = ((attribute[:, 0] == 1) == (labels == 0)).double()
+    positive = attribute[:, 0] == 1
+    expected = (by_class[positive].mean() + by_class[~positive].mean()) / 2
+    assert found.from_class[0, 0].item() == pytest.approx(expected.item(), abs=0.01)
+    assert found.balanced_accuracy.item() > 0.7 and found.gain_over_class_low.item() < 0
+
+
+def test_what_is_beside_the_class_is_a_gain_over_it():
+    found = read_attributes(*planted(one_code=True))
+    assert found.gain_over_class_low.item() > 0.3
+    assert read_attributes(planted(True)[0], planted(True)[2]).gain_over_class.isnan().all()  # the classes themselves
