@@ -1,6 +1,7 @@
 """Interpretability as training curves: PyTorch Lightning callbacks that log what a network is learning."""
 
 from lightning_neuro.__about__ import __version__
+from lightning_neuro.artefacts import SaveResults, load_run
 from lightning_neuro.callback import MetricCallback
 from lightning_neuro.checks import ArgumentError
 from lightning_neuro.communities import NeuronCommunities, NeuronModularity
@@ -32,7 +33,9 @@ __all__ = [
     "Probe",
     "RefinementSummary",
     "RepresentationRefinement",
+    "SaveResults",
     "UnitReport",
     "__version__",
+    "load_run",
     "unit_report",
 ]

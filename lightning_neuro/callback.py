@@ -25,7 +25,7 @@ from lightning_neuro.probe import Probe
 from lightning_neuro.probe_batch import ProbeBatch, why_no_labels
 from lightning_neuro.ranks import names_on_all_ranks
 from lightning_neuro.scheduled_callback import OnError
-from lightning_neuro.session import Event
+from lightning_neuro.session import Event, session_of
 from lightning_neuro.summary import measure_table
 from lightning_neuro.threads import threads_for
 
@@ -296,11 +296,13 @@ class MetricCallback(DrawingCallback[R]):
         with self.cost.timing("compute"):  # on the threads of the training, because it may run the model
             self.result = self.attempt(trainer, "all layers", lambda: self.finalize(trainer, pl_module, results)) or {}
         with threads_for(size), self.cost.timing("compute"):
-            self._log(trainer, pl_module, self._table(trainer, self.result))
+            scalars = self._log(trainer, pl_module, self._table(trainer, self.result))
             if self.result:
                 self.attempt(trainer, "the histograms", lambda: self._log_histograms(trainer))
                 self.attempt(trainer, "the additional logs", lambda: self.log_extra(trainer, self.result))
         if self.result:
+            with threads_for(size), self.cost.timing("save"):
+                session_of(trainer).results.save(trainer, pl_module, self, scalars)
             with threads_for(size):
                 self.draw_if_due(trainer)
 
@@ -377,7 +379,8 @@ class MetricCallback(DrawingCallback[R]):
                 self.warn_once(key, f"{key} is {value}, so it is not logged.")
         return defined
 
-    def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", table: Table) -> None:
+    def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", table: Table) -> dict[str, float]:
+        """Log the values of an evaluation; returns all of them, with those before training."""
         assert self.event is not None
         if self.event.kind == "start" and self.event.step == 0:
             self.initial = with_keys(self.name, table)
@@ -393,8 +396,9 @@ class MetricCallback(DrawingCallback[R]):
         moment: loggers.Moment = "now" if self.event.kind in ("start", "step") else "epoch"
         self.keep_history(trainer, table | initial)
         shown = self.shown(trainer)
-        scalars = {key: value for key, value in scalars.items() if key in shown}
-        loggers.log_scalars(trainer, pl_module, scalars, prog_bar=self.prog_bar, moment=moment)
+        logged = {key: value for key, value in scalars.items() if key in shown}
+        loggers.log_scalars(trainer, pl_module, logged, prog_bar=self.prog_bar, moment=moment)
+        return scalars
 
     def _log_histograms(self, trainer: "pl.Trainer") -> None:
         for layer, result in self.result.items():

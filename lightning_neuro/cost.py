@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Part = Literal["pass", "compute", "draw", "step"]
+Part = Literal["pass", "compute", "draw", "save", "step"]
 
 # From this share of a fit's time on, the report says what to do.
 HIGH = 0.10
@@ -18,8 +18,8 @@ class Cost:
 
     Attributes:
         seconds: Part -> seconds. `"pass"`: to take the activations or run the model over the probe set, shared by all
-            callbacks with an equal probe; `"compute"`: the method itself; `"draw"`: figures; `"step"`: in training
-            steps.
+            callbacks with an equal probe; `"compute"`: the method itself; `"draw"`: figures; `"save"`: files of
+            results; `"step"`: in training steps.
         fit_seconds: Seconds of the whole fit; 0 while it runs.
     """
 

@@ -205,6 +205,29 @@ def artefact_folder(trainer: "pl.Trainer", name: str) -> Path | None:
     return path
 
 
+def local_folder(trainer: "pl.Trainer") -> Path | None:
+    """The local folder of a run: of the first logger that has a folder for each run, or else of one that saves at all.
+
+    Unlike `artefact_folder`, it needs no other rank; call it on rank 0 only, because other ranks may not know it.
+    """
+    folders = [getattr(logger, "log_dir", None) or _version_folder(logger) for logger in trainer.loggers]
+    # TensorBoard finds what is next to its own files.
+    preferred = [folder for logger, folder in zip(trainer.loggers, folders, strict=True) if _writer(logger) is not None]
+    for folder in (*preferred, *folders):
+        if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder):
+            return Path(folder)
+    return None
+
+
+def _version_folder(logger: Any) -> Path | None:
+    """The folder in which Lightning saves a run's checkpoints, for loggers that name only the folder of all runs."""
+    folder, name, version = (getattr(logger, fact, None) for fact in ("save_dir", "name", "version"))
+    if not isinstance(folder, (str, os.PathLike)) or "://" in str(folder):
+        return None
+    last = version if isinstance(version, str) else f"version_{version}"
+    return Path(folder) / file_name(str(name)) / file_name(last)
+
+
 def file_name(name: str) -> str:
     """A layer's or attribute's name as a file name that cannot leave its folder."""
     return re.sub(r"[^\w.=-]", "_", name).lstrip(".") or "_"

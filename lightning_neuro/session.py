@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_neuro.artefacts.results_writer import ResultsWriter
 from lightning_neuro.checks import NothingToDoError
 from lightning_neuro.compat import MISCONFIGURATIONS
 from lightning_neuro.cost import cost_report
@@ -57,6 +58,7 @@ class Session:
         # In the order of the trainer, in which Lightning calls them.
         self._in_order: list[ScheduledCallback] = []
         self.passes: dict[Probe, ProbePass] = {}
+        self.results = ResultsWriter()
         self._start = time.perf_counter()
 
     def join(self, callback: "ScheduledCallback", pl_module: "pl.LightningModule") -> ProbePass:
@@ -66,6 +68,7 @@ class Session:
             The pass of its probe, shared by all callbacks with an equal probe.
         """
         if not self.callbacks:
+            self.results = ResultsWriter()
             self._start = time.perf_counter()
         if callback not in self.callbacks:
             self.callbacks.append(callback)

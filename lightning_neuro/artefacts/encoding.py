@@ -1,0 +1,213 @@
+"""Results as JSON and a block of bytes: any nesting of dataclasses, mappings, tuples, tensors and plain values.
+
+Nothing is executed on reading: the tree is JSON, arrays are raw numbers, and only the dataclasses in `result_types` are
+created. `docs/artefacts.md` describes the form.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_neuro.artefacts.reductions import LEFT_OUT, SYMMETRIC, Blocks, Triangle, as_blocks, as_triangle, restored
+from lightning_neuro.artefacts.result_types import result_type
+
+Array = npt.NDArray[Any]
+Node = Any
+"""A JSON value, in which an object has one key that says what it stands for."""
+
+LARGE = 16_384
+"""Floating-point arrays with more elements are stored in half precision."""
+_ALIGNMENT = 8
+
+
+class FormatError(ValueError):
+    """Raised if a file does not have the expected form."""
+
+
+class ArrayBlock:
+    """Collects arrays in one block of bytes, little-endian, each at a multiple of 8."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def add(self, array: Array) -> dict[str, Any]:
+        """Append an array; returns where it is."""
+        data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+        place = {"offset": self._size, "stored": array.dtype.str[1:], "shape": list(array.shape)}
+        padding = -len(data) % _ALIGNMENT
+        self._parts += [data, bytes(padding)]
+        self._size += len(data) + padding
+        return place
+
+    def data(self) -> bytes:
+        """All arrays."""
+        return b"".join(self._parts)
+
+
+def encode(value: Any, block: ArrayBlock) -> Node:
+    """A value as JSON; its arrays are appended to the block.
+
+    Args:
+        value: Any nesting of dataclasses, mappings, tuples, lists, tensors, NumPy arrays and plain values. Other objects
+            are left out, and their type is named.
+        block: Collects the arrays.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return encode(value.item(), block)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return _encode_array(value, block)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _encode_dataclass(value, block)
+    if isinstance(value, Mapping):
+        return {"mapping": [[encode(key, block), encode(part, block)] for key, part in value.items()]}
+    if isinstance(value, (tuple, list)):
+        return {"list" if isinstance(value, list) else "tuple": [encode(part, block) for part in value]}
+    return {"left_out": type(value).__qualname__}
+
+
+def decode(node: Node, data: bytes) -> Any:
+    """The value that was encoded, up to the precision in which arrays are stored.
+
+    Dataclasses that are not in `result_types` become dictionaries, and objects that were left out None.
+
+    Raises:
+        FormatError: If the JSON does not have the expected form, or does not fit the block.
+    """
+    if not isinstance(node, dict):
+        return node
+    if node.keys() == {"type", "fields"}:
+        return _decode_dataclass(node, data)
+    if len(node) != 1:
+        raise FormatError(f"an object has the keys {', '.join(node)}")
+    ((kind, content),) = node.items()
+    if kind == "float":
+        return float(content)
+    if kind == "array":
+        return _decode_array(content, data)
+    if kind == "mapping":
+        return {decode(key, data): decode(part, data) for key, part in content}
+    if kind in ("tuple", "list"):
+        parts = [decode(part, data) for part in content]
+        return parts if kind == "list" else tuple(parts)
+    if kind == "left_out":
+        return None
+    if kind in ("triangle", "blocks"):
+        parts = {name: decode(part, data) for name, part in content.items()}
+        return restored(Triangle(**parts) if kind == "triangle" else Blocks(**parts))
+    raise FormatError(f"an object has the unknown key {kind!r}")
+
+
+def _encode_dataclass(value: Any, block: ArrayBlock) -> Node:
+    name = type(value).__name__
+    found = {}
+    for field in fields(value):
+        if field.init and (name, field.name) not in LEFT_OUT:
+            labels = SYMMETRIC.get((name, field.name))
+            given = getattr(value, field.name)
+            found[field.name] = (
+                encode(given, block) if labels is None else _encode_symmetric(given, getattr(value, labels), block)
+            )
+    return {"type": name, "fields": found}
+
+
+def _encode_symmetric(matrix: Tensor, labels: Tensor, block: ArrayBlock) -> Node:
+    """A symmetric matrix as a triangle or, if it is large, as means of blocks; if it is not symmetric, as it is."""
+    reduced = as_triangle(matrix) or as_blocks(matrix, labels)
+    if reduced is None:
+        return encode(matrix, block)
+    kind = "triangle" if isinstance(reduced, Triangle) else "blocks"
+    return {kind: {field.name: encode(getattr(reduced, field.name), block) for field in fields(reduced)}}
+
+
+def _decode_dataclass(node: dict[str, Any], data: bytes) -> Any:
+    values = {name: decode(part, data) for name, part in node["fields"].items()}
+    cls = result_type(node["type"])
+    if cls is None:
+        return values
+    known = {field.name for field in fields(cls)}
+    return cls(**{name: part for name, part in values.items() if name in known})
+
+
+# Arrays
+
+
+def _encode_array(value: Tensor | Array, block: ArrayBlock) -> Node:
+    if isinstance(value, Tensor):
+        kind, dtype = "tensor", str(value.dtype).removeprefix("torch.")
+        value = value.detach().cpu()
+        array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    else:
+        kind, dtype, array = "numpy", str(value.dtype), value
+    if array.dtype.kind not in "biufc":
+        return {"left_out": f"array of {array.dtype}"}
+    facts: dict[str, Any] = {"kind": kind, "dtype": dtype}
+    if array.dtype.kind == "b":
+        facts |= block.add(np.packbits(array)) | {"stored": "bits", "shape": list(array.shape)}
+    elif array.dtype.kind in "iu":
+        facts |= block.add(_narrowed(array))
+    elif array.dtype.kind == "f":
+        array, scale = _rounded(array)
+        facts |= block.add(array) | ({} if scale == 1 else {"scale": scale})
+    else:
+        facts |= block.add(array)
+    return {"array": facts}
+
+
+def _narrowed(array: Array) -> Array:
+    """Integers in the smallest type that holds them."""
+    if array.size == 0:
+        return array
+    low, high = int(array.min()), int(array.max())
+    narrow = np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high))
+    return array if narrow.kind == "f" else array.astype(narrow)  # of a negative and a huge number
+
+
+def _rounded(array: Array) -> tuple[Array, float]:
+    """Floating-point numbers in single precision or, divided by the largest of many, in half precision."""
+    if array.itemsize <= 2:
+        return array, 1.0
+    finite = np.abs(array[np.isfinite(array)])
+    largest = float(finite.max(initial=0.0))
+    if array.size > LARGE and 1e-300 < largest:
+        return (array / largest).astype(np.float16), largest
+    if largest > np.finfo(np.float32).max:
+        return array, 1.0
+    return array.astype(np.float32), 1.0
+
+
+def _decode_array(facts: dict[str, Any], data: bytes) -> Any:
+    stored, shape = facts["stored"], tuple(facts["shape"])
+    count = math.prod(shape)
+    if stored == "bits":
+        packed = _read(data, np.dtype("u1"), facts["offset"], -(-count // 8))
+        array = np.unpackbits(packed, count=count).astype(bool)
+    else:
+        array = _read(data, np.dtype(f"<{stored}"), facts["offset"], count)
+    array = array.reshape(shape)
+    if facts["kind"] == "numpy":
+        array = array.astype(facts["dtype"])
+        return array * facts["scale"] if "scale" in facts else array
+    dtype = getattr(torch, facts["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"an array has the type {facts['dtype']!r}")
+    if "scale" in facts:
+        array = array.astype(np.float64) * facts["scale"]
+    # A copy, because PyTorch has no unsigned types and the block of bytes cannot be written to.
+    return torch.from_numpy(array.astype(array.dtype if array.dtype.kind in "bfc" else np.int64)).to(dtype)
+
+
+def _read(data: bytes, dtype: np.dtype[Any], offset: int, count: int) -> Array:
+    if dtype.kind not in "iufc" or offset < 0 or count < 0 or offset + count * dtype.itemsize > len(data):
+        raise FormatError("an array does not fit the block of arrays")
+    return np.frombuffer(data, dtype, count, offset)
