@@ -74,4 +74,5 @@ def cost_report(costs: Mapping[str, Cost], passes: Sequence[Cost], fit_seconds: 
 
 
 def _parts(parts: Mapping[Any, float]) -> str:
-    return ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items()) or "nothing"
+    large = {part: seconds for part, seconds in parts.items() if seconds >= 0.05}
+    return ", ".join(f"{part} {seconds:.1f}" for part, seconds in large.items()) or "nothing"

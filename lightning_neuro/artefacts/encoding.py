@@ -24,6 +24,8 @@ Node = Any
 LARGE = 16_384
 """Floating-point arrays with more elements are stored in half precision."""
 _ALIGNMENT = 8
+_SINGLE_MAX = float(np.finfo(np.float32).max)
+_TINY = 1e-37  # below, a division by the largest could overflow
 
 
 class FormatError(ValueError):
@@ -39,7 +41,7 @@ class ArrayBlock:
 
     def add(self, array: Array) -> dict[str, Any]:
         """Append an array; returns where it is."""
-        data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+        data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
         place = {"offset": self._size, "stored": array.dtype.str[1:], "shape": list(array.shape)}
         padding = -len(data) % _ALIGNMENT
         self._parts += [data, bytes(padding)]
@@ -55,8 +57,8 @@ def encode(value: Any, block: ArrayBlock) -> Node:
     """A value as JSON; its arrays are appended to the block.
 
     Args:
-        value: Any nesting of dataclasses, mappings, tuples, lists, tensors, NumPy arrays and plain values. Other objects
-            are left out, and their type is named.
+        value: Any nesting of dataclasses, mappings, tuples, lists, tensors, NumPy arrays and plain values. Other
+            objects are left out, and their type is named.
         block: Collects the arrays.
     """
     if isinstance(value, float) and not math.isfinite(value):
@@ -71,6 +73,10 @@ def encode(value: Any, block: ArrayBlock) -> Node:
         return _encode_dataclass(value, block)
     if isinstance(value, Mapping):
         return {"mapping": [[encode(key, block), encode(part, block)] for key, part in value.items()]}
+    if isinstance(value, tuple) and _are_vectors(value):
+        # One array for all, because a graph has a vector for each of its nodes.
+        sizes = torch.tensor([len(part) for part in value])
+        return {"vectors": {"values": _encode_array(torch.cat(value), block), "sizes": _encode_array(sizes, block)}}
     if isinstance(value, (tuple, list)):
         return {"list" if isinstance(value, list) else "tuple": [encode(part, block) for part in value]}
     return {"left_out": type(value).__qualname__}
@@ -102,14 +108,18 @@ def decode(node: Node, data: bytes) -> Any:
         return parts if kind == "list" else tuple(parts)
     if kind == "left_out":
         return None
-    if kind in ("triangle", "blocks"):
-        parts = {name: decode(part, data) for name, part in content.items()}
-        return restored(Triangle(**parts) if kind == "triangle" else Blocks(**parts))
+    if kind in ("triangle", "blocks", "vectors"):
+        named = {name: decode(part, data) for name, part in content.items()}
+        if kind == "vectors":
+            return torch.split(named["values"], named["sizes"].tolist())
+        return restored(Triangle(**named) if kind == "triangle" else Blocks(**named))
     raise FormatError(f"an object has the unknown key {kind!r}")
 
 
 def _encode_dataclass(value: Any, block: ArrayBlock) -> Node:
-    name = type(value).__name__
+    cls = type(value)
+    # A class of the user's may have the name of one of ours.
+    name = cls.__name__ if result_type(cls.__name__) is cls else f"{cls.__module__}.{cls.__qualname__}"
     found = {}
     for field in fields(value):
         if field.init and (name, field.name) not in LEFT_OUT:
@@ -119,6 +129,11 @@ def _encode_dataclass(value: Any, block: ArrayBlock) -> Node:
                 encode(given, block) if labels is None else _encode_symmetric(given, getattr(value, labels), block)
             )
     return {"type": name, "fields": found}
+
+
+def _are_vectors(parts: tuple[Any, ...]) -> bool:
+    alike = len(parts) > 1 and all(isinstance(part, Tensor) and part.ndim == 1 for part in parts)
+    return alike and len({(part.dtype, part.device) for part in parts}) == 1
 
 
 def _encode_symmetric(matrix: Tensor, labels: Tensor, block: ArrayBlock) -> Node:
@@ -145,8 +160,7 @@ def _decode_dataclass(node: dict[str, Any], data: bytes) -> Any:
 def _encode_array(value: Tensor | Array, block: ArrayBlock) -> Node:
     if isinstance(value, Tensor):
         kind, dtype = "tensor", str(value.dtype).removeprefix("torch.")
-        value = value.detach().cpu()
-        array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        array = (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
     else:
         kind, dtype, array = "numpy", str(value.dtype), value
     if array.dtype.kind not in "biufc":
@@ -177,13 +191,17 @@ def _rounded(array: Array) -> tuple[Array, float]:
     """Floating-point numbers in single precision or, divided by the largest of many, in half precision."""
     if array.itemsize <= 2:
         return array, 1.0
-    finite = np.abs(array[np.isfinite(array)])
-    largest = float(finite.max(initial=0.0))
-    if array.size > LARGE and 1e-300 < largest:
-        return (array / largest).astype(np.float16), largest
-    if largest > np.finfo(np.float32).max:
-        return array, 1.0
-    return array.astype(np.float32), 1.0
+    largest = _largest(array)
+    if array.size > LARGE and largest > _TINY:
+        return (array / array.dtype.type(largest)).astype(np.float16), largest
+    return (array if largest > _SINGLE_MAX else array.astype(np.float32)), 1.0
+
+
+def _largest(array: Array) -> float:
+    """The largest magnitude of the finite numbers, 0 without any."""
+    magnitudes = np.abs(array)
+    largest = float(np.fmax.reduce(magnitudes, axis=None, initial=0.0))  # NaN is ignored
+    return largest if largest < math.inf else float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
 
 
 def _decode_array(facts: dict[str, Any], data: bytes) -> Any:

@@ -1,7 +1,7 @@
 """Where the files of a run lie, in names that cannot leave their folder; the true names are in the headers.
 
-    <log_dir>/lightning_neuro/results/<name of the callback>/step_000000420.zip
-    <log_dir>/lightning_neuro/probe_samples/<id>.zip
+Below the log directory: `lightning_neuro/results/<name of the callback>/step_000000420.zip` for the results, and
+`lightning_neuro/probe_samples/<id>.zip` for the samples.
 """
 
 import hashlib

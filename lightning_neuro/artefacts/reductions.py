@@ -68,13 +68,14 @@ def as_blocks(matrix: Tensor, labels: Tensor, groups: int = MAX_SIDE) -> Blocks 
     if side < groups or not _is_symmetric(matrix) or not bool(matrix.isfinite().all()):
         return None
     order = torch.argsort(labels, stable=True) if len(labels) == side else torch.arange(side)
-    group = _groups(side, groups)
-    sums = torch.zeros(groups, side, dtype=torch.float64)
-    sums.index_add_(0, group, matrix.double()[order][:, order].fill_diagonal_(0.0))
-    blocks = torch.zeros(groups, groups, dtype=torch.float64).index_add_(0, group, sums.T.contiguous())
+    group = torch.empty_like(order)
+    group[order] = _groups(side, groups)
+    by_row = torch.zeros(groups, side, dtype=matrix.dtype).index_add_(0, group, matrix)
+    sums = torch.zeros(groups, groups, dtype=matrix.dtype).index_add_(1, group, by_row)
+    sums -= torch.diag(torch.zeros(groups, dtype=matrix.dtype).index_add_(0, group, matrix.diagonal()))
     sizes = torch.bincount(group, minlength=groups).double()
     pairs = torch.outer(sizes, sizes) - torch.diag(sizes)
-    means = blocks / pairs.clamp(min=1)
+    means = sums / pairs.clamp(min=1)
     i, j = torch.triu_indices(groups, groups)
     upper = means[i, j]
     low, high = float(upper.min()), float(upper.max())
@@ -106,4 +107,4 @@ def _symmetric(upper: Tensor, side: int) -> Tensor:
 
 def _is_symmetric(matrix: Tensor) -> bool:
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and matrix.is_floating_point()
-    return square and torch.equal(matrix.nan_to_num(), matrix.T.nan_to_num())
+    return square and torch.equal(matrix, matrix.T)

@@ -1,5 +1,6 @@
 """One file of results: a zip archive of a header, a tree of values (both JSON) and a block of arrays."""
 
+import io
 import json
 import os
 import zipfile
@@ -17,7 +18,6 @@ Header = dict[str, Any]
 
 _FORMAT = "lightning_neuro"
 _HEADER, _VALUES, _ARRAYS = "header.json", "values.json", "arrays.bin"
-_LEVEL = 1  # higher levels of compression take more than twice the time and save a few per cent
 
 
 def packed(value: Any) -> tuple[bytes, bytes]:
@@ -40,18 +40,26 @@ def write_file(path: Path, kind: Kind, header: Header, parts: tuple[bytes, bytes
         Number of bytes.
     """
     own = {"format": _FORMAT, "schema": SCHEMA, "version": __version__, "kind": kind}
+    values, arrays = parts
+    # Results have small types already: to compress their arrays takes as long as all else, and saves a third.
+    members = (
+        (_HEADER, _json(own | header), zipfile.ZIP_DEFLATED),
+        (_VALUES, values, zipfile.ZIP_DEFLATED),
+        (_ARRAYS, arrays, zipfile.ZIP_DEFLATED if kind == "samples" else zipfile.ZIP_STORED),
+    )
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", compresslevel=1) as archive:
+        for name, data, compression in members:
+            # With a fixed date, so that equal results are equal files.
+            archive.writestr(zipfile.ZipInfo(name), data, compression)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL) as archive:
-            for name, data in zip((_HEADER, _VALUES, _ARRAYS), (_json(own | header), *parts), strict=True):
-                # A fixed date, so that equal results are equal files.
-                member = zipfile.ZipInfo(name)
-                member.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(member, data)
+        temporary.write_bytes(whole.getbuffer())
         temporary.replace(path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-    return path.stat().st_size
+        raise
+    return whole.tell()
 
 
 def read_header(path: Path, kind: Kind) -> Header:
@@ -109,8 +117,16 @@ def _read_member(path: Path, member: str) -> bytes:
     except KeyError:
         raise FormatError(f"it has no part {member}, so it is not a file of lightning_neuro") from None
     except zipfile.BadZipFile as error:
+        if not _begins_as_archive(path):
+            raise FormatError("it is not a file of lightning_neuro") from error
         raise FormatError(f"it is truncated or damaged ({error})") from error
     except OSError as error:
         raise FormatError(f"it cannot be read ({error})") from error
     except Exception as error:  # zlib and zipfile raise many kinds on damaged data
         raise FormatError(f"it is truncated or damaged ({type(error).__name__}: {error})") from error
+
+
+def _begins_as_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        begin = file.read(2)
+    return begin == b"PK"[: len(begin)]

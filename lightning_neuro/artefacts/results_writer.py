@@ -86,9 +86,8 @@ class ResultsWriter:
         if id(samples) not in self._samples:
             identity = None
             try:
-                with probe_pass.cost.timing("save"):
-                    found = collect_samples(trainer, pl_module, probe_pass, self._options.describe_fn)
-                    identity = None if self._files is None else self._files.write_samples(packed(found), len(found))
+                found = collect_samples(trainer, pl_module, probe_pass, self._options.describe_fn)
+                identity = None if self._files is None else self._files.write_samples(packed(found), len(found))
             except Exception as error:
                 self._warn(error)
             self._samples[id(samples)] = samples, identity  # with the set, so that its id stays taken
@@ -163,7 +162,8 @@ class _RunFiles:
             self._begun.add(path.parent.name)
             for step in [step for step in sizes if step > header["step"]]:
                 self._remove(path.parent.name, step)  # of an earlier fit, which began anew or from a checkpoint
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not sizes:
+            path.parent.mkdir(parents=True, exist_ok=True)
         sizes[header["step"]] = write_file(path, "results", dict(header), parts)
         self._thin()
 
@@ -183,8 +183,8 @@ class _RunFiles:
         if sum(total.values()) > budget and not self._told:
             self._told = True
             rank_zero_warn(
-                f"The results of the first and the last evaluation take {sum(total.values()) / MEGABYTE:.0f} MB with the"
-                f" samples, more than the {self.budget / MEGABYTE:g} MB of `SaveResults(max_megabytes=...)`; they are kept."
+                f"The results of the first and the last evaluation take {sum(total.values()) / MEGABYTE:.3g} MB, which is"
+                f" more than `SaveResults(max_megabytes={self.budget / MEGABYTE:g})` allows. They are kept."
             )
 
     def _remove(self, folder: str, step: int) -> None:

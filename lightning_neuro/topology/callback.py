@@ -225,8 +225,9 @@ class ActivationTopology(MetricCallback[TopologyResult]):
         super().on_train_end(trainer, pl_module)
         if why_off(trainer) or not self.result:
             return
-        folder = loggers.artefact_folder(trainer, self.name)
         with self.guarded("the files of the graphs"):
+            # All ranks find the folder, and then rank 0 creates it, which may fail.
+            folder = loggers.artefact_folder(trainer, self.name)
             if folder is not None and trainer.is_global_zero:
                 write_graphs(folder, self.result)
         if self.projector:
