@@ -31,6 +31,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/riding.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/artefacts.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/overhead.py --network resnet18
 

@@ -103,7 +103,7 @@ def test_readme_code_runs(number, tmp_path, monkeypatch):
     exec(compile(code_blocks("README.md")[number], "README.md", "exec"), {"__name__": "readme"})
 
 
-PAGES = ["influence", "mislabels", "outside_of_fit", "shortcuts", "units"]
+PAGES = ["artefacts", "influence", "mislabels", "outside_of_fit", "shortcuts", "units"]
 
 
 @pytest.mark.parametrize("page", PAGES)

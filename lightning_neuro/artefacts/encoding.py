@@ -39,14 +39,14 @@ class ArrayBlock:
         self._parts: list[bytes] = []
         self._size = 0
 
-    def add(self, array: Array) -> dict[str, Any]:
-        """Append an array; returns where it is."""
+    def add(self, array: Array) -> tuple[int, str]:
+        """Append an array; returns its place and the code of its type."""
         data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        place = {"offset": self._size, "stored": array.dtype.str[1:], "shape": list(array.shape)}
+        place = self._size
         padding = -len(data) % _ALIGNMENT
         self._parts += [data, bytes(padding)]
         self._size += len(data) + padding
-        return place
+        return place, array.dtype.str[1:]
 
     def data(self) -> bytes:
         """All arrays."""
@@ -159,23 +159,20 @@ def _decode_dataclass(node: dict[str, Any], data: bytes) -> Any:
 
 def _encode_array(value: Tensor | Array, block: ArrayBlock) -> Node:
     if isinstance(value, Tensor):
-        kind, dtype = "tensor", str(value.dtype).removeprefix("torch.")
+        dtype = str(value.dtype)
         array = (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
     else:
-        kind, dtype, array = "numpy", str(value.dtype), value
-    if array.dtype.kind not in "biufc":
+        dtype, array = f"numpy.{value.dtype}", value
+    kind, shape, scale = array.dtype.kind, list(array.shape), 1.0
+    if kind not in "biufc":
         return {"left_out": f"array of {array.dtype}"}
-    facts: dict[str, Any] = {"kind": kind, "dtype": dtype}
-    if array.dtype.kind == "b":
-        facts |= block.add(np.packbits(array)) | {"stored": "bits", "shape": list(array.shape)}
-    elif array.dtype.kind in "iu":
-        facts |= block.add(_narrowed(array))
-    elif array.dtype.kind == "f":
+    if kind == "b":
+        return {"array": [block.add(np.packbits(array))[0], "bits", shape, dtype, scale]}
+    if kind in "iu":
+        array = _narrowed(array)
+    elif kind == "f":
         array, scale = _rounded(array)
-        facts |= block.add(array) | ({} if scale == 1 else {"scale": scale})
-    else:
-        facts |= block.add(array)
-    return {"array": facts}
+    return {"array": [*block.add(array), shape, dtype, scale]}
 
 
 def _narrowed(array: Array) -> Array:
@@ -191,10 +188,12 @@ def _rounded(array: Array) -> tuple[Array, float]:
     """Floating-point numbers in single precision or, divided by the largest of many, in half precision."""
     if array.itemsize <= 2:
         return array, 1.0
-    largest = _largest(array)
-    if array.size > LARGE and largest > _TINY:
+    if array.size > LARGE and (largest := _largest(array)) > _TINY:
         return (array / array.dtype.type(largest)).astype(np.float16), largest
-    return (array if largest > _SINGLE_MAX else array.astype(np.float32)), 1.0
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32, copy=False)
+    overflows = not np.isfinite(single).all() and _largest(array) > _SINGLE_MAX
+    return (array if overflows else single), 1.0
 
 
 def _largest(array: Array) -> float:
@@ -204,24 +203,23 @@ def _largest(array: Array) -> float:
     return largest if largest < math.inf else float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
 
 
-def _decode_array(facts: dict[str, Any], data: bytes) -> Any:
-    stored, shape = facts["stored"], tuple(facts["shape"])
+def _decode_array(facts: list[Any], data: bytes) -> Any:
+    offset, stored, shape, name, scale = facts
     count = math.prod(shape)
     if stored == "bits":
-        packed = _read(data, np.dtype("u1"), facts["offset"], -(-count // 8))
-        array = np.unpackbits(packed, count=count).astype(bool)
+        array = np.unpackbits(_read(data, np.dtype("u1"), offset, -(-count // 8)), count=count).astype(bool)
     else:
-        array = _read(data, np.dtype(f"<{stored}"), facts["offset"], count)
+        array = _read(data, np.dtype(f"<{stored}"), offset, count)
     array = array.reshape(shape)
-    if facts["kind"] == "numpy":
-        array = array.astype(facts["dtype"])
-        return array * facts["scale"] if "scale" in facts else array
-    dtype = getattr(torch, facts["dtype"])
+    if scale != 1:
+        array = array.astype(np.float64) * scale
+    library, _, kind = name.partition(".")
+    if library == "numpy":
+        return array.astype(kind)
+    dtype = getattr(torch, kind)
     if not isinstance(dtype, torch.dtype):
-        raise FormatError(f"an array has the type {facts['dtype']!r}")
-    if "scale" in facts:
-        array = array.astype(np.float64) * facts["scale"]
-    # A copy, because PyTorch has no unsigned types and the block of bytes cannot be written to.
+        raise FormatError(f"an array has the type {name!r}")
+    # A copy, because PyTorch has not all unsigned types, and the block of bytes cannot be written to.
     return torch.from_numpy(array.astype(array.dtype if array.dtype.kind in "bfc" else np.int64)).to(dtype)
 
 

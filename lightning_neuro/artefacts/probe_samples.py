@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from lightning_neuro.batches import BatchField, read_field, tensors_in
 from lightning_neuro.checks import require
@@ -175,5 +176,5 @@ def _dataset_indices(trainer: "pl.Trainer", probe_pass: ProbePass) -> Tensor:
             return unknown
         return order.indices(keys // ROWS_PER_BATCH * order.batch_size + keys % ROWS_PER_BATCH)
     loaded = all(batch.is_loaded for batch in samples.batches)
-    has_indices = is_indexed(source) or (hasattr(source, "__getitem__") and not isinstance(source, (list, tuple)))
+    has_indices = is_indexed(source) or (isinstance(source, Dataset) and not isinstance(source, IterableDataset))
     return keys if loaded and has_indices else unknown

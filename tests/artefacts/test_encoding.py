@@ -163,12 +163,12 @@ def test_fields_of_another_version_are_ignored_or_have_their_defaults() -> None:
     [
         {"a": 1, "b": 2},
         {"pickle": "x"},
-        {"array": {"kind": "tensor", "dtype": "float64", "offset": 0, "stored": "f4", "shape": [9]}},
-        {"array": {"kind": "tensor", "dtype": "float64", "offset": -8, "stored": "f4", "shape": [1]}},
-        {"array": {"kind": "tensor", "dtype": "float64", "offset": 0, "stored": "V4", "shape": [1]}},
-        {"array": {"kind": "tensor", "dtype": "float64", "offset": 0, "stored": "f4", "shape": [-1]}},
-        {"array": {"kind": "tensor", "dtype": "load", "offset": 0, "stored": "f4", "shape": [1]}},
-        {"array": {"kind": "tensor", "dtype": "bool", "offset": 0, "stored": "bits", "shape": [1000]}},
+        {"array": [0, "f4", [9], "torch.float64", 1]},
+        {"array": [-8, "f4", [1], "torch.float64", 1]},
+        {"array": [0, "V4", [1], "torch.float64", 1]},
+        {"array": [0, "f4", [-1], "torch.float64", 1]},
+        {"array": [0, "f4", [1], "torch.load", 1]},
+        {"array": [0, "bits", [1000], "torch.bool", 1]},
     ],
 )
 def test_a_wrong_tree_is_refused(tree: Any) -> None:

@@ -64,8 +64,9 @@ class Stream(IterableDataset[Any]):
         return iter(images(64))
 
 
-def test_samples_of_a_stream_have_no_indices(tmp_path: Path) -> None:
-    samples = saved(tmp_path, val=DataLoader(Stream(), batch_size=16))
+@pytest.mark.parametrize("source", ["val", Stream(), list(loader(64))])
+def test_samples_of_a_stream_have_no_indices(source: Any, tmp_path: Path) -> None:
+    samples = saved(tmp_path, probe=Probe(num_samples=64, source=source), val=DataLoader(Stream(), batch_size=16))
     assert set(samples.indices.tolist()) == {-1} and samples.labels is not None and len(samples) == 64
 
 

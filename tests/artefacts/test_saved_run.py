@@ -1,9 +1,11 @@
 """What a run saves is what its callbacks held, at each step; when, where, and what happens if it cannot be saved."""
 
+import gc
 import json
 import logging
 import shutil
 import warnings
+import weakref
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from lightning_neuro import ActivationEntropy, ArgumentError, NeuronCommunities, Probe, SaveResults, load_run
-from lightning_neuro.artefacts import results_writer
+from lightning_neuro.artefacts import run_files
 from lightning_neuro.artefacts.encoding import FormatError
 from lightning_neuro.artefacts.locations import result_path
 from lightning_neuro.artefacts.results_file import packed, read_header, write_file
@@ -189,6 +191,32 @@ def test_a_killed_run_can_be_read(tmp_path: Path) -> None:
     assert list(load_run(tmp_path)["communities"]) == [0, 3]
 
 
+def test_a_resume_after_a_kill_repairs_what_was_being_written(tmp_path: Path) -> None:
+    fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path))
+    folder = load_run(tmp_path).folder
+    (samples,) = (folder / "probe_samples").iterdir()
+    samples.write_bytes(samples.read_bytes()[:300])
+    left = [folder / "results" / "communities" / ".step_000000011.zip.1.tmp", folder / "probe_samples" / ".x.zip.1.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path))
+    run = load_run(tmp_path)
+    assert run.problems == () and run["communities"][7].samples is not None
+    assert not any(path.exists() for path in left)
+
+
+def test_no_sample_is_held_after_a_fit(tmp_path: Path) -> None:
+    probe_sets: list[Any] = []
+
+    def look(trainer: Any, pl_module: Any) -> None:
+        probe_sets.append(weakref.ref(callback.probe_pass.samples))
+
+    callback = NeuronCommunities()
+    trainer = fit(mlp(), callback, Act(6, look), logger=logger_in(tmp_path))
+    gc.collect()
+    assert trainer.global_step == 8 and probe_sets[0]() is None
+
+
 # Where ---------------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +298,7 @@ def test_a_failure_to_write_is_told_once_and_ends_nothing(tmp_path: Path, on_err
 
 def test_a_failure_passes_when_there_is_space_again(tmp_path: Path, monkeypatch: Any) -> None:
     calls: list[Path] = []
-    original = results_writer.write_file
+    original = run_files.write_file
 
     def full(path: Path, *args: Any) -> int:
         calls.append(path)
@@ -278,7 +306,7 @@ def test_a_failure_passes_when_there_is_space_again(tmp_path: Path, monkeypatch:
             raise OSError(28, "No space left on device")
         return original(path, *args)
 
-    monkeypatch.setattr(results_writer, "write_file", full)
+    monkeypatch.setattr(run_files, "write_file", full)
     with pytest.warns(UserWarning, match="No space left"):
         fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path))
     run = load_run(tmp_path)

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from lightning_neuro import SaveResults
-from lightning_neuro.artefacts import results_writer
+from lightning_neuro.artefacts import run_files
 from tests.contract.callbacks import CALLBACKS
 from tests.models import MemoryLogger, loader, mlp
 
@@ -41,13 +41,13 @@ def train(logger: Any, **options: Any) -> list[Any]:
 
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    original = results_writer.write_file
+    original = run_files.write_file
 
     def counted(path: Path, *args: Any) -> int:
         written.append(str(path))
         return original(path, *args)
 
-    results_writer.write_file = counted  # type: ignore[assignment]
+    run_files.write_file = counted  # type: ignore[assignment]
     callbacks = train(CSVLogger(folder / "run", name="", version=""), describe_fn=texts)
     torch.save({"results": {one.name: one.result for one in callbacks}, "written": written}, folder / f"{rank}.pt")
     (folder / "unwritable").mkdir(exist_ok=True)
