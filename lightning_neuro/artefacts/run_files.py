@@ -57,8 +57,8 @@ class RunFiles:
         path = locations.result_path(self.folder, header["name"], header["step"])
         sizes = self._sizes.setdefault(path.parent.name, {})
         if header["event"] == "validate":
-            if header["step"] in sizes and not _is_of_validate(path):
-                return  # the results of a fit are not replaced by those of other data or weights
+            if sizes and not _is_of_validate(path.with_name(locations.step_name(max(sizes)))):
+                return  # the results of a fit are not mixed with those of other data or weights
         elif path.parent.name not in self._begun:
             self._begun.add(path.parent.name)
             for step in [step for step in sizes if step > header["step"]]:

@@ -178,7 +178,7 @@ def test_validate_is_saved_but_replaces_no_result_of_a_fit(tmp_path: Path) -> No
         module.net[1].weight.mul_(-1)
     trainer.validate(module, loader(32), verbose=False)
     saved = load_run(tmp_path / "fit")["communities"]
-    assert saved[7].event == "validation"
+    assert list(saved) == [0, 3, 7] and saved[7].event == "validation"
     assert_same(dict(saved[7]), last)
 
 
@@ -224,12 +224,14 @@ def zips(folder: Path) -> list[Path]:
     return list(folder.rglob("*.zip"))
 
 
-def test_without_a_logger_and_in_fast_dev_run_nothing_is_saved(tmp_path: Path, monkeypatch: Any) -> None:
+def test_without_a_logger_and_in_fast_dev_run_nothing_is_saved(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    fit(mlp(), NeuronCommunities(), logger=False)
-    fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path), fast_dev_run=True)
-    fit(mlp(), NeuronCommunities(), SaveResults(0), logger=logger_in(tmp_path))
+    with caplog.at_level(logging.INFO):
+        fit(mlp(), NeuronCommunities(), logger=False)
+        fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path), fast_dev_run=True)
+        fit(mlp(), NeuronCommunities(), SaveResults(0), logger=logger_in(tmp_path))
     assert zips(tmp_path) == []
+    assert not any("not saved" in record.message for record in caplog.records)  # as the user wished
 
 
 def test_a_logger_without_a_directory_is_told_once(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
@@ -380,6 +382,18 @@ def test_a_long_run_stays_in_its_space(tmp_path: Path) -> None:
     assert set(run["entropy"]) <= set(steps)
     gaps = [after - before for before, after in pairwise(steps)]
     assert max(gaps) <= 4 * min(gaps)
+
+
+def test_the_first_and_the_last_of_each_callback_stay(tmp_path: Path) -> None:
+    files = run_files.RunFiles(tmp_path / "lightning_neuro", 3_600)
+    parts = packed({"x": torch.zeros(100)})  # .9 kB a file
+    for step in range(0, 100, 5):
+        for name in ("often", *(["rarely"] if step in (35, 60, 75) else [])):
+            files.write_results({"name": name, "step": step, "event": "step"}, parts)
+    found = {name: sorted(path.name for path in tmp_path.rglob(f"{name}/*")) for name in ("often", "rarely")}
+    assert found["rarely"][0] == "step_000000035.zip" and found["rarely"][-1] == "step_000000075.zip"
+    assert found["often"][0] == "step_000000000.zip" and found["often"][-1] == "step_000000095.zip"
+    assert "step_000000060.zip" not in found["rarely"]
 
 
 def test_the_first_and_the_last_stay_and_the_user_is_told(tmp_path: Path) -> None:
