@@ -89,7 +89,8 @@ def test_tensorboard_of_lightning(make: Make, name: str, tmp_path: Path) -> None
     train(lightning, callback, logger=lightning.loggers.TensorBoardLogger(tmp_path, name="", version=""))
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()
     assert callback.scalars.keys() <= set(tags["scalars"])
-    assert len(tags["images"]) == len(callback.draw(callback.result)) + len(AT_THE_END.get(name, []))
+    figures = callback.draw(callback.result) | callback.draw_curves()
+    assert len(tags["images"]) == len(figures) + len(AT_THE_END.get(name, []))
     assert len(tags["histograms"]) == (0 if name in ("user", "example") else len(layers_of(name)))
 
 
