@@ -1,6 +1,7 @@
 """The shape of activation space: Mapper graphs and persistent homology of a layer's activations."""
 
 from lightning_neuro.topology.callback import ActivationTopology
+from lightning_neuro.topology.class_splits import ClassSplit, class_splits
 from lightning_neuro.topology.drift import topological_drift
 from lightning_neuro.topology.mapper import compute_mapper
 from lightning_neuro.topology.mapper_graph import MapperGraph
@@ -17,6 +18,7 @@ from lightning_neuro.topology.result import TopologyResult
 __all__ = [
     "ActivationShape",
     "ActivationTopology",
+    "ClassSplit",
     "MapperGraph",
     "MapperOptions",
     "MapperSettings",
@@ -25,6 +27,7 @@ __all__ = [
     "TopologyOptions",
     "TopologyResult",
     "adaptive_eps",
+    "class_splits",
     "compute_mapper",
     "compute_persistence",
     "compute_purity",
