@@ -111,10 +111,12 @@ def pruning(name: str, num_seeds: int, first: int) -> None:
                     now = class_accuracy(tuned, held, truth)
                 into["lost, 1 epoch later"].append(float((full - now).mean()))
                 if density == 0.1:
-                    for layer in masks:
-                        with pruned(net, {layer: masks[layer]}):
-                            now = class_accuracy(net, held, truth)
-                        single[what][f"layer {layer}"].append(float((full - now).mean()))
+                    for layer, mask in masks.items():
+                        with pruned(net, {layer: mask}):
+                            lost = float((full - class_accuracy(net, held, truth)).mean())
+                        single[what][f"layer {layer}"].append(lost)
+                        by_paths = single["no path"][f"layer {layer}"][-1]
+                        single[what][f"layer {layer}, more than by paths"].append(lost - by_paths)
         for what in rivals:
             for density in DENSITIES:
                 ours, theirs = rows[f"{density}: no path"], rows[f"{density}: {what}"]

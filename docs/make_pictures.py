@@ -46,19 +46,21 @@ def join_curves(log: Path) -> None:
     joined.save(IMAGES / "curves.png")
 
 
-def draw_unit() -> None:
-    """Run the first code block of docs/units.md, and keep its figure."""
-    code = (IMAGES.parent / "units.md").read_text().split("```python\n")[1].split("```")[0]
+def draw_of_page(page: str, *, blocks: int, figure: str, picture: str) -> None:
+    """Run the first code blocks of a page of the docs, and keep the figure that they save."""
+    parts = (IMAGES.parent / page).read_text().split("```python\n")[1 : 1 + blocks]
+    code = "\n".join(part.split("```")[0] for part in parts)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         pl.seed_everything(0, verbose=False)
-        exec(compile(code, "units.md", "exec"), {"__name__": "units"})
-        shutil.copy("unit_28.png", IMAGES / "unit_report.png")
+        exec(compile(code, page, "exec"), {"__name__": page})
+        shutil.copy(figure, IMAGES / picture)
 
 
 def main() -> None:
     """Create all pictures."""
     IMAGES.mkdir(exist_ok=True)
-    draw_unit()
+    draw_of_page("units.md", blocks=1, figure="unit_28.png", picture="unit_report.png")
+    draw_of_page("subpopulations.md", blocks=2, figure="groups.png", picture="subpopulations.png")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         run_demo("runs/demo")
         log = Path("runs/demo/version_0")

@@ -114,6 +114,19 @@ def test_the_code_of_how_tos_runs(page, tmp_path, monkeypatch):
         exec(compile(block, page, "exec"), names)
 
 
+def test_the_how_to_of_sub_populations_finds_the_merged_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names = {"__name__": "how_to"}
+    for block in code_blocks("docs/subpopulations.md"):
+        exec(compile(block, "docs/subpopulations.md", "exec"), names)
+    first, second = names["splits"][:2]
+    assert first.label == 4 and first.second_share > second.second_share + 0.1
+    of_nines = [float((names["digits"][group] == 9).float().mean()) for group in first.groups[:2]]
+    assert of_nines[0] < 0.4 and of_nines[1] > 0.9
+    assert (tmp_path / "groups.png").exists()
+
+
 def test_readme_metric_logs_the_share_of_active_units():
     names = {"__name__": "readme"}
     exec(compile(code_blocks("README.md")[1], "README.md", "exec"), names)
