@@ -25,6 +25,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/observers.py
 	$(BIN)/python benchmarks/topology.py
 	$(BIN)/python benchmarks/paths.py
+	for part in topology paths communities drift; do $(BIN)/python benchmarks/uses.py $$part; done
 	$(BIN)/python benchmarks/refinement.py
 	$(BIN)/python benchmarks/refinement_samples.py
 	$(BIN)/python benchmarks/figures.py

@@ -15,7 +15,7 @@ from lightning_neuro.paths import attribution_scores, concept_paths, evaluate_pa
 from lightning_neuro.paths.similarity import cosine
 from lightning_neuro.stats import spearman
 
-DENSITIES = (0.3, 0.2, 0.1, 0.05)
+DENSITIES = (0.3, 0.1, 0.05)
 Masks = Mapping[str, Tensor]  # layer -> (units,), True for units that are kept
 
 
@@ -144,16 +144,21 @@ def relations(net: nn.Module, images: Tensor, labels: Tensor, scores: Masks) -> 
 
 
 def lost_by_tuning(net: nn.Module, images: Tensor, labels: Tensor, held: Tensor, truth: Tensor) -> Tensor:
-    """(10, 10): accuracy that the column's class loses if the network is trained on the row's class alone."""
+    """(10, 10): accuracy that the column's class loses if the network is trained on the row's class alone.
+
+    Training ends when the others have lost .2 on average, or after 200 steps.
+    """
     full, found = class_accuracy(net, held, truth), []
     for label in range(10):
         tuned = copy.deepcopy(net).train()
         optimizer = torch.optim.SGD(tuned.parameters(), 0.01)
         own = images[labels == label][:64]
-        for _ in range(200):
+        for step in range(200):
             optimizer.zero_grad()
             cross_entropy(tuned(own), torch.full((len(own),), label)).backward()
             optimizer.step()
+            if step % 5 != 4:
+                continue
             lost = full - class_accuracy(tuned, held, truth)
             if float(lost[torch.arange(10) != label].mean()) > 0.2:
                 break

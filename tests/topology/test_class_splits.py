@@ -50,6 +50,22 @@ def test_groups_are_the_clusters_of_scikit_learn_at_the_radius_with_the_largest_
         assert [group.tolist() for group in split.groups] == clusters
 
 
+@pytest.mark.parametrize(("gap", "radius"), [(5.5, 5.0), (6.5, 6.0), (9.5, 9.0), (11.0, 10.0)])
+def test_the_largest_radius_that_separates_two_lines_is_kept(gap, radius):
+    line = torch.arange(30.0)
+    points = torch.cat([line, line[-1] + gap + line])[:, None]
+    (split,) = class_splits(points, torch.zeros(60, dtype=torch.long), eps=10.0, num_intervals=1)
+    assert split.eps == pytest.approx(radius) and split.second_share == 0.5
+    assert [group.tolist() for group in split.groups] == [list(range(30)), list(range(30, 60))]
+
+
+def test_lines_closer_than_half_the_radius_are_one_group():
+    line = torch.arange(30.0)
+    points = torch.cat([line, line[-1] + 4.5 + line])[:, None]
+    (split,) = class_splits(points, torch.zeros(60, dtype=torch.long), eps=10.0, num_intervals=1)
+    assert len(split.groups) == 1 and split.second_share == 0
+
+
 def test_the_null_has_no_groups_and_the_covariance_of_the_class():
     # A line of two clouds has a Gaussian null of the same length and direction: one long cloud.
     points, labels, _ = planted()
