@@ -125,6 +125,7 @@ def test_the_how_to_of_sub_populations_finds_the_merged_digits(tmp_path, monkeyp
     of_nines = [float((names["digits"][group] == 9).float().mean()) for group in first.groups[:2]]
     assert of_nines[0] < 0.4 and of_nines[1] > 0.9
     assert (tmp_path / "groups.png").exists()
+    names["plt"].close("all")
 
 
 def test_readme_metric_logs_the_share_of_active_units():
