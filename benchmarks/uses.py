@@ -5,8 +5,8 @@
     python benchmarks/uses.py communities   # which classes does a community serve?
     python benchmarks/uses.py drift         # when has the representation settled?
 
-Fashion-MNIST is read from LIGHTNING_NEURO_DATA. Each value is the mean over seeds with its 95 % interval. The four parts
-take about a quarter of an hour of one core.
+Fashion-MNIST is read from LIGHTNING_NEURO_DATA. Each value is the mean over seeds with its 95 % interval. The four
+parts take about a quarter of an hour of one core.
 """
 
 import argparse
