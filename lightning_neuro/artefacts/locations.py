@@ -24,7 +24,7 @@ def safe_name(name: str) -> str:
 
     Example:
         >>> safe_name("communities"), safe_name("../x")
-        ('communities', '_x-f0d4c25d')
+        ('communities', '_x-d6b96a97')
     """
     changed = file_name(name)[:_MAX_LENGTH]
     if changed == name and name.isascii():

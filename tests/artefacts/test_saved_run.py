@@ -27,6 +27,9 @@ from tests.artefacts.comparing import assert_same
 from tests.contract.callbacks import SIX, Act
 from tests.models import HIDDEN, MemoryLogger, Module, convnet, fit, loader, mlp
 
+# Lightning's CSVLogger says that its directory is not empty, which is what these tests are about.
+SAME_DIRECTORY = pytest.mark.filterwarnings("ignore:Experiment logs directory")
+
 
 class Remember(pl.Callback):
     """Remembers the results of each evaluation; listed after the callbacks that it watches."""
@@ -132,6 +135,7 @@ def test_steps_are_those_of_the_curves(tmp_path: Path) -> None:
             assert [step for step, _ in memory.curves[key]] == [step for step, _ in curve]
 
 
+@SAME_DIRECTORY
 def test_a_resumed_run_continues_its_files(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     options: dict[str, Any] = {"logger": logger_in(tmp_path / "run"), "enable_checkpointing": True, "max_epochs": 2}
@@ -150,6 +154,7 @@ def test_a_resumed_run_continues_its_files(tmp_path: Path) -> None:
     assert list(load_run(tmp_path / "run")["communities"]) == [0, 3, 7]
 
 
+@SAME_DIRECTORY
 def test_a_run_that_begins_anew_replaces_the_old_one(tmp_path: Path) -> None:
     fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path), max_epochs=4)
     fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path), max_epochs=1)
@@ -191,6 +196,7 @@ def test_a_killed_run_can_be_read(tmp_path: Path) -> None:
     assert list(load_run(tmp_path)["communities"]) == [0, 3]
 
 
+@SAME_DIRECTORY
 def test_a_resume_after_a_kill_repairs_what_was_being_written(tmp_path: Path) -> None:
     fit(mlp(), NeuronCommunities(), logger=logger_in(tmp_path))
     folder = load_run(tmp_path).folder
@@ -384,6 +390,7 @@ def test_a_long_run_stays_in_its_space(tmp_path: Path) -> None:
     assert max(gaps) <= 4 * min(gaps)
 
 
+@pytest.mark.filterwarnings("ignore:The results of the first and the last")  # tested elsewhere
 def test_the_first_and_the_last_of_each_callback_stay(tmp_path: Path) -> None:
     files = run_files.RunFiles(tmp_path / "lightning_neuro", 3_600)
     parts = packed({"x": torch.zeros(100)})  # .9 kB a file
@@ -408,6 +415,7 @@ def test_wrong_space(value: Any) -> None:
         SaveResults(value)
 
 
+@SAME_DIRECTORY
 def test_the_weights_are_those_of_a_fit_that_saves_nothing(tmp_path: Path) -> None:
     weights = []
     for options in (SaveResults(), SaveResults(0)):
