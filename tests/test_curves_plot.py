@@ -13,6 +13,12 @@ from lightning_neuro.figures import INITIAL, NULL, VALUE
 from tests.helpers import check_cost, drawn, texts
 from tests.models import MemoryLogger, fit, loader, mlp
 
+
+class TakesImages(MemoryLogger):
+    def log_image(self, key, images, step):
+        """As loggers for images do."""
+
+
 MEASURES = ("modularity", "modularity_null", "modularity_initial")
 HISTORY = {
     "c/modularity/a": [(0, 0.2), (10, 0.5), (20, 0.4)],
@@ -64,13 +70,26 @@ def test_the_cost_does_not_grow_with_layers_and_evaluations():
 def test_a_fit_draws_its_curves_at_the_end_and_keeps_them():
     log = MemoryLogger()
     communities, entropy = NeuronCommunities(), ActivationEntropy()
-    fit(mlp(), communities, entropy, logger=log, train=loader(), max_epochs=3)
+    module = mlp()
+    trainer = fit(module, communities, entropy, logger=log, train=loader(), max_epochs=3)
     key = "communities/modularity/net.2"
     history = communities.history[key]
     assert [step for step, _ in history] == [step for step, _ in log.curves[key]] and len(history) == 4
+    history = list(history)
     assert history[-1][1] == communities.scalars[key]
     assert not any("dead_share" in key for key in communities.history)  # in no chart
     assert set(communities.draw_curves()) == {"curves/modularity"}
     assert set(entropy.draw_curves()) == {"curves/total", "curves/class_information"}
+    trainer.validate(module, loader(32), verbose=False)
+    assert communities.history[key] == history, "an evaluation of other data is no point of the curve"
     fit(mlp(), communities, max_epochs=1)
     assert len(communities.history[key]) == 2  # a second run begins anew
+
+
+def test_a_figure_says_which_evaluation_it_is_of(monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_neuro.figure_words.add_heading", lambda figure, words: said.append(words))
+    fit(mlp(), ActivationEntropy(), logger=TakesImages(), train=loader(), max_epochs=2)
+    assert said[0] == "entropy/units/net.2, step 0, epoch 0"
+    assert said[-1] == "entropy/units/net.4, step 7, epoch 1"
+    assert "entropy/curves/total, step 7, epoch 1" in said

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_neuro import ActivationEntropy, MetricCallback, Probe
-from tests.contract.callbacks import Act, Make, with_modes
+from tests.contract.callbacks import CALLBACKS, Act, Make, with_modes
 from tests.models import HIDDEN, MemoryLogger, Module, fit, loader, mlp
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -187,3 +187,11 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, (tuple, list)):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right or (left != left and right != right))
+
+
+def test_what_follows_training_says_that_a_validation_has_no_steps() -> None:
+    callback = CALLBACKS["refinement"]()
+    trainer = pl.Trainer(callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False)
+    with pytest.warns(UserWarning, match="refinement follows training steps, of which `trainer.validate` has none"):
+        trainer.validate(mlp(), loader(32), verbose=False)
+    assert callback.scalars == {} and callback.event is None

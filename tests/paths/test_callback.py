@@ -3,6 +3,7 @@
 import itertools
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -502,3 +503,25 @@ def test_stability_and_its_history_are_those_of_consecutive_paths() -> None:
     fit(mlp(), callback, max_epochs=1)
     history = callback.history[f"paths/stability/{layer}"]
     assert [step for step, _ in history] == [3]  # a second run begins anew
+
+
+def test_all_layers_show_the_concepts_in_one_order() -> None:
+    from lightning_neuro.figures import pixels
+    from lightning_neuro.paths.plot import common_order, plot_overlap
+
+    callback = ConceptPaths(on_error="raise")
+    fit(mlp(), callback)
+    # In one layer the first and the last two concepts share units, in the other every second.
+    for layer, groups in zip(callback.result, ([0, 0, 1, 1], [0, 1, 0, 1]), strict=True):
+        paths = torch.zeros_like(callback.result[layer].paths)
+        for concept, group in enumerate(groups):
+            paths[:, concept, 2 * group : 2 * group + 2 + (layer == "net.2")] = True
+        callback.result[layer] = replace(callback.result[layer], paths=paths)
+    order = common_order(callback.result)
+    drawn = callback.draw(callback.result)
+    alone = []
+    for layer, result in callback.result.items():
+        expected = plot_overlap({layer: result}, class_names=callback.class_names, order=order)
+        assert (pixels(drawn[f"overlap/{layer}"]) == pixels(expected)).all()
+        alone.append(common_order({layer: result}).tolist())
+    assert any(own != order.tolist() for own in alone), "otherwise this test says nothing"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_neuro import ActivationTopology, Probe
 from lightning_neuro.figure_panels import Cells
-from lightning_neuro.figures import THUMBNAIL_SIDE
+from lightning_neuro.figures import THUMBNAIL_SIDE, pixels
 from lightning_neuro.probe_batch import ProbeBatch
 from lightning_neuro.topology import (
     ActivationShape,
@@ -410,3 +410,26 @@ def test_rank_0_shows_only_the_images_that_it_has():
 
 def test_a_token_has_the_image_of_its_sample():
     assert images_of(world_size=1, tokens=50) == {place: place // 50 for place in range(200)}
+
+
+def test_the_graphs_are_drawn_where_their_samples_were_and_with_the_names_of_classes():
+    callback = ActivationTopology(Probe(layers="net.2", class_names=["ant", "bee", "cat", "dog"]), homology=False)
+    fit(mlp(), callback)
+    result = callback.result["net.2"]
+    callback.places = {"net.2": point_positions(result.graph, 5 * torch.randn(result.graph.num_nodes, 2))}
+    positions = place_nodes(result.graph, callback.places["net.2"])
+    found = callback.draw(callback.result)["graphs/net.2"]
+    names = callback.class_names
+    assert (pixels(found) == pixels(plot_graphs({"net.2": result}, {"net.2": positions}, class_names=names))).all()
+    assert (pixels(found) != pixels(plot_graphs({"net.2": result}, class_names=names))).any()
+    assert "bee" in texts(found)
+
+
+def test_low_coverage_is_said():
+    result = results()
+    assert result.graph.coverage > 0.5 and "coverage" not in result.notes()
+    metric = ActivationShape(eps=1.0)
+    metric.update(torch.randn(200, 5, generator=torch.Generator().manual_seed(0)))
+    sparse = metric.compute()
+    assert sparse.graph.num_nodes > 0 and sparse.graph.coverage < 0.5, "the radius is small"
+    assert "refreeze" in sparse.notes()["coverage"]
